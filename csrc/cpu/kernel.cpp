@@ -1,0 +1,597 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernel; compiled once per instruction set with FASTNEGATE_ISA naming it.
+//
+// Order of work for a tile: for each head of the scope, attention to the prompt (Z) and to each
+// concept (F), then the inner products; once all heads are known, gates and coefficients; then
+// O = a Z + sum b X, its norm, and the one write of O. Scores never leave the cache.
+#include "kernel.h"
+
+#include "vec.h"
+// after vec.h, whose F and functions it uses
+#include "fastnegate/rule.h"
+
+namespace fastnegate::FASTNEGATE_ISA {
+namespace {
+
+constexpr int kStep = W == 16 ? 8 : 4;  // rows per register tile: 8 x 2 of 32, 4 x 2 of 16 registers
+constexpr int kTile = 2 * W;
+
+// ---- products ---------------------------------------------------------------------------------
+
+// c[r][q] = scale[q] * sum_k a[k * lda + r] b[k][q] for ROWS rows and NQ vectors of queries.
+template <int ROWS, int NQ>
+FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const float* b,
+                             const F* scale, float* c) {
+  F sum[ROWS][NQ] = {};
+  for (int64_t k = 0; k < depth; ++k, a += lda, b += NQ * W) {
+    F x[NQ];
+    for (int q = 0; q < NQ; ++q) x[q] = load(b + q * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const F y = splat(a[r]);
+      for (int q = 0; q < NQ; ++q) sum[r][q] = fma(y, x[q], sum[r][q]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+    for (int q = 0; q < NQ; ++q)
+      store(c + (r * NQ + q) * W, scale ? sum[r][q] * scale[q] : sum[r][q]);
+}
+
+template <int NQ>
+void multiply_rest(int64_t rows, const float* a, int64_t lda, int64_t depth, const float* b,
+                   const F* scale, float* c) {
+  switch (rows) {
+    case 1: return multiply_step<1, NQ>(a, lda, depth, b, scale, c);
+    case 2: return multiply_step<2, NQ>(a, lda, depth, b, scale, c);
+    case 3: return multiply_step<3, NQ>(a, lda, depth, b, scale, c);
+    case 4: return multiply_step<4, NQ>(a, lda, depth, b, scale, c);
+    case 5: return multiply_step<5, NQ>(a, lda, depth, b, scale, c);
+    case 6: return multiply_step<6, NQ>(a, lda, depth, b, scale, c);
+    case 7: return multiply_step<7, NQ>(a, lda, depth, b, scale, c);
+  }
+}
+
+// The same for any number of rows; a block of kRows rows starts every `block` floats of a.
+template <int NQ>
+void multiply(int64_t rows, const float* a, int64_t block, int64_t lda, int64_t depth,
+              const float* b, const F* scale, float* c) {
+  for (int64_t r = 0; r < rows; r += kStep) {
+    const float* from = a + r / kRows * block + r % kRows;
+    float* to = c + r * NQ * W;
+    if (rows - r >= kStep)
+      multiply_step<kStep, NQ>(from, lda, depth, b, scale, to);
+    else
+      multiply_rest<NQ>(rows - r, from, lda, depth, b, scale, to);
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+template <class Storage>
+void pack_rows(const char* data, int64_t row_stride, const int64_t* rows, int64_t count,
+               int64_t dim, float factor, float* blocks, const float* weight, float* plain) {
+  using T = typename Storage::T;
+  alignas(64) T narrow[W] = {};
+  alignas(64) float wide[W];
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = reinterpret_cast<const T*>(data) + rows[i] * row_stride;
+    const float w = weight ? weight[rows[i]] : 1.f;
+    for (int64_t d = 0; d < dim; d += W) {
+      const int64_t n = dim - d < W ? dim - d : W;
+      const T* from = row + d;
+      if (n < W) {
+        std::memcpy(narrow, from, n * sizeof(T));
+        from = narrow;
+      }
+      store(wide, Storage::load(from));
+      for (int64_t j = 0; j < n; ++j) {
+        if (blocks) blocks[(i / kRows * dim + d + j) * kRows + i % kRows] = wide[j] * factor;
+        if (plain) plain[i * dim + d + j] = wide[j] * w;
+      }
+    }
+  }
+}
+
+void pack_rows(Dtype dtype, const char* data, int64_t row_stride, const int64_t* rows,
+               int64_t count, int64_t dim, float factor, float* blocks, const float* weight,
+               float* plain) {
+  const auto pack = dtype == Dtype::float32    ? pack_rows<Float32>
+                    : dtype == Dtype::bfloat16 ? pack_rows<BFloat16>
+                                               : pack_rows<Float16>;
+  pack(data, row_stride, rows, count, dim, factor, blocks, weight, plain);
+}
+
+int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+constexpr int64_t kMostKeys = 1024;
+
+void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
+  const Problem& p = *plan.problem;
+  Pack& pack = plan.prompts[b * plan.prompt_batch_stride + h];
+  const float* bias = p.key_bias ? p.key_bias + b * p.bias_batch + h * p.bias_head : nullptr;
+  const bool per_query = p.bias_query != 0;
+  int64_t rows[kMostKeys], count = 0;
+  for (int64_t j = 0; j < p.keys; ++j) {
+    const float x = bias && !per_query ? bias[j * p.bias_key] : 0.f;
+    if (x == -INFINITY) continue;  // absent, whatever its key and value hold
+    if (pack.bias) pack.bias[count] = x * kLog2e;
+    rows[count++] = j;
+  }
+  pack.count = count;
+  const auto at = [&](const Strided& t) {
+    return t.data + (b * t.batch + h * t.head) * bytes(p.dtype);
+  };
+  pack_rows(p.dtype, at(p.key), p.key.row, rows, count, p.dim, p.scale * kLog2e, pack.key, nullptr,
+            nullptr);
+  pack_rows(p.dtype, at(p.value), p.value.row, rows, count, p.dim, 1.f, nullptr, nullptr,
+            pack.value);
+}
+
+void pack_concept(const Plan& plan, int64_t slot, int64_t concept_index, int64_t h) {
+  const Problem& p = *plan.problem;
+  Pack& pack = plan.concepts[slot * p.heads + h];
+  const int32_t* begins = p.index + p.entries;
+  const int32_t* lengths = begins + p.concepts;
+  const auto clamp = [](int64_t x, int64_t high) { return x < 0 ? 0 : x > high ? high : x; };
+  const int64_t begin = clamp(begins[concept_index], p.tokens);
+  const int64_t most = p.tokens - begin < p.longest ? p.tokens - begin : p.longest;
+  const int64_t length = clamp(lengths[concept_index], most);
+  int64_t rows[kMostKeys], count = 0;
+  for (int64_t j = 0; j < length; ++j) {
+    const float x = p.token_bias ? p.token_bias[begin + j] : 0.f;
+    if (x == -INFINITY) continue;
+    if (pack.bias) pack.bias[count] = x * kLog2e;
+    rows[count++] = begin + j;
+  }
+  pack.count = count;
+  const char* key = p.concept_key.data + h * p.concept_key.head * bytes(p.dtype);
+  const char* value = p.concept_value.data + h * p.concept_value.head * bytes(p.dtype);
+  const float inverse = p.rule.temperature > 0.f ? 1.f / p.rule.temperature : p.scale;
+  pack_rows(p.dtype, key, p.concept_key.row, rows, count, p.dim, p.scale * kLog2e, pack.key,
+            nullptr, nullptr);
+  pack_rows(p.dtype, value, p.concept_value.row, rows, count, p.dim, inverse * kLog2e, pack.memory,
+            p.token_weight, pack.value);
+}
+
+// ---- queries in, outputs out ------------------------------------------------------------------
+
+// q[d][lane] of `count` queries; lanes beyond repeat the last one and are never stored.
+template <class Storage, int NQ>
+void load_queries(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count, float* q) {
+  using T = typename Storage::T;
+  const T* base = reinterpret_cast<const T*>(p.query.data) + b * p.query.batch + h * p.query.head;
+  for (int v = 0; v < NQ; ++v)
+    for (int64_t d = 0; d < p.dim; d += W) {
+      const int64_t n = p.dim - d < W ? p.dim - d : W;
+      F block[W];
+      for (int i = 0; i < W; ++i) {
+        const int64_t lane = v * W + i < count ? v * W + i : count - 1;
+        const T* row = base + (first + lane) * p.query.row + d;
+        alignas(64) T part[W] = {};
+        if (n < W) {
+          std::memcpy(part, row, n * sizeof(T));
+          row = part;
+        }
+        block[i] = Storage::load(row);
+      }
+      transpose(block);
+      for (int64_t j = 0; j < n; ++j) store(q + ((d + j) * NQ + v) * W, block[j]);
+    }
+}
+
+template <class Storage, int NQ>
+void store_outputs(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count,
+                   const float* o) {
+  using T = typename Storage::T;
+  T* base = reinterpret_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head;
+  for (int v = 0; v < NQ; ++v)
+    for (int64_t d = 0; d < p.dim; d += W) {
+      const int64_t n = p.dim - d < W ? p.dim - d : W;
+      F block[W] = {};
+      for (int64_t j = 0; j < n; ++j) block[j] = load(o + ((d + j) * NQ + v) * W);
+      transpose(block);
+      for (int i = 0; i < W && v * W + i < count; ++i) {
+        T* row = base + (first + v * W + i) * p.out.row + d;
+        alignas(64) T part[W];
+        Storage::store(n < W ? part : row, block[i]);
+        if (n < W) std::memcpy(row, part, n * sizeof(T));
+      }
+    }
+}
+
+// ---- one segment ------------------------------------------------------------------------------
+
+// Logits [n][lane] in base 2 -> weights 2^(s - top), their top and their sum.
+template <int NQ>
+void softmax(float* s, int64_t n, F* top, F* mass) {
+  for (int q = 0; q < NQ; ++q) top[q] = splat(kLowest);
+  for (int64_t j = 0; j < n; ++j)
+    for (int q = 0; q < NQ; ++q) top[q] = max(top[q], load(s + (j * NQ + q) * W));
+  for (int q = 0; q < NQ; ++q) mass[q] = F{};
+  for (int64_t j = 0; j < n; ++j)
+    for (int q = 0; q < NQ; ++q) {
+      float* at = s + (j * NQ + q) * W;
+      const F w = exp2(load(at) - top[q]);
+      store(at, w);
+      mass[q] = mass[q] + w;
+    }
+}
+
+// Attention of x[d][lane] to n packed tokens: out[d][lane], with scratch s[n][lane].
+template <int NQ, class AddBias>
+FN_INLINE void attend(const float* keys, const float* values, int64_t n, int64_t dim,
+                      const float* x, AddBias add_bias, float* s, float* out, F* top, F* mass) {
+  multiply<NQ>(n, keys, dim * kRows, kRows, dim, x, nullptr, s);
+  add_bias();
+  softmax<NQ>(s, n, top, mass);
+  F inverse[NQ];
+  for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
+  multiply<NQ>(dim, values, kRows, dim, n, s, inverse, out);
+}
+
+// ---- one tile ---------------------------------------------------------------------------------
+
+// Where a thread keeps a tile; every array is [..][lane].
+struct Scratch {
+  float *query, *scores, *feature;
+  float *z, *y;       // [group][D]
+  float* x;           // [group][entries][D]: what an entry adds, F or the retrieved value
+  float *top, *mass;  // [group][1 + entries], the prompt first
+  float* entry;       // [entries][kEntryRows]
+  float* zz;          // <Z,Z>
+};
+enum EntryRow { kZf, kFf, kAlong, kMass, kR, kG, kB, kEntryRows };  // kB: coefficient of X
+
+int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
+  const Problem& p = *plan.problem;
+  const int64_t g = plan.group, e = plan.most_live;
+  int64_t used = 0;
+  const auto take = [&](float*& at, int64_t vectors) {
+    at = base + used;
+    used += vectors * kTile;
+  };
+  take(s->query, p.dim);
+  take(s->scores, (p.keys > p.longest ? p.keys : p.longest) + 1);
+  take(s->feature, p.dim);
+  take(s->z, g * p.dim);
+  take(s->y, g * p.dim);
+  take(s->x, g * e * p.dim);
+  take(s->top, g * (1 + e));
+  take(s->mass, g * (1 + e));
+  take(s->entry, e * kEntryRows);
+  take(s->zz, 1);
+  return used;
+}
+
+int64_t scratch(const Plan& plan) {
+  Scratch s;
+  return lay_out(plan, &s, nullptr);
+}
+
+// Values that storing turns into inf start here (round to nearest even).
+float overflow(Dtype dtype) {
+  return dtype == Dtype::float16 ? 65520.f : dtype == Dtype::bfloat16 ? 0x1.ffp127f : INFINITY;
+}
+
+template <class Storage, int NQ>
+class Tile {
+ public:
+  Tile(const Plan& plan, const Task& task, int64_t count, float* memory)
+      : plan(plan), p(*plan.problem), rule(p.rule), task(task), count(count),
+        live(plan.live + plan.live_begin[task.batch]),
+        entries(plan.live_begin[task.batch + 1] - plan.live_begin[task.batch]) {
+    lay_out(plan, &s, memory);
+  }
+
+  void run() {
+    for (int64_t g = 0; g < plan.group; ++g) {
+      attend_prompt(g);
+      for (int64_t e = 0; e < entries; ++e) measure(g, e);
+    }
+    if (entries == 0) {
+      for (int64_t g = 0; g < plan.group; ++g) write(g, z(g));
+      return;
+    }
+    open_gates();
+    if (plan.entry_partials) report_gates();
+    mix();
+  }
+
+ private:
+  static constexpr int64_t L = NQ * W;
+
+  const Plan& plan;
+  const Problem& p;
+  const Rule& rule;
+  const Task& task;
+  const int64_t count;  // queries
+  const Live* const live;
+  const int64_t entries;
+  Scratch s;
+
+  static float* vec(float* array, int64_t row, int q) { return array + (row * NQ + q) * W; }
+  static void add(float* at, F value) { store(at, load(at) + value); }
+  float* z(int64_t g) { return s.z + g * p.dim * L; }
+  float* y(int64_t g) { return s.y + g * p.dim * L; }
+  float* x(int64_t g, int64_t e) { return s.x + (g * entries + e) * p.dim * L; }
+  float* entry(int64_t e, EntryRow row, int q) { return vec(s.entry, e * kEntryRows + row, q); }
+  float* top(int64_t g, int64_t segment, int q) {
+    return vec(s.top, g * (1 + entries) + segment, q);
+  }
+  float* mass(int64_t g, int64_t segment, int q) {
+    return vec(s.mass, g * (1 + entries) + segment, q);
+  }
+
+  // Attention to x; keeps top and mass of the segment unless `segment` is negative.
+  void attend_pack(const Pack& pack, const float* keys, const float* x, int64_t g, int64_t segment,
+                   float* out) {
+    const auto add_bias = [&] {
+      if (!pack.bias) return;
+      for (int64_t j = 0; j < pack.count; ++j)
+        for (int q = 0; q < NQ; ++q) add(vec(s.scores, j, q), splat(pack.bias[j]));
+    };
+    F top_[NQ], mass_[NQ];
+    attend<NQ>(keys, pack.value, pack.count, p.dim, x, add_bias, s.scores, out, top_, mass_);
+    if (segment < 0) return;
+    for (int q = 0; q < NQ; ++q) {
+      store(top(g, segment, q), top_[q]);
+      store(mass(g, segment, q), mass_[q]);
+    }
+  }
+
+  void attend_prompt(int64_t g) {
+    const int64_t h = task.first_head + g;
+    const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
+    load_queries<Storage, NQ>(p, task.batch, h, task.first_query, count, s.query);
+    if (p.key_bias && p.bias_query != 0) {
+      F top_[NQ], mass_[NQ];
+      attend<NQ>(pack.key, pack.value, pack.count, p.dim, s.query,
+                 [&] { add_query_bias(h, pack.count); }, s.scores, z(g), top_, mass_);
+      for (int q = 0; q < NQ; ++q) {
+        store(top(g, 0, q), top_[q]);
+        store(mass(g, 0, q), mass_[q]);
+      }
+    } else {
+      attend_pack(pack, pack.key, s.query, g, 0, z(g));
+    }
+    if (entries == 0) return;
+    if (g == 0) {
+      std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
+      std::memset(s.zz, 0, sizeof(float) * L);
+    }
+    for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
+  }
+
+  // The [N, M] form of key_bias is read where it is needed: rare, so not tuned.
+  void add_query_bias(int64_t h, int64_t keys) {
+    const float* bias = p.key_bias + task.batch * p.bias_batch + h * p.bias_head;
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t lane = 0; lane < L; ++lane) {
+        const int64_t n = task.first_query + (lane < count ? lane : count - 1);
+        s.scores[j * L + lane] += bias[n * p.bias_query + j * p.bias_key] * kLog2e;
+      }
+  }
+
+  F dot(const float* a, const float* b, int q) {
+    F sum[2] = {};  // two chains: D is even, and an add takes 4 cycles
+    for (int64_t d = 0; d < p.dim; d += 2)
+      for (int64_t i = 0; i < 2; ++i)
+        sum[i] = fma(load(a + ((d + i) * NQ + q) * W), load(b + ((d + i) * NQ + q) * W), sum[i]);
+    return sum[0] + sum[1];
+  }
+
+  // Feature of entry e in head g, and what it adds to the inner products over the scope.
+  void measure(int64_t g, int64_t e) {
+    const int64_t h = task.first_head + g;
+    if (rule.reads_tokens()) {
+      const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
+      const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
+      float* f = f_is_x ? x(g, e) : s.feature;
+      attend_pack(pack, pack.key, s.query, g, 1 + e, f);
+      for (int q = 0; q < NQ; ++q) {
+        add(entry(e, kZf, q), dot(z(g), f, q));
+        add(entry(e, kFf, q), dot(f, f, q));
+        add(entry(e, kMass, q),
+            mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
+                       load(mass(g, 1 + e, q)), live[e].numbers));
+      }
+      if (rule.direction == Direction::retrieve)
+        attend_pack(pack, pack.memory, z(g), g, -1, x(g, e));
+    }
+    if (rule.reads_direction()) {
+      const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;
+      F along[NQ] = {};
+      for (int64_t d = 0; d < p.dim; ++d)
+        for (int q = 0; q < NQ; ++q) along[q] = fma(splat(u[d]), load(vec(z(g), d, q)), along[q]);
+      for (int q = 0; q < NQ; ++q) add(entry(e, kAlong, q), along[q]);
+    }
+  }
+
+  Moments moments(int64_t e, int q) {
+    const float offset = p.offset ? p.offset[live[e].concept_index] : 0.f;
+    return {load(vec(s.zz, 0, q)), load(entry(e, kZf, q)), load(entry(e, kFf, q)),
+            load(entry(e, kAlong, q)) + offset,
+            load(entry(e, kMass, q)) * (1.f / static_cast<float>(plan.group))};
+  }
+
+  void open_gates() {
+    for (int64_t e = 0; e < entries; ++e)
+      for (int q = 0; q < NQ; ++q) {
+        const F r = similarity(rule, moments(e, q));
+        store(entry(e, kR, q), r);
+        store(entry(e, kG, q), gate(rule, live[e].numbers, r));
+      }
+    if (rule.select == Select::max)
+      for (int q = 0; q < NQ; ++q) keep_largest(q);
+  }
+
+  // Zero every gate but the largest; ties: larger r, then lower concept, then lower entry.
+  void keep_largest(int q) {
+    F best_g = splat(-1.f), best_r = F{}, best_concept = F{}, best = F{};
+    for (int64_t e = 0; e < entries; ++e) {
+      const F g = load(entry(e, kG, q)), r = load(entry(e, kR, q));
+      const F concept_index = splat(static_cast<float>(live[e].concept_index));
+      const I tie = (r > best_r) | ((r == best_r) & (concept_index < best_concept));
+      const I better = (g > best_g) | ((g == best_g) & tie);
+      best_g = select(better, g, best_g);
+      best_r = select(better, r, best_r);
+      best_concept = select(better, concept_index, best_concept);
+      best = select(better, splat(static_cast<float>(e)), best);
+    }
+    for (int64_t e = 0; e < entries; ++e) {
+      float* g = entry(e, kG, q);
+      store(g, select(best == static_cast<float>(e), load(g), F{}));
+    }
+  }
+
+  // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.
+  void mix() {
+    F a[NQ] = {}, norm_y[NQ] = {}, norm_z[NQ] = {};
+    if (rule.combine == Combine::separate) subtract(a);
+    for (int64_t g = 0; g < plan.group; ++g) {
+      if (rule.combine == Combine::joint) share(g, a);
+      combine(g, a, norm_y, norm_z);
+    }
+    F factor[NQ], limited[NQ];
+    for (int q = 0; q < NQ; ++q) {
+      const bool root = rule.norm_order == 2;
+      factor[q] = norm_factor(rule, root ? sqrt(norm_y[q]) : norm_y[q],
+                              root ? sqrt(norm_z[q]) : norm_z[q], &limited[q]);
+    }
+    const float rest = 1.f - rule.blend;
+    const bool scaled = rule.norm != Norm::none || rest != 0.f;
+    for (int64_t g = 0; g < plan.group; ++g) {
+      if (scaled)
+        for (int64_t d = 0; d < p.dim; ++d)
+          for (int q = 0; q < NQ; ++q) {
+            float* at = vec(y(g), d, q);
+            const F full = load(at) * factor[q];
+            store(at, rest == 0.f ? full
+                                  : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q))));
+          }
+      write(g, y(g));
+    }
+    if (plan.row_partials)
+      for (int64_t lane = 0; lane < count; ++lane)
+        plan.row_partials[task.index * kRowColumns + 2] += limited[lane / W][lane % W];
+  }
+
+  // `separate`: Y = Z - sum strength g (x X + z Z).
+  void subtract(F* a) {
+    for (int q = 0; q < NQ; ++q) a[q] = splat(1.f);
+    for (int64_t e = 0; e < entries; ++e)
+      for (int q = 0; q < NQ; ++q) {
+        const Pull d = pull(rule, moments(e, q));
+        const F amount = load(entry(e, kG, q)) * live[e].numbers.strength;
+        a[q] = fma(-amount, d.z, a[q]);
+        store(entry(e, kB, q), -amount * d.x);
+      }
+  }
+
+  // `joint`: one softmax over segments with logits L and L_e - logit_bias + log g.
+  void share(int64_t g, F* a) {
+    const auto weight = [&](int64_t e, int q) { return load(mass(g, 1 + e, q)) * load(entry(e, kG, q)); };
+    const auto logit = [&](int64_t e, int q) {
+      return load(top(g, 1 + e, q)) - live[e].numbers.logit_bias * kLog2e;
+    };
+    for (int q = 0; q < NQ; ++q) {
+      F highest = load(top(g, 0, q));  // kLowest where the prompt has no mass
+      for (int64_t e = 0; e < entries; ++e)
+        highest = max(highest, select(weight(e, q) > 0.f, logit(e, q), splat(kLowest)));
+      const F prompt = load(mass(g, 0, q)) * exp2(load(top(g, 0, q)) - highest);
+      F total = prompt;
+      for (int64_t e = 0; e < entries; ++e) {
+        const F w = weight(e, q);
+        const F part = select(w > 0.f, w * exp2(min(logit(e, q) - highest, F{})), F{});
+        store(entry(e, kB, q), part);
+        total = total + part;
+      }
+      a[q] = divide(prompt, total);
+      for (int64_t e = 0; e < entries; ++e) {
+        float* b = entry(e, kB, q);
+        store(b, divide(load(b), total) * -live[e].numbers.strength);
+      }
+    }
+  }
+
+  // y = a z + sum b x for one head; adds to the norms over the scope.
+  void combine(int64_t g, const F* a, F* norm_y, F* norm_z) {
+    const bool fixed = rule.direction == Direction::fixed;
+    const float* updates = p.update ? p.update : p.direction;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      F yd[NQ];
+      for (int q = 0; q < NQ; ++q) yd[q] = a[q] * load(vec(z(g), d, q));
+      for (int64_t e = 0; e < entries; ++e) {
+        const int64_t h = live[e].concept_index * p.heads + task.first_head + g;
+        for (int q = 0; q < NQ; ++q) {
+          const F xd = fixed ? splat(updates[h * p.dim + d]) : load(vec(x(g, e), d, q));
+          yd[q] = fma(load(entry(e, kB, q)), xd, yd[q]);
+        }
+      }
+      for (int q = 0; q < NQ; ++q) {
+        const F zd = load(vec(z(g), d, q));
+        store(vec(y(g), d, q), yd[q]);
+        norm_y[q] = rule.norm_order == 2 ? fma(yd[q], yd[q], norm_y[q]) : norm_y[q] + abs(yd[q]);
+        norm_z[q] = rule.norm_order == 2 ? fma(zd, zd, norm_z[q]) : norm_z[q] + abs(zd);
+      }
+    }
+  }
+
+  void write(int64_t g, const float* o) {
+    store_outputs<Storage, NQ>(p, task.batch, task.first_head + g, task.first_query, count, o);
+    if (!plan.row_partials) return;
+    double* row = plan.row_partials + task.index * kRowColumns;
+    const float limit = overflow(p.dtype);
+    for (int64_t d = 0; d < p.dim; ++d)
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const float before = z(g)[d * L + lane], after = o[d * L + lane];
+        const double change = static_cast<double>(after) - before;
+        row[0] += change * change;
+        row[1] += static_cast<double>(before) * before;
+        row[3] += !(__builtin_fabsf(after) < limit);
+      }
+  }
+
+  void report_gates() {
+    const int64_t groups = p.heads / plan.group, group = task.first_head / plan.group;
+    for (int64_t e = 0; e < entries; ++e) {
+      double* out = plan.entry_partials + (task.index * plan.most_live + e) * kEntryColumns;
+      float* heat = plan.gates + (live[e].entry * groups + group) * p.queries + task.first_query;
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const float g = entry(e, kG, 0)[lane], r = entry(e, kR, 0)[lane];
+        out[0] = lane == 0 || g > out[0] ? g : out[0];
+        out[1] += g;
+        out[2] += g > p.report_level;
+        out[3] += entry(e, kMass, 0)[lane] / static_cast<float>(plan.group);
+        out[4] = lane == 0 || r > out[4] ? r : out[4];
+        heat[lane] = g;
+      }
+    }
+  }
+};
+
+template <class Storage>
+void run_tile(const Plan& plan, const Task& task, int64_t count, float* memory) {
+  if (count > W)
+    Tile<Storage, 2>(plan, task, count, memory).run();
+  else
+    Tile<Storage, 1>(plan, task, count, memory).run();
+}
+
+void run(const Plan& plan, const Task& task, float* memory) {
+  const int64_t left = plan.problem->queries - task.first_query;
+  const int64_t count = left < kTile ? left : kTile;
+  switch (plan.problem->dtype) {
+    case Dtype::float32: return run_tile<Float32>(plan, task, count, memory);
+    case Dtype::bfloat16: return run_tile<BFloat16>(plan, task, count, memory);
+    case Dtype::float16: return run_tile<Float16>(plan, task, count, memory);
+  }
+}
+
+}  // namespace
+
+extern const Isa isa;
+const Isa isa = {FASTNEGATE_ISA_NAME, kTile, scratch, pack_prompt, pack_concept, run};
+
+}  // namespace fastnegate::FASTNEGATE_ISA

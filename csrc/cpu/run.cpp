@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the CPU kernel: which entries exist, memory, threads, statistics. Compiled for the
+// plain architecture; only what stands behind an Isa table uses more.
+#include "run.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "kernel.h"
+
+namespace fastnegate {
+
+#define FASTNEGATE_DECLARE(name) \
+  namespace name {               \
+  extern const Isa isa;          \
+  }
+FASTNEGATE_DECLARE(portable)
+#if defined(FASTNEGATE_X86)
+FASTNEGATE_DECLARE(avx2)
+FASTNEGATE_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Level {
+  const Isa* isa;
+  bool usable;
+};
+
+std::vector<Level> levels() {
+  std::vector<Level> all;
+#if defined(FASTNEGATE_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  all.push_back({&avx512::isa, avx512});
+  all.push_back({&avx2::isa, avx2});
+#endif
+  all.push_back({&portable::isa, true});
+  return all;
+}
+
+const Isa& find(const std::string& name) {
+  for (const Level& level : levels())
+    if (name == level.isa->name && level.usable) return *level.isa;
+  throw std::invalid_argument("instruction set '" + name + "' is not usable on this machine");
+}
+
+// libgomp's threads do not survive fork(), and a parallel region in the child would wait for them
+// forever. A child therefore works on the calling thread alone; the bits are the same.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Calls work(i, thread) for i in [0, count). Exceptions must not leave `work`.
+template <class Work>
+void parallel(int64_t count, int threads, const Work& work) {
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads <= 1 || forked) {
+    for (int64_t i = 0; i < count; ++i) work(i, 0);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) work(i, omp_get_thread_num());
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer allocate(int64_t floats) {  // aligned to a cache line, not initialized
+  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(floats, 1)) * 4 + 63) / 64 * 64;
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (!p) throw std::bad_alloc();
+  return Buffer(p);
+}
+
+int64_t clamp(int64_t x, int64_t high) { return std::max<int64_t>(0, std::min(x, high)); }
+
+// The numbers of one entry: NaN stands for the rule's default, default width 0 for 1 - threshold.
+Numbers resolve(const float* row, const Numbers& defaults) {
+  const auto pick = [](float given, float fallback) { return std::isnan(given) ? fallback : given; };
+  Numbers n;
+  n.strength = pick(row[0], defaults.strength);
+  n.logit_bias = pick(row[1], defaults.logit_bias);
+  n.threshold = pick(row[2], defaults.threshold);
+  n.width = pick(row[3], defaults.width > 0 ? defaults.width : 1.f - n.threshold);
+  n.cap = pick(row[4], defaults.cap);
+  n.active = pick(row[5], 1.f);
+  return n;
+}
+
+// Everything a Plan points to.
+struct Workspace {
+  Plan plan{};
+  std::vector<Live> live;
+  std::vector<int64_t> live_begin, used;  // used: concept of each slot
+  std::vector<Pack> prompts, concepts;
+  std::vector<double> entry_partials, row_partials;
+  std::vector<float> gates;
+  Buffer packed;
+};
+
+bool has_tokens(const Problem& p, int64_t concept_index) {
+  const int32_t* begins = p.index + p.entries;
+  const int32_t* lengths = begins + p.concepts;
+  const int64_t begin = clamp(begins[concept_index], p.tokens);
+  const int64_t end = begin + clamp(lengths[concept_index], std::min(p.tokens - begin, p.longest));
+  for (int64_t j = begin; j < end; ++j)
+    if (!p.token_bias || p.token_bias[j] != -INFINITY) return true;
+  return false;
+}
+
+void find_live(const Problem& p, Workspace& w) {
+  const int32_t* rows = p.index ? p.index + p.entries + 2 * p.concepts : nullptr;
+  std::vector<int64_t> slot(p.concepts, -1);
+  w.live_begin.push_back(0);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t begin = rows ? clamp(rows[b], p.entries) : 0;
+    const int64_t end = rows ? clamp(rows[b + 1], p.entries) : 0;
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t c = clamp(p.index[e], p.concepts - 1);
+      const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
+      if (!(numbers.active > 0.f) || (p.rule.reads_direction() && !p.direction) ||
+          (p.rule.reads_tokens() && !has_tokens(p, c)))
+        continue;
+      if (slot[c] < 0) {
+        slot[c] = static_cast<int64_t>(w.used.size());
+        w.used.push_back(c);
+      }
+      w.live.push_back({e, c, slot[c], numbers});
+    }
+    w.live_begin.push_back(static_cast<int64_t>(w.live.size()));
+    w.plan.most_live = std::max(w.plan.most_live, w.live_begin[b + 1] - w.live_begin[b]);
+  }
+}
+
+void lay_out_packs(const Problem& p, Workspace& w) {
+  const bool shared = p.key.batch == 0 && p.value.batch == 0 && (!p.key_bias || p.bias_batch == 0);
+  w.plan.prompt_batch_stride = shared ? 0 : p.heads;
+  w.prompts.resize((shared ? std::min<int64_t>(p.batch, 1) : p.batch) * p.heads);
+  w.concepts.resize(p.rule.reads_tokens() ? w.used.size() * p.heads : 0);
+  const auto blocks = [&](int64_t n) { return (n + kRows - 1) / kRows * kRows * p.dim; };
+  const bool bias = p.key_bias && p.bias_query == 0;
+  const bool retrieve = p.rule.direction == Direction::retrieve;
+  const int64_t m = p.keys, t = p.longest;
+  const int64_t prompt = blocks(m) + m * p.dim + (bias ? m : 0);
+  const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + t * p.dim + (p.token_bias ? t : 0);
+  w.packed = allocate(static_cast<int64_t>(w.prompts.size()) * prompt +
+                      static_cast<int64_t>(w.concepts.size()) * concept_size);
+  float* at = w.packed.get();
+  const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
+  for (Pack& pack : w.prompts) {
+    pack.key = take(blocks(m));
+    pack.value = take(m * p.dim);
+    pack.bias = bias ? take(m) : nullptr;
+    pack.memory = nullptr;
+  }
+  for (Pack& pack : w.concepts) {
+    pack.key = take(blocks(t));
+    pack.value = take(t * p.dim);
+    pack.bias = p.token_bias ? take(t) : nullptr;
+    pack.memory = retrieve ? take(blocks(t)) : nullptr;
+  }
+}
+
+// Fixed-order sums of the partial results of tasks, which are numbered row by row.
+void reduce(const Problem& p, const Workspace& w, int64_t tasks_per_row) {
+  const Plan& plan = w.plan;
+  const int64_t groups = p.heads / std::max<int64_t>(plan.group, 1);
+  const double gates = static_cast<double>(groups * p.queries);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t first = b * tasks_per_row;
+    for (int64_t i = w.live_begin[b]; i < w.live_begin[b + 1] && tasks_per_row > 0; ++i) {
+      double total[kEntryColumns] = {};
+      for (int64_t t = 0; t < tasks_per_row; ++t) {
+        const double* part =
+            &w.entry_partials[((first + t) * plan.most_live + i - w.live_begin[b]) * kEntryColumns];
+        for (int c = 0; c < kEntryColumns; ++c) {
+          const bool highest = c == 0 || c == 4;
+          total[c] = highest ? (t ? std::max(total[c], part[c]) : part[c]) : total[c] + part[c];
+        }
+      }
+      float* out = p.entry_table + w.live[i].entry * kEntryColumns;
+      for (int c = 0; c < kEntryColumns; ++c)
+        out[c] = static_cast<float>(c == 0 || c == 4 ? total[c] : total[c] / gates);
+      for (int64_t n = 0; n < p.queries; ++n) {
+        double sum = 0;
+        for (int64_t g = 0; g < groups; ++g)
+          sum += w.gates[(w.live[i].entry * groups + g) * p.queries + n];
+        p.heat[w.live[i].entry * p.queries + n] = static_cast<float>(sum / static_cast<double>(groups));
+      }
+    }
+    double total[kRowColumns] = {};
+    for (int64_t t = 0; t < tasks_per_row; ++t)
+      for (int c = 0; c < kRowColumns; ++c) total[c] += w.row_partials[(first + t) * kRowColumns + c];
+    float* row = p.row_table + b * 3;
+    row[0] = static_cast<float>(total[1] < 1e-30 ? 0. : total[0] / total[1]);
+    row[1] = static_cast<float>(gates > 0 ? total[2] / gates : 0.);
+    row[2] = static_cast<float>(total[3]);
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels())
+    if (level.usable) names.push_back(level.isa->name);
+  return names;
+}
+
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) names.push_back(level.isa->name);
+  return names;
+}
+
+void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
+  const Isa& isa = find(isa_name);
+  Workspace w;
+  find_live(p, w);
+  lay_out_packs(p, w);
+  Plan& plan = w.plan;
+  plan.problem = &p;
+  plan.prompts = w.prompts.data();
+  plan.concepts = w.concepts.data();
+  plan.live = w.live.data();
+  plan.live_begin = w.live_begin.data();
+  plan.group = p.rule.scope == Scope::feature ? p.heads : 1;
+
+  const int64_t groups = plan.group ? p.heads / plan.group : 0;
+  const int64_t tiles = (p.queries + isa.tile - 1) / isa.tile;
+  const int64_t tasks = p.batch * groups * tiles;
+  if (p.entry_table) {
+    w.entry_partials.resize(tasks * plan.most_live * kEntryColumns);
+    w.row_partials.resize(tasks * kRowColumns);
+    w.gates.resize(p.entries * groups * p.queries);
+    plan.entry_partials = w.entry_partials.data();
+    plan.row_partials = w.row_partials.data();
+    plan.gates = w.gates.data();
+  }
+
+  const auto prompts = static_cast<int64_t>(w.prompts.size());
+  const auto concepts = static_cast<int64_t>(w.concepts.size());
+  if (tasks > 0) {
+    parallel(prompts + concepts, threads, [&](int64_t i, int) {
+      if (i < prompts)
+        isa.pack_prompt(plan, i / p.heads, i % p.heads);
+      else
+        isa.pack_concept(plan, (i - prompts) / p.heads, w.used[(i - prompts) / p.heads],
+                         (i - prompts) % p.heads);
+    });
+    const int64_t per_thread = (isa.scratch(plan) + 15) / 16 * 16;
+    const Buffer scratch = allocate(per_thread * std::max(threads, 1));
+    parallel(tasks, threads, [&](int64_t i, int thread) {
+      const Task task = {i / (groups * tiles), i / tiles % groups * plan.group,
+                         i % tiles * isa.tile, i};
+      isa.run(plan, task, scratch.get() + thread * per_thread);
+    });
+  }
+  if (p.entry_table) reduce(p, w, groups * tiles);
+}
+
+}  // namespace fastnegate

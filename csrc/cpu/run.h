@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "fastnegate/problem.h"
+
+namespace fastnegate {
+
+// Instruction sets this build holds and this machine runs, best first.
+std::vector<std::string> usable_isas();
+
+// Instruction sets this build holds.
+std::vector<std::string> built_isas();
+
+// Runs the operator on `threads` threads with the named instruction set (one of usable_isas()).
+// The result does not depend on the number of threads.
+void run_cpu(const Problem& problem, const std::string& isa, int threads);
+
+}  // namespace fastnegate

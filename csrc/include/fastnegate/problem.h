@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// One operator call as plain structs: what crosses the boundary between the bindings and a kernel.
+// Mirrors python/fastnegate/rule.py (order of the enums) and tokens.py (layout of index, numbers).
+#pragma once
+
+#include <cstdint>
+
+namespace fastnegate {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+enum class Similarity : int { one, cosine, direction, mass };
+enum class Gate : int { open, step, ramp, sigmoid };
+enum class Direction : int { raw, difference, orthogonal, projection, fixed, retrieve };
+enum class Combine : int { separate, joint };
+enum class Select : int { all, max };
+enum class Norm : int { none, limit, preserve };
+enum class Scope : int { head, feature };
+
+// The numbers of one entry, in the column order of ConceptTokens.numbers.
+struct Numbers {
+  float strength, logit_bias, threshold, width, cap, active;
+};
+inline constexpr int kNumberColumns = 8;
+
+struct Rule {
+  Similarity similarity;
+  Gate gate;
+  Direction direction;
+  Combine combine;
+  Select select;
+  Norm norm;
+  int norm_order;
+  Scope scope;
+  float norm_limit, blend;
+  float temperature;  // of `retrieve`; 0: 1 / scale
+  Numbers defaults;   // width 0: 1 - threshold of the entry
+
+  bool reads_tokens() const {
+    return similarity == Similarity::cosine || similarity == Similarity::mass ||
+           direction != Direction::fixed;
+  }
+  bool reads_direction() const {
+    return similarity == Similarity::direction || direction == Direction::fixed;
+  }
+};
+
+// A tensor whose last dimension is contiguous; strides in elements, 0 is legal.
+struct Strided {
+  char* data;
+  int64_t batch, head, row;
+};
+
+struct Problem {
+  int64_t batch, heads, queries, keys, dim;  // B, H, N, M, D
+  Dtype dtype;
+  float scale;
+  Strided query, key, value, out;
+  const float* key_bias;  // or null; added to the logits, -inf masks
+  int64_t bias_batch, bias_head, bias_query, bias_key;
+
+  int64_t tokens, concepts, entries, longest;  // T, C, E, capacity of tokens per concept
+  Strided concept_key, concept_value;          // [T, H, D]; `batch` unused
+  const float *token_bias, *token_weight;      // [T] or null
+  const float *direction, *update, *offset;    // [C, H, D], [C, H, D], [C], or null
+  const int32_t* index;                        // concept[E], begin[C], length[C], rows[B + 1]
+  const float* numbers;                        // [E, kNumberColumns]; NaN: the rule's default
+  Rule rule;
+
+  // Statistics, or null: entry_table [E, 5], heat [E, N], row_table [B, 3].
+  float *entry_table, *heat, *row_table;
+  float report_level;  // entry_table counts gates above this
+};
+
+}  // namespace fastnegate

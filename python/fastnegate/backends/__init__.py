@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends: each module says `supports(problem)` (None, or why not) and `run(problem)`.
+
+A backend that cannot be used at all on this machine says why in `unavailable()`. Backends never
+import one another.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+_MODULES = {
+    "reference": "fastnegate.reference",
+    "cpu": "fastnegate.backends.cpu",
+    "triton": "fastnegate.backends.triton",
+}
+NAMES = ("reference", "cpu", "cuda", "triton")
+AUTO = ("cuda", "triton", "cpu", "reference")  # order in which `backend="auto"` tries
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run this call; the message says why."""
+
+
+def load(name: str) -> ModuleType:
+    """The module of an available backend."""
+    return importlib.import_module(_MODULES[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot be used on this machine at all, or None."""
+    if name not in _MODULES:
+        return "this version has no CUDA kernels"
+    module: Any = load(name)
+    return module.unavailable() if hasattr(module, "unavailable") else None

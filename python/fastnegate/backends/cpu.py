@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU kernel (csrc/cpu): one pass over the queries, no [N, M] tensor in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import GATE_REPORT_LEVEL, Problem, Statistics, statistics
+
+# torch is imported above, so its OpenMP runtime is loaded before the extension asks for one.
+try:
+    from fastnegate import _C
+except ImportError as error:
+    _C = None
+    _MISSING = f"the compiled extension is not part of this install ({error})"
+
+MOST_KEYS = 1024  # prompt keys, and tokens of one concept
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable() -> str | None:
+    return _MISSING if _C is None else None
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The instruction set in use: the best usable one, or what FASTNEGATE_CPU_ISA names.
+
+    Raises:
+        RuntimeError: FASTNEGATE_CPU_ISA names one that this build or machine does not have.
+    """
+    usable = _C.usable_isas()
+    forced = os.environ.get("FASTNEGATE_CPU_ISA")
+    if forced is not None and forced not in usable:
+        built = "" if forced in _C.built_isas() else " (not part of this build)"
+        raise RuntimeError(
+            f"FASTNEGATE_CPU_ISA={forced!r}: usable here are {', '.join(usable)}{built}"
+        )
+    return forced or usable[0]
+
+
+def supports(problem: Problem) -> str | None:
+    _, _, _, keys, dim = problem.sizes
+    tokens = problem.concepts
+    if (reason := unavailable()) is not None:
+        return reason
+    if problem.query.device.type != "cpu":
+        return f"query is on {problem.query.device}, not on the CPU"
+    if problem.query.dtype not in _DTYPES:
+        return f"dtype {problem.query.dtype} is not float32, bfloat16 or float16"
+    if dim % 8 or not 8 <= dim <= 256:
+        return f"head_dim={dim} is not a multiple of 8 up to 256"
+    if keys > MOST_KEYS:
+        return f"{keys} prompt keys are more than {MOST_KEYS}"
+    if tokens is not None and tokens.longest > MOST_KEYS:
+        return f"a concept of {tokens.longest} tokens is longer than {MOST_KEYS}"
+    return None
+
+
+def describe(problem: Problem) -> str:
+    """One line for `explain`."""
+    return f"instruction set {instruction_set()}, {torch.get_num_threads()} threads"
+
+
+def run(problem: Problem) -> Tensor:
+    return _run(problem, None)
+
+
+def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
+    batch, _, queries, _, _ = problem.sizes
+    entries = problem.concepts.entries if problem.concepts is not None else 0
+    tables = (torch.zeros(entries, 5), torch.zeros(entries, queries), torch.zeros(batch, 3))
+    output = _run(problem, tables)
+    return output, statistics(*tables)
+
+
+def _run(problem: Problem, tables: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    query, tokens, rule = problem.query, problem.concepts, problem.rule
+    batch, heads, queries, keys, dim = problem.sizes
+    out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    key_bias, bias_strides = None, [0, 0, 0, 0]
+    if problem.key_bias is not None:
+        key_bias = problem.key_bias.float()
+        shape = (batch, heads, key_bias.shape[2], keys)
+        bias_strides = list(key_bias.expand(shape).stride())
+        if not problem.bias_per_query:
+            bias_strides[2] = 0
+        elif queries > 1 and bias_strides[2] == 0:
+            key_bias = key_bias.contiguous()
+            bias_strides = list(key_bias.expand(shape).stride())
+    held: list[Tensor | None] = [query, problem.key, problem.value, out]  # until the call returns
+    if tokens is None:
+        held += [None, None, key_bias] + [None] * 7
+        counts = [0, 0, 0, 0]
+    else:
+        held += [tokens.key, tokens.value, key_bias, tokens.token_bias, tokens.token_weight]
+        held += [tokens.direction, tokens.update, tokens.offset, tokens.index, tokens.numbers]
+        counts = [tokens.tokens, tokens.concepts, tokens.entries, tokens.longest]
+    held += list(tables) if tables is not None else [None] * 3
+    _C.run_cpu(
+        [0 if t is None else t.data_ptr() for t in held],
+        [batch, heads, queries, keys, dim, *counts],
+        [_strides(t) for t in held[:6]],
+        bias_strides,
+        _DTYPES[query.dtype],
+        problem.scale,
+        rule.codes,
+        rule.numbers,
+        GATE_REPORT_LEVEL,
+        instruction_set(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _strides(tensor: Any) -> list[int]:
+    """(batch, head, row) in elements; concept tensors are [T, H, D], the others [B, H, N, D]."""
+    if tensor is None:
+        return [0, 0, 0]
+    if tensor.dim() == 3:
+        return [0, tensor.stride(1), tensor.stride(0)]
+    return list(tensor.stride()[:3])

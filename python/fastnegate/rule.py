@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Rule`: which similarity, gate, direction, combination and norm an operator call uses.
+
+A rule is a small immutable value. Every backend reads it as two flat lists, `Rule.codes` (integers)
+and `Rule.numbers` (floats), whose order is fixed here and mirrored once, in `csrc/.../problem.h`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+SIMILARITIES = ("one", "cosine", "direction", "mass")
+GATES = ("open", "step", "ramp", "sigmoid")
+DIRECTIONS = ("raw", "difference", "orthogonal", "projection", "fixed", "retrieve")
+COMBINES = ("separate", "joint")
+SELECTS = ("all", "max")
+NORMS = ("none", "limit", "preserve")
+SCOPES = ("head", "feature")
+TOKENS = ("full", "content", "weighted", "prototype", "none")
+
+_WORDS = {
+    "similarity": SIMILARITIES,
+    "gate": GATES,
+    "direction": DIRECTIONS,
+    "combine": COMBINES,
+    "select": SELECTS,
+    "norm": NORMS,
+    "scope": SCOPES,
+    "tokens": TOKENS,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How concepts act on a query's attention output: `O = a Z + sum_e b_e X_e`.
+
+    Args:
+        similarity: `one`, `cosine`, `direction` or `mass`: the number r measured per query.
+        gate: `open`, `step`, `ramp` or `sigmoid`: how r opens the gate g.
+        direction: `raw`, `difference`, `orthogonal`, `projection`, `fixed` or `retrieve`: what is
+            subtracted.
+        combine: `separate` (`Z - sum strength g D`) or `joint` (one softmax over prompt and
+            concepts; direction must be `raw`).
+        select: `all`, or `max`: per query only the entry with the largest gate acts.
+        norm: `none`, `limit` (output norm at most `norm_limit` times the input's) or `preserve`.
+        norm_order: 1 or 2, the p of the norm; `preserve` needs 2.
+        norm_limit: >= 1, the factor of `limit`.
+        blend: in [0, 1]; the output is `blend * Y + (1 - blend) * Z`.
+        scope: `head` or `feature`: over which channels inner products and norms run.
+        temperature: softmax temperature of `retrieve`; None means 1 / scale.
+        strength, logit_bias, threshold, width, cap: the numbers of an entry that does not name its
+            own. `width=None` means `1 - threshold` of the entry.
+        tokens: which tokens of a concept a `ConceptBank` hands to this rule: `full`, `content`,
+            `weighted` (all of them, only content keeps its value), `prototype` or `none`.
+        stop: default end of the active window, as a fraction of the denoising steps.
+        name: shown in reports.
+
+    Raises:
+        ValueError: a word or number is outside what is allowed, or words do not go together.
+    """
+
+    similarity: str = "one"
+    gate: str = "open"
+    direction: str = "raw"
+    combine: str = "separate"
+    select: str = "all"
+    norm: str = "none"
+    norm_order: int = 2
+    norm_limit: float = 1.0
+    blend: float = 1.0
+    scope: str = "head"
+    temperature: float | None = None
+    strength: float = 1.0
+    logit_bias: float = 0.0
+    threshold: float = 0.0
+    width: float | None = 1.0
+    cap: float = 1.0
+    tokens: str = "full"
+    stop: float = 1.0
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        for field, words in _WORDS.items():
+            if getattr(self, field) not in words:
+                raise ValueError(f"{field}={getattr(self, field)!r}: allowed are {', '.join(words)}")
+        for field in ("strength", "logit_bias", "threshold", "norm_limit"):
+            check_number(field, getattr(self, field))
+        for field in ("blend", "cap", "stop"):
+            check_number(field, getattr(self, field), low=0.0, high=1.0)
+        if self.norm_limit < 1.0:
+            raise ValueError(f"norm_limit={self.norm_limit!r}: must be >= 1")
+        if self.norm_order not in (1, 2):
+            raise ValueError(f"norm_order={self.norm_order!r}: allowed are 1, 2")
+        for field in ("width", "temperature"):
+            if getattr(self, field) is not None:
+                check_number(field, getattr(self, field), above=0.0)
+        if self.combine == "joint" and self.direction != "raw":
+            raise ValueError(f"direction={self.direction!r}: combine='joint' needs direction='raw'")
+        if self.direction == "retrieve" and self.scope != "head":
+            raise ValueError(f"scope={self.scope!r}: direction='retrieve' needs scope='head'")
+        if self.norm == "preserve" and self.norm_order != 2:
+            raise ValueError(f"norm_order={self.norm_order!r}: norm='preserve' needs norm_order=2")
+
+    @classmethod
+    def preset(cls, name: str, *, family: str | None = None, **overrides: Any) -> Rule:
+        """The published (or reconstructed) method `name`, with fields overridden by keyword.
+
+        Args:
+            name: one of `fastnegate.presets()`.
+            family: model family whose published constants to use (`sd15`, `sd2`, `sdxl`, `pixart`,
+                `sana`, `sd35`, `flux`, `wan`); only `nag` and `nasa` have such constants. None and
+                families without published constants mean the Stable Diffusion 1.5 values.
+            overrides: fields of `Rule`. A field that changes the method itself (a word, not a
+                number) is written into the rule's name, e.g. `nag[scope=head]`: a per-head NAG is
+                not NAG.
+
+        Raises:
+            ValueError: unknown preset, family or field value.
+            TypeError: unknown field.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"rule={name!r}: presets are {', '.join(_PRESETS)}")
+        if family is not None and family not in FAMILIES:
+            raise ValueError(f"family={family!r}: allowed are {', '.join(FAMILIES)}")
+        published = _PUBLISHED.get((name, family or "sd15"), _PUBLISHED.get((name, "sd15"), {}))
+        rule = dataclasses.replace(_PRESETS[name], name=name, **published)
+        changed = [f for f in _WORDS if f in overrides and overrides[f] != getattr(rule, f)]
+        if changed:
+            name += "[" + ",".join(f"{f}={overrides[f]}" for f in changed) + "]"
+        return dataclasses.replace(rule, **{"name": name, **overrides})
+
+    @property
+    def codes(self) -> list[int]:
+        """The words as integers: similarity, gate, direction, combine, select, norm, norm_order,
+        scope."""
+        return [
+            SIMILARITIES.index(self.similarity),
+            GATES.index(self.gate),
+            DIRECTIONS.index(self.direction),
+            COMBINES.index(self.combine),
+            SELECTS.index(self.select),
+            NORMS.index(self.norm),
+            self.norm_order,
+            SCOPES.index(self.scope),
+        ]
+
+    @property
+    def numbers(self) -> list[float]:
+        """norm_limit, blend, temperature (0: 1 / scale), then the entry defaults strength,
+        logit_bias, threshold, width (0: 1 - threshold), cap."""
+        return [
+            self.norm_limit,
+            self.blend,
+            self.temperature or 0.0,
+            self.strength,
+            self.logit_bias,
+            self.threshold,
+            self.width or 0.0,
+            self.cap,
+        ]
+
+    @classmethod
+    def from_flat(cls, codes: list[int], numbers: list[float]) -> Rule:
+        """The inverse of `codes` and `numbers` (name, tokens and stop are not part of them)."""
+        return cls(
+            similarity=SIMILARITIES[codes[0]],
+            gate=GATES[codes[1]],
+            direction=DIRECTIONS[codes[2]],
+            combine=COMBINES[codes[3]],
+            select=SELECTS[codes[4]],
+            norm=NORMS[codes[5]],
+            norm_order=codes[6],
+            scope=SCOPES[codes[7]],
+            norm_limit=numbers[0],
+            blend=numbers[1],
+            temperature=numbers[2] or None,
+            strength=numbers[3],
+            logit_bias=numbers[4],
+            threshold=numbers[5],
+            width=numbers[6] or None,
+            cap=numbers[7],
+        )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the rule reads L_e or F_e, so that an entry without tokens does not exist."""
+        return self.similarity in ("cosine", "mass") or self.direction != "fixed"
+
+    @property
+    def reads_direction(self) -> bool:
+        """Whether the rule reads the fixed vector u of a concept."""
+        return self.similarity == "direction" or self.direction == "fixed"
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+) -> None:
+    """Raise a ValueError that names `name` unless `value` is a finite number within the limits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
+    if above is not None and value <= above:
+        raise ValueError(f"{name}={value!r}: must be > {above:g}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: must be in [{low:g}, {high:g}]")
+
+
+FAMILIES = ("sd15", "sd2", "sdxl", "pixart", "sana", "sd35", "flux", "wan")
+
+# Sources: reference text in README, "Methods". `protore` and `ong` are reconstructions: the equations
+# of those papers are not public.
+_PRESETS = {
+    # Dong et al., NeurIPS 2023: prototype -> retrieve negative features -> refine.
+    "protore": Rule("cosine", "ramp", "projection", select="max", norm="limit", strength=2.0,
+                    threshold=0.5, width=None, tokens="prototype"),
+    "protore_retrieve": Rule("cosine", "ramp", "retrieve", select="max", norm="limit", strength=2.0,
+                             threshold=0.5, width=None, tokens="prototype"),
+    # arXiv 2408.01014 v2 (GIE): its own softmax, values of the content tokens only, first 80 %.
+    "eiup": Rule(tokens="weighted", stop=0.8),
+    # arXiv 2505.21179, eq. 7-10: strength is the paper's phi (public code's nag_scale is phi + 1).
+    "nag": Rule(direction="difference", norm="limit", norm_order=1, scope="feature"),
+    # arXiv 2508.10931: alpha, beta; NegPiP is beta = 0.
+    "vsf": Rule(combine="joint", strength=3.3, logit_bias=0.1, tokens="content"),
+    # arXiv 2412.02687, eq. 7-9.
+    "nasa": Rule(),
+    # arXiv 2605.29390, from the abstract.
+    "ong": Rule(direction="orthogonal", scope="feature"),
+    # arXiv 2503.09630: beta = 2 reflects; the published hook sits after the output projection.
+    "casteer": Rule("direction", "step", "fixed", scope="feature", strength=2.0, tokens="none"),
+}  # fmt: skip
+
+
+def _nag(phi: float, alpha: float) -> dict[str, Any]:
+    return {"strength": phi, "norm_limit": 2.5, "blend": alpha}
+
+
+_PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
+    ("nag", "sd15"): _nag(2.0, 0.375),
+    ("nag", "sd2"): _nag(2.0, 0.375),
+    ("nag", "sdxl"): _nag(2.0, 0.5),
+    ("nag", "pixart"): _nag(4.0, 0.375),
+    ("nag", "sana"): _nag(4.0, 0.375),
+    ("nag", "sd35"): _nag(4.0, 0.125),
+    ("nag", "flux"): _nag(4.0, 0.25),
+    ("nag", "wan"): _nag(4.0, 0.25),
+    ("nasa", "sd15"): {"strength": 0.1},
+    ("nasa", "sd2"): {"strength": 0.2},
+    ("nasa", "pixart"): {"strength": 0.5},
+}
+
+
+def presets() -> dict[str, Rule]:
+    """Every preset by name, with the Stable Diffusion 1.5 constants where a method has several."""
+    return {name: Rule.preset(name) for name in _PRESETS}

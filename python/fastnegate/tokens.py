@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ConceptTokens`: the concepts of one attention layer and which batch row negates which of them.
+
+Two small tensors carry everything that may change between calls, so that a captured graph stays
+valid: `numbers` (float32, one row per entry) and `index` (int32). Their sizes are host-side
+capacities; only they decide tile sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rule import check_number
+
+NUMBERS = ("strength", "logit_bias", "threshold", "width", "cap", "active")
+COLUMNS = 8  # numbers per entry, padded from 6 so that a row is 32 bytes
+
+_LIMITS: dict[str, dict[str, float]] = {
+    "width": {"above": 0.0},
+    "cap": {"low": 0.0, "high": 1.0},
+    "active": {"low": 0.0, "high": 1.0},
+}
+Row = Sequence["int | Mapping[str, Any]"]
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptTokens:
+    """Packed concept tokens of one layer; build it with `pack` or `uniform`.
+
+    With T tokens, C concepts, E entries, B batch rows, H heads and head dimension D:
+
+    Attributes:
+        key, value: [T, H, D], the dtype and device of the query.
+        index: int32 [E + 2 C + B + 1]: the concept of each entry, `begin` and `length` of each
+            concept in the token axis, and the CSR offsets of the rows into the entries.
+        numbers: float32 [E, 8]: strength, logit_bias, threshold, width, cap, active and two unused
+            columns. NaN means "the rule's default". `strength` etc. are views, made for in-place
+            changes.
+        entries, concepts: E and C.
+        longest: capacity, the most tokens a concept has.
+        busiest: capacity, the most entries a row has.
+        token_bias: float32 [T] or None, added to the logits; -inf masks a token.
+        token_weight: float32 [T] or None, multiplies a token's value, not its softmax mass.
+        direction, update: float32 [C, H, D] or None: fixed vectors u and u' (default u).
+        offset: float32 [C] or None: added to <Z, u>.
+    """
+
+    key: Tensor
+    value: Tensor
+    index: Tensor
+    numbers: Tensor
+    entries: int
+    concepts: int
+    longest: int
+    busiest: int
+    token_bias: Tensor | None = None
+    token_weight: Tensor | None = None
+    direction: Tensor | None = None
+    update: Tensor | None = None
+    offset: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        rows: Sequence[Row],
+        *,
+        token_bias: Sequence[Tensor | None] | Tensor | None = None,
+        token_weight: Sequence[Tensor | None] | Tensor | None = None,
+        direction: Sequence[Tensor] | Tensor | None = None,
+        update: Sequence[Tensor] | Tensor | None = None,
+        offset: Sequence[float] | Tensor | None = None,
+        **numbers: float,
+    ) -> ConceptTokens:
+        """Pack one list of concepts and one list of batch rows.
+
+        Args:
+            keys, values: one [T_c, H, D] tensor per concept; T_c may be 0.
+            rows: one list per batch row. Its items are concept indices, or dicts with `concept` and
+                any of strength, logit_bias, threshold, width, cap, active.
+            token_bias, token_weight: one [T_c] tensor (or None) per concept, or one [T] tensor.
+            direction, update: one [H, D] tensor per concept, or one [C, H, D] tensor.
+            offset: one number per concept.
+            numbers: strength, logit_bias, threshold, width (> 0), cap and active (in [0, 1]) for
+                entries that do not name their own. What neither names comes from the rule.
+
+        Raises:
+            ValueError: shapes, dtypes or devices disagree, a number is not finite or out of range,
+                or a row names a concept that does not exist.
+            TypeError: an argument or number with an unknown name.
+        """
+        if len(keys) != len(values):
+            raise ValueError(f"keys has {len(keys)} concepts, values has {len(values)}")
+        if not keys:
+            if any(len(row) for row in rows):
+                raise ValueError("rows name concepts, but keys is empty")
+        first = keys[0] if keys else torch.empty(0, 0, 0)
+        for name, tensors in (("keys", keys), ("values", values)):
+            for c, t in enumerate(tensors):
+                if t.dim() != 3 or t.shape[1:] != first.shape[1:]:
+                    raise ValueError(
+                        f"{name}[{c}] has shape {list(t.shape)}: must be [tokens, H, D] with "
+                        f"[H, D] = {list(first.shape[1:])} as in keys[0]"
+                    )
+                if len(t) != len(keys[c]):
+                    raise ValueError(f"{name}[{c}] has {len(t)} tokens, keys[{c}] {len(keys[c])}")
+                if t.dtype != first.dtype or t.device != first.device:
+                    raise ValueError(
+                        f"{name}[{c}] is {t.dtype} on {t.device}, keys[0] is {first.dtype} on "
+                        f"{first.device}: they must agree"
+                    )
+        for name, number in numbers.items():
+            if name not in NUMBERS:
+                raise TypeError(f"unknown number {name!r}: allowed are {', '.join(NUMBERS)}")
+            check_number(name, number, **_LIMITS.get(name, {}))
+
+        entries = [
+            _entry(item, f"rows[{b}][{i}]", len(keys), numbers)
+            for b, row in enumerate(rows)
+            for i, item in enumerate(row)
+        ]
+        offsets = [0]
+        for row in rows:
+            offsets.append(offsets[-1] + len(row))
+        lengths = [len(k) for k in keys]
+        begins = [sum(lengths[:c]) for c in range(len(lengths))]
+        device = first.device
+        index = [c for c, _ in entries] + begins + lengths + offsets
+        table = torch.tensor([n for _, n in entries], dtype=torch.float32).reshape(-1, COLUMNS)
+        heads = list(first.shape[1:])
+        return cls(
+            key=torch.cat(list(keys)) if keys else first,
+            value=torch.cat(list(values)) if keys else first,
+            index=torch.tensor(index, dtype=torch.int32, device=device),
+            numbers=table.to(device),
+            entries=len(entries),
+            concepts=len(keys),
+            longest=max(lengths, default=0),
+            busiest=max((len(row) for row in rows), default=0),
+            token_bias=_per_token("token_bias", token_bias, lengths, 0.0, device),
+            token_weight=_per_token("token_weight", token_weight, lengths, 1.0, device),
+            direction=_per_concept("direction", direction, [len(keys), *heads], device),
+            update=_per_concept("update", update, [len(keys), *heads], device),
+            offset=_per_concept("offset", offset, [len(keys)], device),
+        )
+
+    @classmethod
+    def uniform(
+        cls, keys: Sequence[Tensor], values: Sequence[Tensor], batch: int, **numbers: Any
+    ) -> ConceptTokens:
+        """Pack concepts that every one of `batch` rows negates; arguments as for `pack`."""
+        return cls.pack(keys, values, [list(range(len(keys)))] * batch, **numbers)
+
+    @property
+    def batch(self) -> int:
+        """B, the number of batch rows."""
+        return self.index.shape[0] - self.entries - 2 * self.concepts - 1
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of packed tokens."""
+        return self.key.shape[0]
+
+    def first_rows(self, batch: int) -> ConceptTokens:
+        """The same concepts for the first `batch` rows: views, so in-place changes still show."""
+        if not 0 <= batch <= self.batch:
+            raise ValueError(f"batch={batch}: these tokens hold {self.batch} rows")
+        return replace(self, index=self.index[: self.index.shape[0] - self.batch + batch])
+
+    def cast(self, dtype: torch.dtype) -> ConceptTokens:
+        """Keys and values in `dtype`; numbers stay float32."""
+        return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
+
+    @property
+    def strength(self) -> Tensor:
+        return self.numbers[:, 0]
+
+    @property
+    def logit_bias(self) -> Tensor:
+        return self.numbers[:, 1]
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.numbers[:, 2]
+
+    @property
+    def width(self) -> Tensor:
+        return self.numbers[:, 3]
+
+    @property
+    def cap(self) -> Tensor:
+        return self.numbers[:, 4]
+
+    @property
+    def active(self) -> Tensor:
+        return self.numbers[:, 5]
+
+
+def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:
+    """One row of `ConceptTokens.numbers` from the numbers given; the rest are the rule's."""
+    row = [float("nan")] * (COLUMNS - 2) + [0.0, 0.0]
+    row[NUMBERS.index("active")] = 1.0
+    for name, number in given.items():
+        if name not in NUMBERS:
+            raise TypeError(f"{where}: unknown key {name!r}: allowed are concept, {', '.join(NUMBERS)}")
+        check_number(f"{where}: {name}", number, **_LIMITS.get(name, {}))
+        row[NUMBERS.index(name)] = float(number)
+    return row
+
+
+def _entry(
+    item: Any, where: str, concepts: int, defaults: Mapping[str, float]
+) -> tuple[int, list[float]]:
+    given = dict(item) if isinstance(item, Mapping) else {"concept": item}
+    concept = given.pop("concept", None)
+    if isinstance(concept, bool) or not isinstance(concept, int):
+        raise ValueError(f"{where}={item!r}: must be a concept index or a dict with 'concept'")
+    if not 0 <= concept < concepts:
+        raise ValueError(f"{where} names concept {concept}: there are {concepts} (0 to {concepts - 1})")
+    return concept, entry_numbers(where, {**defaults, **given})
+
+
+def _per_token(
+    name: str,
+    parts: Sequence[Tensor | None] | Tensor | None,
+    lengths: list[int],
+    fill: float,
+    device: torch.device,
+) -> Tensor | None:
+    if parts is None:
+        return None
+    if isinstance(parts, Tensor):
+        packed = parts
+    else:
+        if len(parts) != len(lengths):
+            raise ValueError(f"{name} has {len(parts)} concepts, keys has {len(lengths)}")
+        packed = torch.cat(
+            [torch.full((n,), fill) if p is None else p.cpu() for p, n in zip(parts, lengths)]
+        )
+    if packed.shape != (sum(lengths),):
+        raise ValueError(f"{name} has shape {list(packed.shape)}: must be [{sum(lengths)}]")
+    if packed.isnan().any() or (packed == float("inf")).any():
+        raise ValueError(f"{name} holds nan or +inf")
+    return packed.to(device=device, dtype=torch.float32)
+
+
+def _per_concept(name: str, parts: Any, shape: list[int], device: torch.device) -> Tensor | None:
+    if parts is None:
+        return None
+    if not isinstance(parts, Tensor):
+        parts = torch.stack([torch.as_tensor(p, dtype=torch.float32) for p in parts])
+    if list(parts.shape) != shape:
+        raise ValueError(f"{name} has shape {list(parts.shape)}: must be {shape}")
+    if not parts.isfinite().all():
+        raise ValueError(f"{name} holds nan or inf")
+    return parts.to(device=device, dtype=torch.float32).contiguous()
