@@ -16,17 +16,36 @@ from .attention import (
     negated_attention_with_statistics,
 )
 from .backends import BackendError
+from .concepts import BankMismatchError, Concept, ConceptBank
+from .engine import Engine, NegationNotAppliedError, RowMapError
+from .policy import Policy
 from .problem import Statistics
 from .rule import Rule, presets
 from .tokens import ConceptTokens
 
 __version__ = "0.1.0"
 
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "Audit": ".audit",
+    "audit": ".audit",
+    "DisplacedProcessorError": ".integrations.diffusers.install",
+    "NegationAttnProcessor": ".integrations.diffusers.processor",
+    "UnsupportedModelError": ".integrations.diffusers.families",
+    "install": ".integrations.diffusers.install",
+    "negate": ".integrations.diffusers.install",
+    "processors_for": ".integrations.diffusers.install",
+}
 
 __all__ = [
     "BackendError",
+    "BankMismatchError",
+    "Concept",
+    "ConceptBank",
     "ConceptTokens",
+    "Engine",
+    "NegationNotAppliedError",
+    "Policy",
+    "RowMapError",
     "Rule",
     "Statistics",
     "backends",

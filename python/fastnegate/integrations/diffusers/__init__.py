@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers: families, encoding of concepts, the attention processor, install and negate."""

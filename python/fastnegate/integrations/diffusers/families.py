@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of supported model families: where the text cross-attention is, how text gets there, and
+how classifier-free guidance lays out the batch. What is not in the table is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+
+class UnsupportedModelError(ValueError):
+    """The pipeline, model or layer is not one whose attention this package knows."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline class.
+
+    Attributes:
+        denoiser: attribute of the pipeline that holds the model.
+        encoders: (tokenizer, text encoder) attributes, in the order of their use.
+        constants: which published constants presets take (`Rule.preset(family=...)`).
+        masked_padding: whether the model masks padding tokens (else it attends to them).
+        projection: attribute path of the module between text encoder and attention, or None.
+        tells_guidance: whether the pipeline has `do_classifier_free_guidance` during a call; if
+            not, it is an argument of its `encode_prompt`.
+    """
+
+    denoiser: str
+    encoders: tuple[tuple[str, str], ...]
+    constants: Callable[[Any], str]
+    masked_padding: bool = False
+    projection: str | None = None
+    tells_guidance: bool = True
+
+
+_SD = Family(
+    "unet",
+    (("tokenizer", "text_encoder"),),
+    # Stable Diffusion 2 is the one with OpenCLIP's width.
+    lambda pipe: "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd15",
+)
+_SDXL = Family(
+    "unet", (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
+)
+_PIXART = Family(
+    "transformer",
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "pixart",
+    masked_padding=True,
+    projection="caption_projection",
+    tells_guidance=False,
+)
+
+_TABLE: dict[str, Family] = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": _PIXART,
+}
+
+
+def family(pipe: Any) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        UnsupportedModelError: not in the table, or a subclass that changes `__call__`, whose batch
+            layout is therefore unknown.
+    """
+    for name, entry in _TABLE.items():
+        known = getattr(diffusers, name)
+        if isinstance(pipe, known) and type(pipe).__call__ is known.__call__:
+            return entry
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(_TABLE)}"
+    )
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The model that the pipeline calls at each step, as the pipeline holds it (perhaps compiled)."""
+    model: nn.Module = getattr(pipe, family(pipe).denoiser)
+    return model
+
+
+def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
+    """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
+    from diffusers.models.attention_processor import Attention
+
+    model = getattr(model, "_orig_mod", model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+    }
+
+
+def project_context(pipe: Any, embeddings: Tensor) -> Tensor:
+    """Text embeddings [T, C] as the cross-attention layers receive them."""
+    entry = family(pipe)
+    if entry.projection is None:
+        return embeddings
+    model = getattr(denoiser(pipe), "_orig_mod", denoiser(pipe))
+    projected: Tensor = getattr(model, entry.projection)(embeddings.unsqueeze(0)).squeeze(0)
+    return projected
+
+
+class Guidance:
+    """Whether the pipeline call in progress uses classifier-free guidance.
+
+    Pipelines that do not tell are listened to: the argument of their `encode_prompt` says.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._heard: bool | None = None
+        self._listening = False
+
+    def listen(self) -> None:
+        if family(self._pipe).tells_guidance:
+            return
+        original = self._pipe.encode_prompt
+        signature = inspect.signature(original)
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            self._heard = bool(bound.arguments["do_classifier_free_guidance"])
+            return original(*args, **kwargs)
+
+        self._pipe.encode_prompt = encode_prompt
+        self._listening = True
+
+    def stop_listening(self) -> None:
+        if self._listening:
+            del self._pipe.encode_prompt  # the instance attribute; the method is behind it
+            self._listening = False
+
+    def __call__(self) -> bool:
+        """Raises UnsupportedModelError outside a pipeline call, where nobody can tell."""
+        if family(self._pipe).tells_guidance:
+            try:
+                return bool(self._pipe.do_classifier_free_guidance)
+            except AttributeError:
+                heard = None
+        else:
+            heard = self._heard
+        if heard is None:
+            raise UnsupportedModelError(
+                "cannot tell which batch rows are conditional outside a pipeline call: say so with "
+                "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
+            )
+        return heard

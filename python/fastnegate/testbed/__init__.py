@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real, trained text-to-image model in the package, and a judge of what it draws.
+
+`load()` gives a diffusers `StableDiffusionPipeline` for 32x32 pictures of coloured shapes, small
+enough for a laptop and offline; `suite` gives prompts with a concept to negate, `detect` and its
+companions tell from a picture whether the concept is gone and the rest has stayed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .concepts import CONCEPTS, covers, members, templates
+from .detector import (
+    LOOSE,
+    STRICT,
+    Detection,
+    Thresholds,
+    detect,
+    kept,
+    objects_in,
+    shows,
+)
+from .suites import SUITES, Case, suite
+from .world import PromptObject, caption, check_prompt, render
+
+if TYPE_CHECKING:
+    from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, load
+
+__all__ = [
+    "CONCEPTS",
+    "DEFAULT_GUIDANCE",
+    "DEFAULT_STEPS",
+    "LOOSE",
+    "STRICT",
+    "SUITES",
+    "Case",
+    "Detection",
+    "PromptObject",
+    "Thresholds",
+    "caption",
+    "check_prompt",
+    "covers",
+    "detect",
+    "kept",
+    "load",
+    "members",
+    "objects_in",
+    "render",
+    "shows",
+    "suite",
+    "templates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Only the model needs diffusers: prompts and the detector work without it.
+    if name in ("DEFAULT_GUIDANCE", "DEFAULT_STEPS", "load"):
+        from . import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

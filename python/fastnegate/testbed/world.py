@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world of the testbed: coloured shapes on a plain ground, and the words that describe them.
+
+A caption names one object (drawn in the centre) or two (the first left, the second right), and may
+end in a background: "a red circle and a blue ring on white". Three kinds of words make negation
+worth judging here: *umbrella* words that cover several colours or shapes ("warm"), *aliases* that
+hide both ("tomato" is a red circle), and captions entangled with the concept to remove.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+
+SIZE = 32
+"""Height and width of every image, in pixels."""
+
+PALETTE: Mapping[str, tuple[int, int, int]] = {
+    "red": (215, 25, 30),
+    "orange": (250, 135, 15),
+    "yellow": (245, 225, 40),
+    "green": (30, 165, 60),
+    "blue": (35, 80, 225),
+    "purple": (145, 45, 175),
+}
+"""8-bit RGB of every colour."""
+
+BACKGROUNDS: Mapping[str, float] = {"white": 1.0, "black": 0.0, "gray": 0.55}
+"""Gray level, in [0, 1], of every background."""
+
+COLORS: tuple[str, ...] = tuple(PALETTE)
+SHAPES: tuple[str, ...] = ("circle", "ring", "square", "triangle", "diamond", "cross")
+
+COLOR_UMBRELLAS: Mapping[str, tuple[str, ...]] = {
+    "warm": ("red", "orange", "yellow"),
+    "cold": ("green", "blue", "purple"),
+}
+SHAPE_UMBRELLAS: Mapping[str, tuple[str, ...]] = {
+    "round": ("circle", "ring"),
+    "polygon": ("square", "triangle", "diamond"),
+}
+UMBRELLAS: Mapping[str, tuple[str, ...]] = {**COLOR_UMBRELLAS, **SHAPE_UMBRELLAS}
+"""Umbrella word -> the colours or shapes that it covers."""
+
+
+@dataclass(frozen=True)
+class PromptObject:
+    """One object as a caption names it.
+
+    Args:
+        color: one of `COLORS` or `COLOR_UMBRELLAS`; None where the caption names no colour.
+        shape: one of `SHAPES` or `SHAPE_UMBRELLAS`; None where the caption names no shape.
+
+    Raises:
+        ValueError: for any other word.
+    """
+
+    color: str | None
+    shape: str | None
+
+    def __post_init__(self) -> None:
+        for name, word, allowed in (
+            ("color", self.color, (*COLORS, *COLOR_UMBRELLAS)),
+            ("shape", self.shape, (*SHAPES, *SHAPE_UMBRELLAS)),
+        ):
+            if word is not None and word not in allowed:
+                raise ValueError(f"{name}={word!r}; allowed: None, {', '.join(allowed)}")
+
+
+ALIASES: Mapping[str, PromptObject] = {
+    "tomato": PromptObject("red", "circle"),
+    "sun": PromptObject("yellow", "circle"),
+    "donut": PromptObject("orange", "ring"),
+    "brick": PromptObject("red", "square"),
+    "leaf": PromptObject("green", "diamond"),
+    "sea": PromptObject("blue", "triangle"),
+    "grape": PromptObject("purple", "circle"),
+    "medkit": PromptObject("red", "cross"),
+}
+"""Word that hides a colour and a shape -> the object it stands for."""
+
+VOCABULARY: tuple[str, ...] = (
+    *("<pad>", "<eos>", "<bos>", "a", "an", "and", "left", "above", "of", "on"),
+    *("big", "small", "shape", "thing", "no"),
+    *SHAPES,
+    *COLORS,
+    *BACKGROUNDS,
+    *UMBRELLAS,
+    *ALIASES,
+)
+"""Every word of the tokenizer, in the order of its ids."""
+
+# In the vocabulary, but in no training caption: their embeddings are noise.
+_UNTRAINED = ("<pad>", "<eos>", "<bos>", "above", "big", "small", "thing", "no")
+
+WORDS: tuple[str, ...] = tuple(word for word in VOCABULARY if word not in _UNTRAINED)
+"""The words that a prompt may use: those that the model was trained on."""
+
+MAX_WORDS = 14
+"""Longest prompt, in words: the text encoder reads 16 tokens, two of them begin and end."""
+
+
+def check_prompt(prompt: str) -> None:
+    """Check that the model can read `prompt`: known words, at most `MAX_WORDS` of them.
+
+    Case does not matter; the empty prompt is allowed (it is the unconditional caption).
+
+    Raises:
+        ValueError: naming the first unknown word and the vocabulary, or the number of words.
+    """
+    words = prompt.lower().split()
+    for word in words:
+        if word not in WORDS:
+            raise ValueError(
+                f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(WORDS)}"
+            )
+    if len(words) > MAX_WORDS:
+        raise ValueError(f"prompt={prompt!r} has {len(words)} words; at most {MAX_WORDS} fit")
+
+
+def article(word: str) -> str:
+    """The indefinite article of `word`: "a" or "an"."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def phrase(thing: PromptObject) -> str:
+    """The words for one object: "a red circle", "an orange shape", "a warm round shape"."""
+    # As in the training captions: "round" is an adjective, "polygon" is a noun.
+    noun = {None: "shape", "round": "round shape"}.get(thing.shape, thing.shape)
+    words = f"{thing.color} {noun}" if thing.color else f"{noun}"
+    return f"{article(words)} {words}"
+
+
+def caption(things: Sequence[PromptObject], background: str | None = None) -> str:
+    """The caption of a scene: the phrases of `things` joined by "and", and the background."""
+    words = " and ".join(phrase(thing) for thing in things)
+    return f"{words} on {background}" if background else words
+
+
+def signed_distance(shape: str, x: FloatArray, y: FloatArray, radius: float) -> FloatArray:
+    """Signed distance, in pixels and negative inside, from offsets to the outline of a shape.
+
+    Args:
+        shape: one of `SHAPES`.
+        x, y: offsets from the shape's centre in pixels, y downwards; any shapes that broadcast.
+        radius: half of the shape's extent, in pixels.
+
+    Raises:
+        ValueError: `shape` is not in `SHAPES`.
+    """
+    distance: FloatArray
+    if shape == "circle":
+        distance = np.hypot(x, y) - radius
+    elif shape == "ring":
+        distance = np.abs(np.hypot(x, y) - 0.74 * radius) - 0.26 * radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+    elif shape == "triangle":
+        sides = (1.75 * np.abs(x) - y - 0.95 * radius) / np.hypot(1.75, 1)
+        distance = np.maximum(y - 0.8 * radius, sides)
+    elif shape == "diamond":
+        distance = (1.25 * np.abs(x) + np.abs(y) - 1.1 * radius) / np.hypot(1.25, 1)
+    elif shape == "cross":
+        upright = np.maximum(np.abs(x) - 0.36 * radius, np.abs(y) - radius)
+        level = np.maximum(np.abs(x) - radius, np.abs(y) - 0.36 * radius)
+        distance = np.minimum(upright, level)
+    else:
+        raise ValueError(f"shape={shape!r}; allowed: {', '.join(SHAPES)}")
+    return distance
+
+
+def render(
+    things: Sequence[PromptObject],
+    background: str = "gray",
+    *,
+    rng: np.random.Generator | None = None,
+) -> NDArray[np.float32]:
+    """Draw a scene as the captions mean it: one object in the centre, or two, left and right.
+
+    Args:
+        things: one or two objects with a colour of `COLORS` and a shape of `SHAPES`.
+        background: one of `BACKGROUNDS`.
+        rng: draws positions and sizes as in the training images; None takes their means.
+
+    Returns:
+        float32 [32, 32, 3] RGB in [0, 1], with antialiased outlines.
+
+    Raises:
+        ValueError: another number of objects, an object without a colour or a shape of its own, or
+            an unknown background.
+    """
+    if len(things) not in (1, 2):
+        raise ValueError(f"things has {len(things)} objects; allowed: 1 or 2")
+    if background not in BACKGROUNDS:
+        raise ValueError(f"background={background!r}; allowed: {', '.join(BACKGROUNDS)}")
+
+    # Centre x and its jitter, jitter of the centre y, smallest and largest radius; all in pixels.
+    alone = len(things) == 1
+    centres = (SIZE / 2,) if alone else (8.2, 23.8)
+    jitter_x, jitter_y = (1.0, 1.0) if alone else (0.4, 1.5)
+    smallest, largest = (6.5, 7.5) if alone else (6.2, 7.0)
+
+    pixels = np.arange(SIZE) + 0.5
+    image = np.full((SIZE, SIZE, 3), BACKGROUNDS[background])
+    for thing, centre in zip(things, centres, strict=True):
+        if thing.color not in COLORS or thing.shape not in SHAPES:
+            raise ValueError(
+                f"things has {thing}; allowed colours: {', '.join(COLORS)};"
+                f" allowed shapes: {', '.join(SHAPES)}"
+            )
+        x, y, radius = centre, SIZE / 2, (smallest + largest) / 2
+        if rng is not None:
+            x += rng.uniform(-jitter_x, jitter_x)
+            y += rng.uniform(-jitter_y, jitter_y)
+            radius = rng.uniform(smallest, largest)
+        distance = signed_distance(thing.shape, pixels[None, :] - x, pixels[:, None] - y, radius)
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+        color = np.array(PALETTE[thing.color], np.float64) / 255
+        image = image * (1 - coverage) + color * coverage
+    return image.astype(np.float32)
