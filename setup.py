@@ -71,7 +71,7 @@ setup(
     version=version.group(1),
     packages=[*find_packages("python"), "fastnegate.triton_kernels"],
     package_dir={"": "python", "fastnegate.triton_kernels": "triton_kernels"},
-    package_data={"fastnegate.testbed": ["weights/**/*"]},
+    package_data={"fastnegate": ["py.typed"], "fastnegate.testbed": ["weights/**/*"]},
     include_package_data=False,
     ext_modules=[Extension("fastnegate._C", [])] if build_cpu() else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -18,24 +18,36 @@ constexpr int kTile = 2 * W;
 
 // ---- products ---------------------------------------------------------------------------------
 
+// A float32 sum of n products is off by up to n roundings; cutting it into chains keeps long sums
+// (D, M of hundreds) within the accuracy budget, and at 64 costs one add in 64.
+constexpr int64_t kChain = 64;
+
 // c[r][q] = scale[q] * sum_k a[k * lda + r] b[k][q] for ROWS rows and NQ vectors of queries.
 template <int ROWS, int NQ>
 FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const float* b,
                              const F* scale, float* c) {
-  F sum[ROWS][NQ] = {};
-  for (int64_t k = 0; k < depth; ++k, a += lda, b += NQ * W) {
-    F x[NQ];
-    for (int q = 0; q < NQ; ++q) x[q] = load(b + q * W);
+  int64_t begin = 0;
+  do {
+    const int64_t end = depth - begin < kChain ? depth : begin + kChain;
+    F sum[ROWS][NQ] = {};
+    for (int64_t k = begin; k < end; ++k, a += lda, b += NQ * W) {
+      F x[NQ];
+      for (int q = 0; q < NQ; ++q) x[q] = load(b + q * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const F y = splat(a[r]);
-      for (int q = 0; q < NQ; ++q) sum[r][q] = fma(y, x[q], sum[r][q]);
+      for (int r = 0; r < ROWS; ++r) {
+        const F y = splat(a[r]);
+        for (int q = 0; q < NQ; ++q) sum[r][q] = fma(y, x[q], sum[r][q]);
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-    for (int q = 0; q < NQ; ++q)
-      store(c + (r * NQ + q) * W, scale ? sum[r][q] * scale[q] : sum[r][q]);
+    for (int r = 0; r < ROWS; ++r)
+      for (int q = 0; q < NQ; ++q) {
+        float* at = c + (r * NQ + q) * W;
+        const F total = begin ? load(at) + sum[r][q] : sum[r][q];
+        store(at, scale && end == depth ? total * scale[q] : total);
+      }
+    begin = end;
+  } while (begin < depth);
 }
 
 template <int NQ>
@@ -209,13 +221,17 @@ void softmax(float* s, int64_t n, F* top, F* mass) {
   for (int64_t j = 0; j < n; ++j)
     for (int q = 0; q < NQ; ++q) top[q] = max(top[q], load(s + (j * NQ + q) * W));
   for (int q = 0; q < NQ; ++q) mass[q] = F{};
-  for (int64_t j = 0; j < n; ++j)
-    for (int q = 0; q < NQ; ++q) {
-      float* at = s + (j * NQ + q) * W;
-      const F w = exp2(load(at) - top[q]);
-      store(at, w);
-      mass[q] = mass[q] + w;
-    }
+  for (int64_t begin = 0; begin < n; begin += kRows) {  // short chains, as in multiply_step
+    F sum[NQ] = {};
+    for (int64_t j = begin; j < n && j < begin + kRows; ++j)
+      for (int q = 0; q < NQ; ++q) {
+        float* at = s + (j * NQ + q) * W;
+        const F w = exp2(load(at) - top[q]);
+        store(at, w);
+        sum[q] = sum[q] + w;
+      }
+    for (int q = 0; q < NQ; ++q) mass[q] = mass[q] + sum[q];
+  }
 }
 
 // Attention of x[d][lane] to n packed tokens: out[d][lane], with scratch s[n][lane].

@@ -9,9 +9,8 @@ import logging
 import torch
 from torch import Tensor
 
-from . import backends as registry
 from . import ops, reference
-from .backends import BackendError
+from .backends import AUTO, NAMES, BackendError, load, unavailable
 from .problem import Problem, Statistics
 from .rule import Rule, check_number
 from .tokens import COLUMNS, ConceptTokens
@@ -84,7 +83,7 @@ def negated_attention_with_statistics(
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can be used on this machine, else why not."""
-    return {name: registry.unavailable(name) for name in registry.NAMES}
+    return {name: unavailable(name) for name in NAMES}
 
 
 def explain(
@@ -106,10 +105,10 @@ def explain(
         f"entries={0 if concepts is None else concepts.entries}"
     ]
     chosen = _auto(problem)
-    for name in registry.AUTO:
+    for name in AUTO:
         reason = _refusal(problem, name)
         if name == chosen:
-            module = registry.load(name)
+            module = load(name)
             detail = f": {module.describe(problem)}" if hasattr(module, "describe") else ""
             lines.append(f"  {name}: chosen{detail}")
         else:
@@ -208,9 +207,7 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
     for name in ("key", "value"):
         tensor = getattr(concepts, name)
         if tensor.dim() != 3 or tensor.shape[1:] != (heads, dim):
-            raise ValueError(
-                f"concepts.{name} has shape {list(tensor.shape)}: must be [T, {heads}, {dim}]"
-            )
+            raise ValueError(f"concepts.{name} has shape {list(tensor.shape)}: must be [T, {heads}, {dim}]")
         if tensor.dtype != query.dtype:
             raise ValueError(f"concepts.{name} has dtype {tensor.dtype}: must be {query.dtype}")
         if dim > 1 and tensor.stride(2) != 1 and tensor.numel():
@@ -230,16 +227,14 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
         if tensor.device != query.device:
             raise ValueError(f"concepts.{name} is on {tensor.device}: must be on {query.device}")
         if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"concepts.{name} has shape {list(tensor.shape)}: must be {list(shapes[name])}"
-            )
+            raise ValueError(f"concepts.{name} has shape {list(tensor.shape)}: must be {list(shapes[name])}")
 
 
 def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
         return _auto(problem)
-    if backend not in registry.NAMES:
-        raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(registry.NAMES)}")
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(NAMES)}")
     reason = _refusal(problem, backend)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot run this call: {reason}")
@@ -248,7 +243,7 @@ def _choose(problem: Problem, backend: str) -> str:
 
 def _auto(problem: Problem) -> str:
     reasons = []
-    for name in registry.AUTO:
+    for name in AUTO:
         reason = _refusal(problem, name)
         if reason is None:
             break
@@ -262,12 +257,12 @@ def _refusal(problem: Problem, name: str) -> str | None:
     """Why the backend cannot run the call, or None."""
     if name == "reference":
         return None
-    unavailable = registry.unavailable(name)
-    if unavailable is not None:
-        return unavailable
+    missing = unavailable(name)
+    if missing is not None:
+        return missing
     if torch.is_grad_enabled() and any(t.requires_grad for t in _inputs(problem)):
         return "an input requires grad, and fused backends have no gradient"
-    reason: str | None = registry.load(name).supports(problem)
+    reason: str | None = load(name).supports(problem)
     return reason
 
 

@@ -66,14 +66,18 @@ class Concept:
     def __post_init__(self) -> None:
         if self.prompt.dim() != 2 or self.roles.shape != self.prompt.shape[:1]:
             raise ValueError(
-                f"prompt has shape {list(self.prompt.shape)}, roles {list(self.roles.shape)}: must be [L, C] and [L]"
+                f"prompt has shape {list(self.prompt.shape)}, roles {list(self.roles.shape)}: "
+                "must be [L, C] and [L]"
             )
         for i, tokens in enumerate(self.prototypes):
             if tokens.dim() != 2 or tokens.shape[1] != self.width or not len(tokens):
                 raise ValueError(
                     f"prototypes[{i}] has shape {list(tokens.shape)}: must be [T, {self.width}], T > 0"
                 )
-        for name, tensor in (("prompt", self.prompt), *((f"prototypes[{i}]", t) for i, t in enumerate(self.prototypes))):
+        for name, tensor in (
+            ("prompt", self.prompt),
+            *((f"prototypes[{i}]", t) for i, t in enumerate(self.prototypes)),
+        ):
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds nan or inf")
 
@@ -86,7 +90,9 @@ class Concept:
             raise ValueError("embeddings is empty: a concept needs at least one [T, C] tensor")
         parts = [p.detach().float().cpu() for p in parts]
         prompt = torch.cat(parts)
-        return cls(prompt, torch.full((len(prompt),), Role.CONTENT, dtype=torch.int8), tuple(parts), tuple(members))
+        return cls(
+            prompt, torch.full((len(prompt),), Role.CONTENT, dtype=torch.int8), tuple(parts), tuple(members)
+        )
 
     @property
     def width(self) -> int:
@@ -114,7 +120,9 @@ class Concept:
             )
         needs_content = rule.tokens in ("content", "weighted")
         if not groups or not len(groups[0].embeddings) or (needs_content and not content.any()):
-            raise ValueError(f"members {list(self.members)} have no {rule.tokens} tokens for rule {rule.name!r}")
+            raise ValueError(
+                f"members {list(self.members)} have no {rule.tokens} tokens for rule {rule.name!r}"
+            )
         return groups
 
 
@@ -155,6 +163,7 @@ class ConceptBank:
         self._concepts: dict[str, Concept] = {}
         self.fingerprint = fingerprint
         self.version = 0
+        self._width = 0
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         for name, concept in concepts.items():
             self._set(name, concept)
@@ -196,11 +205,15 @@ class ConceptBank:
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["fastnegate"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"path={str(path)!r} is not a concept bank in safetensors format: {error}") from error
+            raise ValueError(
+                f"path={str(path)!r} is not a concept bank in safetensors format: {error}"
+            ) from error
         if header.get("format") != FORMAT:
-            raise ValueError(f"path={str(path)!r} has format {header.get('format')!r}: this version reads {FORMAT}")
+            raise ValueError(
+                f"path={str(path)!r} has format {header.get('format')!r}: this version reads {FORMAT}"
+            )
         theirs = Fingerprint(header["encoder"], tensors["fingerprint"])
         ours = encode.fingerprint(pipe)
         if (difference := ours.difference(theirs)) is not None:
@@ -209,7 +222,9 @@ class ConceptBank:
         for i, item in enumerate(header["concepts"]):
             prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
             members = tuple(item["members"])
-            concepts[item["name"]] = Concept(tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, members)
+            concepts[item["name"]] = Concept(
+                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, members
+            )
         return cls(concepts, ours, pipe)
 
     def save(self, path: str | Path) -> None:
@@ -228,7 +243,9 @@ class ConceptBank:
 
     def update(self, name: str, embeddings: Concept | Tensor | Sequence[Tensor]) -> None:
         """Add or replace a concept: a `Concept`, or embeddings as in `Concept.from_embeddings`."""
-        self._set(name, embeddings if isinstance(embeddings, Concept) else Concept.from_embeddings(embeddings))
+        self._set(
+            name, embeddings if isinstance(embeddings, Concept) else Concept.from_embeddings(embeddings)
+        )
 
     def remove(self, name: str) -> None:
         """Forget a concept. Raises ValueError if there is none of that name."""
@@ -237,9 +254,9 @@ class ConceptBank:
         self.version += 1
 
     def _set(self, name: str, concept: Concept) -> None:
-        widths = {c.width for c in self._concepts.values()} or {concept.width}
-        if concept.width not in widths:
-            raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {widths.pop()}")
+        self._width = self._width or concept.width
+        if concept.width != self._width:
+            raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {self._width}")
         self._concepts[name] = concept
         self.version += 1
 
@@ -249,6 +266,11 @@ class ConceptBank:
 
         if (difference := encode.fingerprint(pipe).difference(self.fingerprint)) is not None:
             raise BankMismatchError(f"the bank was made for another text encoder: {difference}")
+
+    @property
+    def width(self) -> int:
+        """C, the width of the embeddings."""
+        return self._width
 
     @property
     def pipe(self) -> Any:

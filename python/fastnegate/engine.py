@@ -55,18 +55,18 @@ class Slots:
 
     def __init__(self, bank: ConceptBank, rule: Rule) -> None:
         self.slots: list[Slot] = []
-        parts, weights = [], []
+        parts: list[Tensor] = []
+        weights: list[Tensor] = []
         for name in bank:
             for group in bank[name].groups(rule):
                 begin = sum(len(p) for p in parts)
                 self.slots.append(Slot(name, begin, len(group.embeddings)))
                 parts.append(group.embeddings)
                 weights.append(torch.ones(len(group.embeddings)) if group.weight is None else group.weight)
-        if not self.slots:
-            raise ValueError("the bank is empty: there is nothing to negate")
-        self.embeddings = torch.cat(parts)
-        self.weight = torch.cat(weights) if rule.tokens == "weighted" else None
-        self.longest = max(s.length for s in self.slots)
+        # A bank may be empty for a while (remove, then update): no slots, no entries.
+        self.embeddings = torch.cat(parts) if parts else torch.zeros(0, bank.width)
+        self.weight = torch.cat(weights) if parts and rule.tokens == "weighted" else None
+        self.longest = max((s.length for s in self.slots), default=0)
 
     @property
     def shape(self) -> tuple[tuple[int, int], ...]:
@@ -85,8 +85,11 @@ class Layer:
 
     def fill(self, key: Tensor, value: Tensor) -> None:
         """Take over projected keys and values [T, H, D], in place where shape and dtype allow."""
-        if self.key is None or self.value is None or self.key.shape != key.shape or (
-            (self.key.dtype, self.key.device) != (key.dtype, key.device)
+        if (
+            self.key is None
+            or self.value is None
+            or self.key.shape != key.shape
+            or ((self.key.dtype, self.key.device) != (key.dtype, key.device))
         ):
             self.key, self.value = key.detach().clone(), value.detach().clone()
         else:
@@ -111,6 +114,8 @@ class Engine:
     def __init__(self, bank: ConceptBank, rule: Rule, layers: Sequence[str], *, max_batch: int = 8) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}: must be an int >= 1")
+        if not len(bank):
+            raise ValueError("bank is empty: there is nothing to negate")
         self.bank, self.rule, self.max_batch = bank, rule, max_batch
         self.layers = {name: Layer(name) for name in layers}
         self.observer: Callable[[Record], None] | None = None
@@ -125,6 +130,7 @@ class Engine:
         self._rows_of: object = None
         self._index: Tensor | None = None
         self._numbers: Tensor | None = None
+        self._weight: Tensor | None = None
         self._remove: Callable[[], None] | None = None
         self._rebuild()
 
@@ -157,7 +163,7 @@ class Engine:
             for name in policy.concepts if policy is not None else ():
                 self.bank[name]  # unknown names raise, naming what there is
         self._policies, self._explicit = tuple(policies), None
-        self.armed = any(p is not None and any(p.concepts.values()) for p in policies)
+        self.armed = any(p is not None and sum(p.concepts.values()) > 0 for p in policies)
 
     def set_rows(
         self,
@@ -222,11 +228,16 @@ class Engine:
 
         Raises:
             RowMapError: the batch contradicts the policies.
-            NegationNotAppliedError: a window needs progress, which is unknown.
+            NegationNotAppliedError: a window needs progress, which is unknown, or a policy names a
+                concept that has been removed.
         """
         if self._slots_version != self.bank.version:
             self._rebuild()
         self._allocate(batch, device)
+        for policy in self._policies or ():
+            for name in policy.concepts if policy is not None else ():
+                if name not in self.bank:
+                    raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
         requests = self._row_requests(batch, guided)
         key = (batch, requests, self._policies, self._slots_version, device)
         if key != self._rows_of:
@@ -270,7 +281,7 @@ class Engine:
             concepts=len(slots.slots),
             longest=slots.longest,
             busiest=len(slots.slots),
-            token_weight=None if slots.weight is None else slots.weight.to(layer.key.device),
+            token_weight=self._weight,
         )
 
     def observe(self, layer: str, statistics: Statistics) -> None:
@@ -306,7 +317,9 @@ class Engine:
         self._slots = Slots(self.bank, self.rule)
         self._slots_version = self.bank.version
         if old is None or old.shape != self._slots.shape:
-            self._index = self._numbers = None
+            self._index = self._numbers = self._weight = None
+        elif self._weight is not None and self._slots.weight is not None:
+            self._weight.copy_(self._slots.weight)
 
     def _allocate(self, batch: int, device: torch.device) -> None:
         if batch > 2 * self.max_batch:
@@ -319,13 +332,20 @@ class Engine:
         slots = len(self._slots.slots)
         entries = self.max_batch * 2 * slots
         self._numbers = torch.zeros(entries, COLUMNS, device=device)
-        self._index = torch.zeros(entries + 2 * slots + 2 * self.max_batch + 1, dtype=torch.int32, device=device)
+        self._weight = self._slots.weight.to(device) if self._slots.weight is not None else None
+        self._index = torch.zeros(
+            entries + 2 * slots + 2 * self.max_batch + 1, dtype=torch.int32, device=device
+        )
         self._rows_of = None
 
     def _write_rows(self, requests: tuple[int | None, ...]) -> None:
         assert self._index is not None and self._numbers is not None
         slots = self._slots.slots
-        concepts, numbers, offsets, entries, entry_policies = [], [], [0], [], []
+        concepts: list[int] = []
+        numbers: list[list[float]] = []
+        offsets = [0]
+        entries: list[tuple[int, int, str]] = []
+        entry_policies: list[Policy] = []
         for b, request in enumerate(requests):
             policy = self._policies[request] if request is not None and self._policies is not None else None
             for s, slot in enumerate(slots):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from .backends import load
 from .problem import Problem, Statistics
 from .rule import Rule
 from .tokens import ConceptTokens
@@ -22,9 +22,7 @@ _ARGUMENTS = (
 )
 _library = torch.library.Library("fastnegate", "DEF")
 _library.define(f"negated_attention({_ARGUMENTS}) -> Tensor")
-_library.define(
-    f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, {', '.join(['Tensor'] * 9)})"
-)
+_library.define(f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, {', '.join(['Tensor'] * 9)})")
 
 
 def _problem(
@@ -50,19 +48,32 @@ def _problem(
     concepts = None
     if concept_key is not None:
         assert concept_value is not None and index is not None and numbers is not None
+        entries, count, longest, busiest = limits
         concepts = ConceptTokens(
-            concept_key, concept_value, index, numbers, *limits,
-            token_bias, token_weight, direction, update, offset,
-        )  # fmt: skip
+            concept_key,
+            concept_value,
+            index,
+            numbers,
+            entries,
+            count,
+            longest,
+            busiest,
+            token_bias,
+            token_weight,
+            direction,
+            update,
+            offset,
+        )
     return Problem(query, key, value, key_bias, concepts, Rule.from_flat(rule, rule_numbers), scale)
 
 
 def _run(*args: object) -> Tensor:
-    return backends.load(args[-1]).run(_problem(*args))  # type: ignore[arg-type]
+    output: Tensor = load(args[-1]).run(_problem(*args))  # type: ignore[arg-type]
+    return output
 
 
 def _run_with_statistics(*args: object) -> tuple[Tensor, ...]:
-    module = backends.load(args[-1])  # type: ignore[arg-type]
+    module = load(args[-1])  # type: ignore[arg-type]
     output, stats = module.run_with_statistics(_problem(*args))  # type: ignore[arg-type]
     return output, *(t.clone() for t in stats)  # columns of one table: outputs must not alias
 
@@ -121,4 +132,4 @@ def run(problem: Problem, backend: str) -> Tensor:
 def run_with_statistics(problem: Problem, backend: str) -> tuple[Tensor, Statistics]:
     op = torch.ops.fastnegate.negated_attention_with_statistics.default
     output, *stats = op(*_flat(problem, backend))
-    return output, Statistics(*stats)
+    return output, Statistics._make(stats)

@@ -31,6 +31,7 @@ class Policy:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", dict(self.concepts))  # the caller's may change
         for name, strength in self.concepts.items():
             check_number(f"strength of {name!r}", strength, low=0.0)
         check_number("start", self.start, low=0.0, high=1.0)

@@ -62,4 +62,4 @@ class Statistics(NamedTuple):
 
 def statistics(entries: Tensor, heat: Tensor, rows: Tensor) -> Statistics:
     """Name the columns of the tables that backends fill: entries [E, 5], heat [E, N], rows [B, 3]."""
-    return Statistics(*entries.unbind(1), heat, *rows.unbind(1))
+    return Statistics._make([*entries.unbind(1), heat, *rows.unbind(1)])

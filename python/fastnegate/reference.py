@@ -12,7 +12,7 @@ softmax), r a similarity, g a gate, D the direction subtracted. Everything ends 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,16 +79,14 @@ def run(problem: Problem) -> Tensor:
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
     result = evaluate(problem)
-    return _as_stored(result.output, problem), Statistics(*(t.float() for t in result.statistics))
+    return _as_stored(result.output, problem), Statistics._make(t.float() for t in result.statistics)
 
 
 def _as_stored(output: Tensor, problem: Problem) -> Tensor:
     return output.to(problem.query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def evaluate(
-    problem: Problem, *, dtype: torch.dtype = torch.float64, nudge: Nudge = Nudge()
-) -> Evaluation:
+def evaluate(problem: Problem, *, dtype: torch.dtype = torch.float64, nudge: Nudge = Nudge()) -> Evaluation:
     """Evaluate the operator in `dtype`.
 
     With a 16-bit `dtype` this is the plain torch formula on the stored inputs: products in that
@@ -102,7 +100,7 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
     batch, heads, queries, _, _ = problem.sizes
     tokens, rule = problem.concepts, problem.rule
     scalar = torch.promote_types(dtype, torch.float32)
-    made = {"dtype": scalar, "device": problem.query.device}
+    made: dict[str, Any] = {"dtype": scalar, "device": problem.query.device}
     entry_count = tokens.entries if tokens is not None else 0
     entry_table = torch.zeros(entry_count, 5, **made)
     heat = torch.zeros(entry_count, queries, **made)
@@ -131,7 +129,7 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
         for entry in entries:
             heat[entry.index] = entry.g.expand(heads, queries).mean(0).detach()
             entry_table[entry.index] = _entry_statistics(entry, prompt)
-        row_table[b] = _row_statistics(output.detach(), z.detach(), limited)
+        row_table[b] = _row_statistics(output.detach(), z.detach(), limited, problem.query.dtype)
         outputs.append(output)
         magnitudes.append(magnitude.detach().amax(-1) if magnitude.shape[-1] else magnitude.sum(-1))
         jumps.append(near)
@@ -139,9 +137,7 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
     if not batch:
         none = problem.query.new_zeros(0, heads, queries)
         return Evaluation(problem.query.to(dtype), named, none, none.bool())
-    return Evaluation(
-        torch.stack(outputs), named, torch.stack(magnitudes), torch.stack(jumps)
-    )
+    return Evaluation(torch.stack(outputs), named, torch.stack(magnitudes), torch.stack(jumps))
 
 
 def _segment(
@@ -191,7 +187,7 @@ def _existing(tokens: ConceptTokens, rule: Rule, b: int) -> list[tuple[int, int,
 
 def _entry_values(tokens: ConceptTokens, rule: Rule, e: int, scalar: torch.dtype) -> dict[str, Tensor]:
     """The numbers of entry e; NaN stands for the rule's default."""
-    values = {}
+    values: dict[str, Tensor] = {}
     for column, name in enumerate(NUMBERS):
         number = tokens.numbers[e, column].to(scalar)
         if name == "active":
@@ -402,7 +398,8 @@ def _entry_statistics(entry: Entry, prompt: Segment) -> Tensor:
     return torch.stack([g.max(), g.mean(), above.mean(), mass.mean(), entry.r.max()]).detach()
 
 
-def _row_statistics(output: Tensor, z: Tensor, limited: Tensor) -> Tensor:
+def _row_statistics(output: Tensor, z: Tensor, limited: Tensor, stored: torch.dtype) -> Tensor:
     energy = _divide((output - z).square().sum(), z.square().sum())
     share = limited.mean() if limited.numel() else limited.sum()
-    return torch.stack([energy, share, (~output.isfinite()).sum().to(z.dtype)])
+    nonfinite = (~output.to(stored).isfinite()).sum()
+    return torch.stack([energy, share, nonfinite.to(z.dtype)])

@@ -214,9 +214,7 @@ def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:
     return row
 
 
-def _entry(
-    item: Any, where: str, concepts: int, defaults: Mapping[str, float]
-) -> tuple[int, list[float]]:
+def _entry(item: Any, where: str, concepts: int, defaults: Mapping[str, float]) -> tuple[int, list[float]]:
     given = dict(item) if isinstance(item, Mapping) else {"concept": item}
     concept = given.pop("concept", None)
     if isinstance(concept, bool) or not isinstance(concept, int):
@@ -240,9 +238,7 @@ def _per_token(
     else:
         if len(parts) != len(lengths):
             raise ValueError(f"{name} has {len(parts)} concepts, keys has {len(lengths)}")
-        packed = torch.cat(
-            [torch.full((n,), fill) if p is None else p.cpu() for p, n in zip(parts, lengths)]
-        )
+        packed = torch.cat([torch.full((n,), fill) if p is None else p.cpu() for p, n in zip(parts, lengths)])
     if packed.shape != (sum(lengths),):
         raise ValueError(f"{name} has shape {list(packed.shape)}: must be [{sum(lengths)}]")
     if packed.isnan().any() or (packed == float("inf")).any():
@@ -259,4 +255,5 @@ def _per_concept(name: str, parts: Any, shape: list[int], device: torch.device) 
         raise ValueError(f"{name} has shape {list(parts.shape)}: must be {shape}")
     if not parts.isfinite().all():
         raise ValueError(f"{name} holds nan or inf")
-    return parts.to(device=device, dtype=torch.float32).contiguous()
+    packed: Tensor = parts.to(device=device, dtype=torch.float32).contiguous()
+    return packed

@@ -38,9 +38,7 @@ def instruction_set() -> str:
     forced = os.environ.get("FASTNEGATE_CPU_ISA")
     if forced is not None and forced not in usable:
         built = "" if forced in _C.built_isas() else " (not part of this build)"
-        raise RuntimeError(
-            f"FASTNEGATE_CPU_ISA={forced!r}: usable here are {', '.join(usable)}{built}"
-        )
+        raise RuntimeError(f"FASTNEGATE_CPU_ISA={forced!r}: usable here are {', '.join(usable)}{built}")
     return forced or usable[0]
 
 

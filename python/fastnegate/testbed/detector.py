@@ -57,16 +57,12 @@ class Thresholds:
 
 # Fixed from renders, before any generated picture was judged. The palest colour of the palette has
 # a saturation of 0.51, the smallest object of the training images covers 62 pixels.
-STRICT = Thresholds(
-    min_saturation=0.25, min_area=18, min_shape_area=18, min_score=0.6, max_aspect=2.0
-)
+STRICT = Thresholds(min_saturation=0.25, min_area=18, min_shape_area=18, min_score=0.6, max_aspect=2.0)
 """A clear object: half of the palest colour, a third of the smallest size.
 
 Judges what must stay."""
 
-LOOSE = Thresholds(
-    min_saturation=0.125, min_area=6, min_shape_area=18, min_score=0.5, max_aspect=2.5
-)
+LOOSE = Thresholds(min_saturation=0.125, min_area=6, min_shape_area=18, min_score=0.5, max_aspect=2.5)
 """A faint remnant too: a quarter of the palest colour, a tenth of the smallest size, rougher shape.
 
 Judges what must go: a concept that `LOOSE` does not find has left no trace, whereas `STRICT` would
@@ -209,8 +205,7 @@ def _narrowest(words: Sequence[str], prompt: str) -> str | None:
     for word in words:
         if narrowest not in members(word):
             raise ValueError(
-                f"prompt={prompt!r} calls one object {word!r} and {narrowest!r};"
-                " join two objects with 'and'"
+                f"prompt={prompt!r} calls one object {word!r} and {narrowest!r}; join two objects with 'and'"
             )
     return narrowest
 

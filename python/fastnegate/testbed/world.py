@@ -117,9 +117,7 @@ def check_prompt(prompt: str) -> None:
     words = prompt.lower().split()
     for word in words:
         if word not in WORDS:
-            raise ValueError(
-                f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(WORDS)}"
-            )
+            raise ValueError(f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(WORDS)}")
     if len(words) > MAX_WORDS:
         raise ValueError(f"prompt={prompt!r} has {len(words)} words; at most {MAX_WORDS} fit")
 

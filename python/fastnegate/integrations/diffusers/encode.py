@@ -69,9 +69,12 @@ def _encode(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
     """Embeddings [L, C] and roles [L] of one caption; padding the model masks is left out."""
     entry = family(pipe)
     device = pipe._execution_device
+    text = _as_encoded(pipe, text)
     with torch.no_grad():
         if entry.masked_padding:
-            embeddings, mask, _, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, device=device)
+            embeddings, mask, _, _ = pipe.encode_prompt(
+                text, do_classifier_free_guidance=False, device=device
+            )
             kept = mask[0].bool().cpu()
         else:
             embeddings = pipe.encode_prompt(
@@ -80,7 +83,7 @@ def _encode(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
             kept = torch.ones(embeddings.shape[1], dtype=torch.bool)
     embeddings = embeddings[0].float().cpu()
     tokenizer = getattr(pipe, entry.encoders[0][0])
-    content = len(tokenizer(text, add_special_tokens=False).input_ids)
+    content = _count(pipe, text)
     starts = int(_starts(tokenizer))
     roles = torch.full((len(embeddings),), Role.PADDING, dtype=torch.int8)
     roles[:starts] = Role.SOT
@@ -89,6 +92,23 @@ def _encode(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
     if starts + content + 1 > len(embeddings):
         raise ValueError(f"{text!r} has {content} tokens: the encoder takes {len(embeddings) - starts - 1}")
     return embeddings[kept], roles[kept]
+
+
+def _count(pipe: Any, text: str) -> int:
+    """How many tokens the pipeline makes of a text, not counting special ones."""
+    tokenizer = getattr(pipe, family(pipe).encoders[0][0])
+    text = _as_encoded(pipe, text.strip()) if text.strip() else ""
+    return len(tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+
+
+def _as_encoded(pipe: Any, text: str) -> str:
+    """The text that the pipeline tokenizes: PixArt lower-cases prompts, the Stable Diffusion pipelines
+    expand learned tokens of several vectors."""
+    if hasattr(pipe, "_text_preprocessing"):
+        text = pipe._text_preprocessing(text)[0]
+    if hasattr(pipe, "maybe_convert_prompt"):
+        text = pipe.maybe_convert_prompt(text, getattr(pipe, family(pipe).encoders[0][0]))
+    return text
 
 
 def _starts(tokenizer: Any) -> bool:
@@ -111,13 +131,16 @@ def _prototype(pipe: Any, member: str, templates: Sequence[str]) -> Tensor:
             raise ValueError(f"templates: {template!r} must have one pair of brackets around {{}}")
         before, span, after = (parts[name].replace("{}", member) for name in ("before", "span", "after"))
         embeddings, _ = _encode(pipe, before + span + after)
-        first = starts + len(tokenizer(before.rstrip(), add_special_tokens=False).input_ids)
-        last = starts + len(tokenizer(before + span, add_special_tokens=False).input_ids)
+        first = starts + _count(pipe, before)
+        last = starts + _count(pipe, before + span)
         spans.append(embeddings[first:last])
     lengths = {len(s) for s in spans}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"templates: {member!r} has {sorted(lengths)} tokens in the marked spans: must be one length")
+        raise ValueError(
+            f"templates: {member!r} has {sorted(lengths)} tokens in the marked spans: must be one length"
+        )
     stacked = torch.stack(spans)
     mean = stacked.mean(0)
     length = stacked.norm(dim=-1).mean()
-    return mean * (length / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+    rescaled: Tensor = mean * (length / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+    return rescaled

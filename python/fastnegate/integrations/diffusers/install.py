@@ -150,7 +150,7 @@ class _Hook:
         self._watch()
         engine = self._engine
         given = self._signature.bind_partial(*args, **kwargs).arguments
-        sample: Tensor = given.get("sample", given.get("hidden_states"))
+        sample: Any = given.get("sample", given.get("hidden_states"))
         step, steps = self._step(given["timestep"]) if engine.armed else (None, 0)
         new_call = step is None or self._last_step is None or step <= self._last_step
         self._last_step = engine.step = step
@@ -199,7 +199,10 @@ class _Hook:
         if not displaced:
             return
         found = type(self._layers[displaced[0]].processor).__name__
-        message = f"{len(displaced)} of {len(self._layers)} processors were replaced, e.g. {displaced[0]} by {found}"
+        message = (
+            f"{len(displaced)} of {len(self._layers)} processors were replaced, "
+            f"e.g. {displaced[0]} by {found}"
+        )
         if self._on_displaced == "raise":
             raise DisplacedProcessorError(message + "; negation would not be applied")
         log.warning("%s", message)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...attention import negated_attention, negated_attention_with_statistics
 from ...concepts import ConceptBank
 from ...engine import Engine, Layer, NegationNotAppliedError, Slots
-from ...rule import Rule
+from ...rule import Rule, check_number
 from ...tokens import ConceptTokens
 from .families import Guidance, UnsupportedModelError, project_context
 
@@ -70,8 +70,9 @@ class NegationAttnProcessor:
             _check_plain(self.inner)
             self._slots, self._version = Slots(bank, self.rule), bank.version
             self._strengths = {name: 1.0 for name in bank} if strengths is None else dict(strengths)
-            for name in self._strengths:
+            for name, strength in self._strengths.items():
                 bank[name]
+                check_number(f"strength of {name!r}", strength, low=0.0)
 
     @classmethod
     def bound(cls, engine: Engine, layer: Layer, inner: Any, backend: str = "auto") -> NegationAttnProcessor:
@@ -92,7 +93,9 @@ class NegationAttnProcessor:
         **kwargs: Any,
     ) -> Tensor:
         if not self._acts(encoder_hidden_states):
-            result: Tensor = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            result: Tensor = self.inner(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+            )
             return result
         assert encoder_hidden_states is not None
         # From here on: AttnProcessor2_0, step by step, with negation in the middle.
@@ -110,7 +113,7 @@ class NegationAttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query = _heads(attn, attn.to_q(hidden_states))
         key, value = project(attn, encoder_hidden_states)
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and _normalizes(attn):
             query = attn.norm_q(query)
 
         hidden_states = self._attend(attn, query, key, value, attention_mask)
@@ -122,7 +125,8 @@ class NegationAttnProcessor:
             hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        output: Tensor = hidden_states / attn.rescale_output_factor
+        return output
 
     def _acts(self, encoder_hidden_states: Tensor | None) -> bool:
         if encoder_hidden_states is None:
@@ -194,7 +198,8 @@ class NegationAttnProcessor:
         pipe = self.bank.pipe if self.bank is not None else None
         if pipe is None:
             raise NegationNotAppliedError(
-                "cannot tell which batch rows are conditional: pass conditional=, or a bank made with the pipeline"
+                "cannot tell which batch rows are conditional: pass conditional=, or a bank made with "
+                "the pipeline"
             )
         if not Guidance(pipe)():
             return [True] * batch
@@ -209,11 +214,17 @@ def project(attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     if attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
     key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
-    return (attn.norm_k(key) if attn.norm_k is not None else key), value
+    return (attn.norm_k(key) if attn.norm_k is not None and _normalizes(attn) else key), value
+
+
+def _normalizes(attn: Any) -> bool:
+    """Whether norm_q and norm_k apply: the older `AttnProcessor` ignores them."""
+    return not isinstance(getattr(attn.processor, "inner", None), AttnProcessor)
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (attn.heads, -1))
+    return split.transpose(1, 2)
 
 
 def _check_plain(inner: Any) -> None:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`audit`: what negation did during pipeline calls: report, heat maps, JSON.
+
+A gate statistic is evidence about a layer's features, not proof that a concept is absent from the
+picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .engine import Engine, Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class AuditError(RuntimeError):
+    """The record shows that negation which was asked for did not run, or broke."""
+
+
+@dataclass
+class _Totals:
+    """Sums over layers and steps for one image and concept."""
+
+    calls: int = 0
+    gate_max: float = 0.0
+    gate_mean: float = 0.0
+    gate_fraction: float = 0.0
+    mass_mean: float = 0.0
+    similarity_max: float = -math.inf
+    heat: dict[int, Tensor] = field(default_factory=dict)  # queries N -> sum of heat [N]
+    heats: dict[int, int] = field(default_factory=dict)  # and how many were added
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where a concept was suppressed: gates averaged over layers and steps, per resolution of the layers."""
+
+    levels: dict[int, Tensor]  # N -> [N]
+
+    def array(self, height: int, width: int) -> Tensor:
+        """float32 [height, width] in [0, 1], the mean of all resolutions."""
+        maps = []
+        for queries, heat in self.levels.items():
+            rows = max(1, round(math.sqrt(queries * height / width)))
+            if queries % rows:
+                raise ValueError(f"{queries} queries are not a {width}:{height} grid")
+            grid = heat.reshape(1, 1, rows, queries // rows)
+            maps.append(F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)[0, 0])
+        return torch.stack(maps).mean(0).clamp(0, 1)
+
+    def overlay(self, image: Image) -> Image:
+        """The image in gray with the map laid over it in red and yellow, scaled to its maximum."""
+        from PIL import Image as images
+
+        heat = self.array(image.height, image.width)
+        heat = heat / heat.max().clamp(min=1e-6)
+        colour = torch.stack([torch.ones_like(heat), (2 * heat - 1).clamp(min=0), 0 * heat], -1) * 255
+        hot = images.fromarray(colour.byte().numpy())
+        strength = images.fromarray((0.8 * heat * 255).byte().numpy())
+        return images.composite(hot, image.convert("L").convert("RGB"), strength)
+
+
+class Audit:
+    """Collects the statistics of every negated attention call while its context is open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._totals: dict[tuple[int, str], _Totals] = defaultdict(_Totals)
+        self._requests: dict[int, int | None] = {}
+        self._calls: dict[int | None, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._removed: dict[int, list[float]] = defaultdict(list)
+        self._nonfinite = 0
+
+    def __call__(self, record: Record) -> None:
+        stats = record.statistics
+        self._calls[record.step][record.layer] += 1
+        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for entry, row, concept in record.entries:
+            groups[row, concept].append(entry)
+        for (row, concept), entries in groups.items():
+            self._requests[row] = record.requests[row]
+            total = self._totals[row, concept]
+            total.calls += 1
+            total.gate_max = max(total.gate_max, stats.gate_max[entries].max().item())
+            total.gate_mean += stats.gate_mean[entries].max().item()
+            total.gate_fraction += stats.gate_fraction[entries].max().item()
+            total.mass_mean += stats.mass_mean[entries].sum().item()
+            total.similarity_max = max(total.similarity_max, stats.similarity_max[entries].max().item())
+            heat = stats.heat[entries].amax(0).cpu()
+            total.heat[len(heat)] = total.heat.get(len(heat), torch.zeros_like(heat)) + heat
+            total.heats[len(heat)] = total.heats.get(len(heat), 0) + 1
+        for row in {row for row, _ in groups}:
+            self._removed[row].append(stats.removed_energy[row].item())
+        self._nonfinite += int(stats.nonfinite.sum().item())
+
+    def report(self) -> list[dict[str, Any]]:
+        """One dict per image and concept: `image` (in order of the negated rows), `request`,
+        `concept`, `calls` (layers x steps), `gate_max`, `gate_mean`, `gate_fraction`, `mass_mean`,
+        `similarity_max`, and `removed_energy`, the mean share of the row's energy removed."""
+        rows = self._rows()
+        lines = []
+        for (row, concept), t in sorted(self._totals.items()):
+            removed = self._removed[row]
+            lines.append(
+                {
+                    "image": rows.index(row),
+                    "request": self._requests[row],
+                    "concept": concept,
+                    "calls": t.calls,
+                    "gate_max": t.gate_max,
+                    "gate_mean": t.gate_mean / t.calls,
+                    "gate_fraction": t.gate_fraction / t.calls,
+                    "mass_mean": t.mass_mean / t.calls,
+                    "similarity_max": t.similarity_max,
+                    "removed_energy": sum(removed) / len(removed),
+                }
+            )
+        return lines
+
+    def heatmap(self, concept: str, image: int = 0) -> HeatMap:
+        """Where `concept` was suppressed in the `image`-th negated image.
+
+        Raises:
+            ValueError: nothing was recorded for them.
+        """
+        rows = self._rows()
+        if not 0 <= image < len(rows) or (rows[image], concept) not in self._totals:
+            raise ValueError(f"concept={concept!r}, image={image}: nothing was recorded for them")
+        total = self._totals[rows[image], concept]
+        return HeatMap({n: heat / total.heats[n] for n, heat in total.heat.items()})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report."""
+        Path(path).write_text(json.dumps({"rule": self._engine.rule.name, "images": self.report()}, indent=2))
+
+    def verify(self) -> None:
+        """Raise AuditError unless every layer ran negated equally often at every recorded step, and no
+        output was inf or NaN."""
+        if not self._totals:
+            raise AuditError("no negated attention call was recorded")
+        for step, calls in self._calls.items():
+            for layer in self._engine.layers:
+                if calls[layer] != max(calls.values()):
+                    raise AuditError(
+                        f"layer {layer} ran {calls[layer]} times at step {step}, others more often"
+                    )
+        if self._nonfinite:
+            raise AuditError(f"{self._nonfinite} output values are not finite")
+
+    def _rows(self) -> list[int]:
+        return sorted({row for row, _ in self._totals})
+
+
+@contextlib.contextmanager
+def audit(pipe: Any) -> Iterator[Audit]:
+    """Collect statistics of the pipeline calls made within the context.
+
+    Raises:
+        ValueError: no engine is installed in `pipe`.
+    """
+    from .integrations.diffusers.install import engine_of
+
+    engine = engine_of(pipe)
+    if engine is None:
+        raise ValueError("pipe has no engine: call fastnegate.install or negate first")
+    collector = Audit(engine)
+    before, engine.observer = engine.observer, collector
+    try:
+        yield collector
+    finally:
+        engine.observer = before
