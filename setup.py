@@ -69,8 +69,17 @@ assert version is not None
 check_cuda()
 setup(
     version=version.group(1),
-    packages=[*find_packages("python"), "fastnegate.triton_kernels"],
-    package_dir={"": "python", "fastnegate.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages("python"),
+        "fastnegate.triton_kernels",
+        "fastnegate.benchmarks",
+        "fastnegate.benchmarks.operator",
+    ],
+    package_dir={
+        "": "python",
+        "fastnegate.triton_kernels": "triton_kernels",
+        "fastnegate.benchmarks": "benchmarks",
+    },
     package_data={"fastnegate": ["py.typed"], "fastnegate.testbed": ["weights/**/*"]},
     include_package_data=False,
     ext_modules=[Extension("fastnegate._C", [])] if build_cpu() else [],

@@ -17,6 +17,11 @@ from .rule import presets
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:  # has its own options
+        from .benchmarks.operator.__main__ import main as bench
+
+        return bench(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -40,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
     demo.add_argument("--json", action="store_true", help="print JSON instead of the table")
     demo.set_defaults(run=_demo)
+
+    commands.add_parser("bench", help="time the operator against its baselines", add_help=False)
 
     doctor = commands.add_parser("doctor", help="versions, backends, and a self-check; exits 1 on a mismatch")
     doctor.set_defaults(run=_doctor)

@@ -206,25 +206,20 @@ class ConceptBank:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["fastnegate"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"path={str(path)!r} is not a concept bank in safetensors format: {error}"
-            ) from error
-        if header.get("format") != FORMAT:
-            raise ValueError(
-                f"path={str(path)!r} has format {header.get('format')!r}: this version reads {FORMAT}"
-            )
-        theirs = Fingerprint(header["encoder"], tensors["fingerprint"])
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
+            theirs = Fingerprint(header["encoder"], tensors["fingerprint"])
+            concepts = {}
+            for i, item in enumerate(header["concepts"]):
+                prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
+                concepts[item["name"]] = Concept(
+                    tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"])
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path={str(path)!r} is not a concept bank: {error!r}") from error
         ours = encode.fingerprint(pipe)
         if (difference := ours.difference(theirs)) is not None:
             raise BankMismatchError(f"path={str(path)!r} was made for another text encoder: {difference}")
-        concepts = {}
-        for i, item in enumerate(header["concepts"]):
-            prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
-            members = tuple(item["members"])
-            concepts[item["name"]] = Concept(
-                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, members
-            )
         return cls(concepts, ours, pipe)
 
     def save(self, path: str | Path) -> None:

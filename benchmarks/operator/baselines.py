@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user would do without this package: the same formulas in torch operators.
+
+Written as one would write them for speed: all rows at once, scaled_dot_product_attention where it
+fits, no loop over queries. Each row of the benchmark cases negates the same concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cases import Case
+
+Call = Callable[[], Tensor]
+
+
+def concept_tensors(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [B, H, T, D] of each concept, expanded over the batch."""
+    tokens, batch = case.tokens, case.query.shape[0]
+    if tokens is None:
+        return []
+    index = tokens.index.tolist()
+    e, c = tokens.entries, tokens.concepts
+    spans = [(b, b + n) for b, n in zip(index[e : e + c], index[e + c : e + 2 * c])]
+
+    def split(x: Tensor) -> list[Tensor]:
+        return [x[a:b].transpose(0, 1).unsqueeze(0).expand(batch, -1, -1, -1) for a, b in spans]
+
+    return list(zip(split(tokens.key), split(tokens.value)))
+
+
+def sdpa(case: Case) -> Call:
+    """Plain attention without any negation: the floor that users know."""
+    return lambda: F.scaled_dot_product_attention(case.query, case.key, case.value)
+
+
+def _tail(case: Case, z: Tensor, features: list[Tensor]) -> Tensor:
+    """From attention outputs to the negated output, float32 inside."""
+    rule = case.rule
+    method = rule.name.split("[")[0]
+    z = z.float()
+    features = [f.float() for f in features]
+    if method == "protore":
+        gates, pulls = [], []
+        for f in features:
+            zf, ff = (z * f).sum(-1, keepdim=True), (f * f).sum(-1, keepdim=True)
+            r = zf / (z.norm(dim=-1, keepdim=True) * ff.sqrt())
+            gates.append(((r + 1) / 2).clamp(0, 1))  # threshold -1, width 2
+            pulls.append(zf / ff)
+        best = torch.stack(gates).amax(0)
+        y = z
+        for g, pull, f in zip(gates, pulls, features):
+            y = y - rule.strength * torch.where(g == best, g, 0.0) * pull * f
+        limit = z.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True)
+        return (y * limit.clamp(max=1)).to(case.query.dtype)
+    if method == "nag":
+        y = z
+        for f in features:
+            y = y + rule.strength * (z - f)
+        if rule.scope == "head":
+            norm_y, norm_z = y.abs().sum(-1, keepdim=True), z.abs().sum(-1, keepdim=True)
+        else:
+            norm_y, norm_z = y.abs().sum((1, 3), keepdim=True), z.abs().sum((1, 3), keepdim=True)
+        y = y * (rule.norm_limit * norm_z / norm_y).clamp(max=1)
+        return (rule.blend * y + (1 - rule.blend) * z).to(case.query.dtype)
+    if method == "eiup":
+        for f in features:
+            z = z - rule.strength * f
+        return z.to(case.query.dtype)
+    raise ValueError(f"method={method!r} has no tail of this kind")
+
+
+def eager(case: Case) -> Call:
+    """Attention per segment with matmul and softmax, then the formula: plain torch."""
+    scale = case.query.shape[-1] ** -0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.transpose(-1, -2)).float() * scale).softmax(-1).to(v.dtype) @ v
+
+    return _separate(case, attend)
+
+
+def two_sdpa(case: Case) -> Call:
+    """One scaled_dot_product_attention per segment, then the formula."""
+    return _separate(case, F.scaled_dot_product_attention)
+
+
+def _separate(case: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+    concepts = concept_tensors(case)
+
+    def call() -> Tensor:
+        z = attend(case.query, case.key, case.value)
+        return _tail(case, z, [attend(case.query, k, v) for k, v in concepts])
+
+    return call
+
+
+def concatenated(case: Case) -> Call:
+    """`vsf` as published: one attention over prompt and negative tokens, values flipped."""
+    concepts = concept_tensors(case)
+    key = torch.cat([case.key, *(k for k, _ in concepts)], 2)
+    value = torch.cat([case.value, *(-case.rule.strength * v for _, v in concepts)], 2)
+    bias = torch.zeros(key.shape[2], dtype=key.dtype)
+    bias[case.key.shape[2] :] = -case.rule.logit_bias
+    return lambda: F.scaled_dot_product_attention(case.query, key, value, attn_mask=bias.expand(1, 1, 1, -1))
+
+
+def compiled(build: Callable[[Case], Call]) -> Callable[[Case], Call]:
+    """The same under torch.compile."""
+
+    @cache
+    def compile_(case: Case) -> Call:
+        torch._dynamo.reset()
+        return torch.compile(build(case), fullgraph=True)
+
+    return compile_
+
+
+def baselines(case: Case, *, with_compile: bool) -> dict[str, Call]:
+    """The baselines that compute what the case asks for, by name; `sdpa` negates nothing."""
+    found = {"sdpa": sdpa(case)}
+    if case.tokens is None:
+        return found
+    if case.rule.name == "vsf":
+        return {**found, "sdpa concatenated": concatenated(case)}
+    found |= {"eager": eager(case), "sdpa + tail": two_sdpa(case)}
+    if with_compile:
+        found |= {"eager, compiled": compiled(eager)(case), "sdpa + tail, compiled": compiled(two_sdpa)(case)}
+    return found
