@@ -57,7 +57,7 @@ def negated_attention(
     """
     problem = _problem(query, key, value, concepts, rule, scale, key_bias)
     chosen = _choose(problem, backend)
-    if chosen == "reference":  # not through the registered operator: gradients must flow
+    if _direct(problem, chosen):
         return reference.run(problem)
     return ops.run(problem, chosen)
 
@@ -76,7 +76,7 @@ def negated_attention_with_statistics(
     """`negated_attention` and what it did; arguments, first result and errors as there."""
     problem = _problem(query, key, value, concepts, rule, scale, key_bias)
     chosen = _choose(problem, backend)
-    if chosen == "reference":
+    if _direct(problem, chosen):
         return reference.run_with_statistics(problem)
     return ops.run_with_statistics(problem, chosen)
 
@@ -241,6 +241,12 @@ def _choose(problem: Problem, backend: str) -> str:
     return backend
 
 
+def _direct(problem: Problem, chosen: str) -> bool:
+    """Whether to bypass the registered operator: gradients must flow through the reference. Meta
+    tensors have no data to read and take the operator's fake."""
+    return chosen == "reference" and problem.query.device.type != "meta"
+
+
 def _auto(problem: Problem) -> str:
     reasons = []
     for name in AUTO:
@@ -248,7 +254,7 @@ def _auto(problem: Problem) -> str:
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")
-    if name == "reference" and problem.query.device.type != "meta":
+    if name == "reference" and not torch.compiler.is_compiling() and problem.query.device.type != "meta":
         _log_once("using the slow reference (" + "; ".join(reasons) + ")")
     return name
 

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:  # has its own options
         from .benchmarks.operator.__main__ import main as bench
 
-        return bench(arguments[1:])
+        return int(bench(arguments[1:]))
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

@@ -67,6 +67,11 @@ class Evaluation(NamedTuple):
     near_jump: Tensor
 
 
+def unavailable() -> str | None:
+    """It needs nothing but torch."""
+    return None
+
+
 def supports(problem: Problem) -> str | None:
     """The reference computes everything."""
     return None

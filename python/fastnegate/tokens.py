@@ -142,7 +142,7 @@ class ConceptTokens:
             entries=len(entries),
             concepts=len(keys),
             longest=max(lengths, default=0),
-            busiest=max((len(row) for row in rows), default=0),
+            busiest=max([len(row) for row in rows], default=0),
             token_bias=_per_token("token_bias", token_bias, lengths, 0.0, device),
             token_weight=_per_token("token_weight", token_weight, lengths, 1.0, device),
             direction=_per_concept("direction", direction, [len(keys), *heads], device),

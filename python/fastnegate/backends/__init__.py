@@ -7,15 +7,13 @@ import one another.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
-from typing import Any
 
-_MODULES = {
-    "reference": "fastnegate.reference",
-    "cpu": "fastnegate.backends.cpu",
-    "triton": "fastnegate.backends.triton",
-}
+from .. import reference
+from . import cpu, triton
+
+# Modules are imported here and not at the first call: a first call may be inside a traced graph.
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 NAMES = ("reference", "cpu", "cuda", "triton")
 AUTO = ("cuda", "triton", "cpu", "reference")  # order in which `backend="auto"` tries
 
@@ -25,13 +23,13 @@ class BackendError(RuntimeError):
 
 
 def load(name: str) -> ModuleType:
-    """The module of an available backend."""
-    return importlib.import_module(_MODULES[name])
+    """The module of a backend."""
+    return _MODULES[name]
 
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None."""
     if name not in _MODULES:
         return "this version has no CUDA kernels"
-    module: Any = load(name)
-    return module.unavailable() if hasattr(module, "unavailable") else None
+    reason: str | None = _MODULES[name].unavailable()
+    return reason

@@ -56,20 +56,22 @@ def _padded(size: int) -> int:
 
 
 def unavailable() -> str | None:
-    if (missing := _missing()) is not None:
-        return missing
+    if _MISSING is not None:
+        return _MISSING
     if not _interpreted() and not torch.cuda.is_available():
         return "no GPU that Triton can drive"
     return None
 
 
-@functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec(_KERNELS) is None:
         return "the Triton kernels are not part of this install"
     return None
+
+
+_MISSING = _missing()  # not asked at the first call, which may be inside a traced graph
 
 
 def _interpreted() -> bool:
@@ -97,6 +99,8 @@ def supports(problem: Problem) -> str | None:
         return f"batch {batch} or heads {heads} is more than {_MOST}"
     if problem.bias_per_query:
         return "key_bias differs between queries"
+    if problem.scale <= 0:
+        return f"scale={problem.scale:g} is not positive"
     if problem.rule.direction == "retrieve":
         return "direction='retrieve' is not implemented"
     return None
@@ -185,7 +189,7 @@ def _run(problem: Problem, tables: tuple[Tensor, Tensor] | None) -> Tensor:
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         for goal in goals:
             kernel.attention[-(-queries // t.rows), heads, batch](
-                *views, bias, packed, _rule(kernel, rule), moments, norms,
+                *views, bias, packed, _rule(kernel, rule), moments, norms if goal != "moments" else None,
                 kernel.Trace(*tables) if tables is not None and goal == "output" else None,
                 problem.scale * math.log2(math.e), heads, queries, keys, *sizes,
                 GOAL=goal, HEAD_DIM=dim, CHANNELS=t.channels, ROWS=t.rows, KEYS=t.keys, TOKENS=t.tokens,

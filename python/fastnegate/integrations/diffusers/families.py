@@ -6,8 +6,10 @@ how classifier-free guidance lays out the batch. What is not in the table is ref
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import diffusers
@@ -28,8 +30,8 @@ class Family:
         constants: which published constants presets take (`Rule.preset(family=...)`).
         masked_padding: whether the model masks padding tokens (else it attends to them).
         projection: attribute path of the module between text encoder and attention, or None.
-        tells_guidance: whether the pipeline has `do_classifier_free_guidance` during a call; if
-            not, it is an argument of its `encode_prompt`.
+        tells_guidance: whether the pipeline has an attribute `do_classifier_free_guidance`; if not,
+            it is a local variable of its call.
     """
 
     denoiser: str
@@ -110,49 +112,26 @@ def project_context(pipe: Any, embeddings: Tensor) -> Tensor:
     return projected
 
 
-class Guidance:
-    """Whether the pipeline call in progress uses classifier-free guidance.
+def guided(pipe: Any) -> bool:
+    """Whether the pipeline call in progress uses classifier-free guidance, so that its batch is
+    [unconditional, conditional] halves.
 
-    Pipelines that do not tell are listened to: the argument of their `encode_prompt` says.
+    What a pipeline remembers of its last call says nothing about rows that somebody else sends to
+    the denoiser, so the call itself is looked for on the stack; not all pipelines keep the answer
+    anywhere but in a local variable of it.
+
+    Raises:
+        UnsupportedModelError: no call is in progress, so nobody can tell.
     """
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._heard: bool | None = None
-        self._listening = False
-
-    def listen(self) -> None:
-        if family(self._pipe).tells_guidance:
-            return
-        original = self._pipe.encode_prompt
-        signature = inspect.signature(original)
-
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            self._heard = bool(bound.arguments["do_classifier_free_guidance"])
-            return original(*args, **kwargs)
-
-        self._pipe.encode_prompt = encode_prompt
-        self._listening = True
-
-    def stop_listening(self) -> None:
-        if self._listening:
-            del self._pipe.encode_prompt  # the instance attribute; the method is behind it
-            self._listening = False
-
-    def __call__(self) -> bool:
-        """Raises UnsupportedModelError outside a pipeline call, where nobody can tell."""
-        if family(self._pipe).tells_guidance:
-            try:
-                return bool(self._pipe.do_classifier_free_guidance)
-            except AttributeError:
-                heard = None
-        else:
-            heard = self._heard
-        if heard is None:
-            raise UnsupportedModelError(
-                "cannot tell which batch rows are conditional outside a pipeline call: say so with "
-                "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
-            )
-        return heard
+    code = inspect.unwrap(type(pipe).__call__).__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
+        frame = frame.f_back
+    if frame is None:
+        raise UnsupportedModelError(
+            "cannot tell which batch rows are conditional outside a pipeline call: say so with "
+            "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
+        )
+    if family(pipe).tells_guidance:
+        return bool(pipe.do_classifier_free_guidance)
+    return bool(frame.f_locals["do_classifier_free_guidance"])

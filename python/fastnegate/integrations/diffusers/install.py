@@ -18,10 +18,10 @@ from ...engine import Engine, NegationNotAppliedError
 from ...policy import Policy
 from ...rule import Rule
 from .families import (
-    Guidance,
     cross_attention_layers,
     denoiser,
     family,
+    guided,
     project_context,
 )
 from .processor import NegationAttnProcessor, project
@@ -30,7 +30,8 @@ log = logging.getLogger("fastnegate")
 MOST_IMAGES = 64  # of one call under `negate`, which is not told how many there will be
 ON_DISPLACED = ("raise", "warn", "reinstall")
 
-_installed: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+# Weak on both sides: the processors on the model own the engine.
+_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 
 
 class DisplacedProcessorError(NegationNotAppliedError):
@@ -39,7 +40,8 @@ class DisplacedProcessorError(NegationNotAppliedError):
 
 def engine_of(pipe: Any) -> Engine | None:
     """The engine installed in the pipeline, or None."""
-    return _installed.get(_bare(denoiser(pipe)))
+    reference = _installed.get(_bare(denoiser(pipe)))
+    return reference() if reference is not None else None
 
 
 def processors_for(pipe: Any, engine: Engine, backend: str = "auto") -> dict[str, Any]:
@@ -99,21 +101,18 @@ def install(
     bare = _bare(model)
     before = dict(bare.attn_processors)
     processors = processors_for(pipe, engine, backend)
-    guidance = Guidance(pipe)
-    hook = _Hook(pipe, engine, layers, processors, guidance, on_displaced)
+    hook = _Hook(pipe, engine, layers, processors, on_displaced)
 
     bare.set_attn_processor(dict(processors))
-    guidance.listen()
     handles = [
         model.register_forward_pre_hook(hook.before, with_kwargs=True),
         model.register_forward_hook(hook.after, always_call=True),
     ]
-    _installed[bare] = engine
+    _installed[bare] = weakref.ref(engine)
 
     def remove() -> None:
         for handle in handles:
             handle.remove()
-        guidance.stop_listening()
         current = dict(bare.attn_processors)
         # What somebody else has put in our place stays theirs.
         bare.set_attn_processor(
@@ -134,12 +133,11 @@ class _Hook:
         engine: Engine,
         layers: Mapping[str, Any],
         processors: Mapping[str, Any],
-        guidance: Guidance,
         on_displaced: str,
     ) -> None:
         self._pipe = weakref.ref(pipe)
         self._engine, self._layers, self._processors = engine, layers, processors
-        self._guidance, self._on_displaced = guidance, on_displaced
+        self._on_displaced = on_displaced
         self._signature = inspect.signature(_bare(denoiser(pipe)).forward)
         self._last_step: int | None = None
         self._filled: object = None
@@ -155,7 +153,7 @@ class _Hook:
         new_call = step is None or self._last_step is None or step <= self._last_step
         self._last_step = engine.step = step
         progress = None if step is None else step / steps
-        wanted = engine.prepare(sample.shape[0], sample.device, self._guidance, progress)
+        wanted = engine.prepare(sample.shape[0], sample.device, self._guided, progress)
         state = (engine.bank.version, sample.device, sample.dtype)
         if self._filled is None or (wanted and (new_call or state != self._filled)):
             self._fill(sample)
@@ -165,11 +163,18 @@ class _Hook:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._engine.end_call()
 
-    def _fill(self, sample: Tensor) -> None:
-        """Project concept keys and values, once per pipeline call."""
+    def _living_pipe(self) -> Any:
         pipe = self._pipe()
         if pipe is None:
             raise NegationNotAppliedError("the pipeline that the engine was installed in is gone")
+        return pipe
+
+    def _guided(self) -> bool:
+        return guided(self._living_pipe())
+
+    def _fill(self, sample: Tensor) -> None:
+        """Project concept keys and values, once per pipeline call."""
+        pipe = self._living_pipe()
         with torch.no_grad():
             model = _bare(denoiser(pipe))
             context = self._engine.embeddings.to(device=sample.device, dtype=model.dtype)
@@ -184,8 +189,7 @@ class _Hook:
         Steps grow within a pipeline call, so one that does not starts a new call. Reading them costs
         one synchronization per step, which the host needs to know whether any entry is live.
         """
-        pipe = self._pipe()
-        steps = [] if pipe is None else pipe.scheduler.timesteps.tolist()
+        steps = self._living_pipe().scheduler.timesteps.tolist()
         t = timestep.flatten()[0].item() if isinstance(timestep, Tensor) else timestep
         return (steps.index(t) if t in steps else None), len(steps)
 

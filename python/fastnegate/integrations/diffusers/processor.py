@@ -18,7 +18,7 @@ from ...concepts import ConceptBank
 from ...engine import Engine, Layer, NegationNotAppliedError, Slots
 from ...rule import Rule, check_number
 from ...tokens import ConceptTokens
-from .families import Guidance, UnsupportedModelError, project_context
+from .families import UnsupportedModelError, family, guided, project_context
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
 PLAIN = (AttnProcessor2_0, AttnProcessor)
@@ -35,7 +35,7 @@ class NegationAttnProcessor:
     Args:
         bank: the concepts; None makes a processor that only calls `inner` (diffusers constructs
             processors without arguments in places).
-        rule: `Rule` or preset name.
+        rule: `Rule` or preset name; presets take the constants of the family of the bank's pipeline.
         strengths: concept name -> relative strength, default 1.0 for all of the bank.
         conditional: which batch rows are negated: `"all"`, or one bool per row. None asks the
             pipeline that the bank was made with, and raises where that cannot tell.
@@ -60,7 +60,10 @@ class NegationAttnProcessor:
         self.inner = AttnProcessor2_0() if inner is None else inner
         self.backend = backend
         self.bank = bank
-        self.rule = Rule.preset(rule) if isinstance(rule, str) else rule
+        if isinstance(rule, str):
+            pipe = bank.pipe if bank is not None else None
+            rule = Rule.preset(rule, family=family(pipe).constants(pipe) if pipe is not None else None)
+        self.rule = rule
         self.conditional = conditional
         self.engine: Engine | None = None
         self.layer: Layer | None = None
@@ -140,7 +143,7 @@ class NegationAttnProcessor:
             raise NegationNotAppliedError(
                 f"layer {layer.name}: the denoiser runs without the hook that prepares its rows"
             )
-        return engine.live or compiling
+        return compiling or engine.live
 
     def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scale = None if isinstance(self.inner, AttnProcessor2_0) else attn.scale
@@ -201,7 +204,7 @@ class NegationAttnProcessor:
                 "cannot tell which batch rows are conditional: pass conditional=, or a bank made with "
                 "the pipeline"
             )
-        if not Guidance(pipe)():
+        if not guided(pipe):
             return [True] * batch
         if batch % 2:
             raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")

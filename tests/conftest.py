@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `support` importable, leaves out the full grid unless asked for, fixes hypothesis' seed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+hypothesis.settings.register_profile(
+    "fastnegate",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("fastnegate")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.markexpr = config.option.markexpr or "not full"
+
+
+def pytest_sessionfinish() -> None:
+    """Write how much of the accuracy budget was used to the file FASTNEGATE_BUDGET_REPORT."""
+    support = sys.modules.get("support")
+    if support is not None and "FASTNEGATE_BUDGET_REPORT" in os.environ:
+        Path(os.environ["FASTNEGATE_BUDGET_REPORT"]).write_text(support.budget_report())
