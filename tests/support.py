@@ -378,11 +378,16 @@ class Judge:
 
 
 def _relative(actual: Tensor, truth: Tensor, magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """max_d |actual - truth| / magnitude; infinite where finiteness or the sign of inf differs."""
+    """max_d |actual - truth| / magnitude; infinite where finiteness or the sign of inf differs.
+
+    What storing does outside the normal range is not an error: it overflows to inf as torch does, and
+    near zero it rounds to multiples of the smallest subnormal number.
+    """
     stored = truth.to(dtype).double()
     actual = actual.double()
-    same = (actual == stored) & ~stored.isfinite()  # overflows as torch does
-    gap = torch.where(same, 0.0, (actual - truth).abs().nan_to_num(torch.inf, torch.inf)).amax(-1)
+    gap = (actual - truth).abs() - torch.finfo(dtype).smallest_normal * eps(dtype) / 2
+    gap = torch.where((actual == stored) & ~stored.isfinite(), 0.0, gap.nan_to_num(torch.inf, torch.inf))
+    gap = gap.clamp(min=0.0).amax(-1)
     return torch.where(gap == 0, 0.0, gap / magnitude)
 
 

@@ -113,15 +113,19 @@ def test_rules_on_many_rows(rule: Rule, dtype: torch.dtype) -> None:
     judge_all(problem, statistics=True)
 
 
+def sixteenths(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.integers(int(16 * low), int(16 * high)).map(lambda i: i / 16)
+
+
 numbers = st.fixed_dictionaries(
     {},
     optional={
-        "strength": st.floats(-4, 4, width=32),
-        "logit_bias": st.floats(-2, 2, width=32),
-        "threshold": st.floats(-0.5, 0.75, width=32),
-        "width": st.floats(0.25, 4, width=32),
-        "cap": st.floats(0, 1, width=32),
-        "active": st.floats(0, 1, width=32),
+        "strength": sixteenths(-4, 4),
+        "logit_bias": sixteenths(-2, 2),
+        "threshold": sixteenths(-0.5, 0.75),
+        "width": sixteenths(0.25, 4),
+        "cap": sixteenths(0, 1),
+        "active": sixteenths(0, 1),
     },
 )
 
@@ -140,10 +144,10 @@ def rules(draw: st.DrawFn) -> Rule:
         select=draw(st.sampled_from(SELECTS)),
         norm=norm,
         norm_order=2 if norm == "preserve" else draw(st.sampled_from((1, 2))),
-        norm_limit=draw(st.floats(1, 3, width=32)),
-        blend=draw(st.floats(0, 1, width=32)),
+        norm_limit=draw(sixteenths(1, 3)),
+        blend=draw(sixteenths(0, 1)),
         scope="head" if direction == "retrieve" else draw(st.sampled_from(SCOPES)),
-        temperature=draw(st.none() | st.floats(0.5, 8, width=32)),
+        temperature=draw(st.none() | sixteenths(0.5, 8)),
         **defaults,
     )
 
@@ -286,7 +290,7 @@ def test_statistics_do_not_change_the_output(rule: Rule, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nonfinite_counts_the_stored_values(backend: str, dtype: torch.dtype) -> None:
     problem = make_problem(dtype=dtype, rule=Rule(strength=4.0), rows=[[0], [], [1, 2]])
-    largest = torch.finfo(dtype).max / 8
+    largest = torch.finfo(dtype).max / 4
     concepts = dataclasses.replace(problem.concepts, value=problem.concepts.value * largest)
     problem = dataclasses.replace(problem, concepts=concepts)
     output, statistics = run_with_statistics(problem, backend)

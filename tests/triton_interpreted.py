@@ -112,6 +112,25 @@ def test_masked_tokens_are_absent() -> None:
     assert not backend.run(plain(spoiled))[fully_masked].any()
 
 
+def test_key_bias_of_any_stride_and_dtype() -> None:
+    problem = make_problem(mask="additive")
+    expected = backend.run(problem)
+    spread = problem.key_bias.repeat_interleave(2, -1)[..., ::2]
+    assert spread.stride(-1) == 2
+    assert torch.equal(backend.run(dataclasses.replace(problem, key_bias=spread)), expected)
+    half = dataclasses.replace(problem, key_bias=problem.key_bias.half())
+    Judge(half).check(backend.run(half), "triton")
+
+
+@pytest.mark.parametrize("select", ("all", "max"))
+def test_closed_gates_have_no_part_in_joint(select: str) -> None:
+    """However large the logits of the concept are."""
+    rule = Rule(gate="step", combine="joint", select=select, threshold=2.0, logit_bias=-1000.0)
+    opened = {"concept": 1, "threshold": 0.5, "logit_bias": 0.0}
+    problem = make_problem(rule=rule, rows=[[0, opened], [0], []])
+    Judge(problem).check(backend.run(problem), "triton")
+
+
 def test_lowest_bias_is_a_number() -> None:
     """A prompt masked with the lowest float32 instead of -inf has a softmax."""
     problem = dataclasses.replace(make_problem(), concepts=None)

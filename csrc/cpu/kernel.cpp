@@ -118,6 +118,12 @@ int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 constexpr int64_t kMostKeys = 1024;
 
+// A bias in base-2 logits. The lowest float is a number, not a mask, and must not become -inf.
+FN_INLINE float base2(float bias) {
+  const float scaled = bias * kLog2e;
+  return scaled < kLowest && bias > -INFINITY ? kLowest : scaled;
+}
+
 void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
   const Problem& p = *plan.problem;
   Pack& pack = plan.prompts[b * plan.prompt_batch_stride + h];
@@ -127,7 +133,7 @@ void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
   for (int64_t j = 0; j < p.keys; ++j) {
     const float x = bias && !per_query ? bias[j * p.bias_key] : 0.f;
     if (x == -INFINITY) continue;  // absent, whatever its key and value hold
-    if (pack.bias) pack.bias[count] = x * kLog2e;
+    if (pack.bias) pack.bias[count] = base2(x);
     rows[count++] = j;
   }
   pack.count = count;
@@ -153,7 +159,7 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t concept_index, int64_t
   for (int64_t j = 0; j < length; ++j) {
     const float x = p.token_bias ? p.token_bias[begin + j] : 0.f;
     if (x == -INFINITY) continue;
-    if (pack.bias) pack.bias[count] = x * kLog2e;
+    if (pack.bias) pack.bias[count] = base2(x);
     rows[count++] = begin + j;
   }
   pack.count = count;
@@ -385,7 +391,7 @@ class Tile {
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t lane = 0; lane < L; ++lane) {
         const int64_t n = task.first_query + (lane < count ? lane : count - 1);
-        s.scores[j * L + lane] += bias[n * p.bias_query + j * p.bias_key] * kLog2e;
+        s.scores[j * L + lane] += base2(bias[n * p.bias_query + j * p.bias_key]);
       }
   }
 

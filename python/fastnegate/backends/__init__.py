@@ -15,7 +15,8 @@ from . import cpu, triton
 # Modules are imported here and not at the first call: a first call may be inside a traced graph.
 _MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 NAMES = ("reference", "cpu", "cuda", "triton")
-AUTO = ("cuda", "triton", "cpu", "reference")  # order in which `backend="auto"` tries
+# Order in which `backend="auto"` tries. Triton takes CPU tensors only in its (slow) interpreter.
+AUTO = ("cuda", "cpu", "triton", "reference")
 
 
 class BackendError(RuntimeError):

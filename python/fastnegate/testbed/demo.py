@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..attention import backends
 from ..audit import Audit, audit
+from ..backends import AUTO
 from ..integrations.diffusers.install import negate
 from ..rule import Rule
 from .concepts import members
@@ -153,7 +154,7 @@ def _column(method: str, images: list[Any], step_ms: float, concept: str, object
 
 def _summary(columns: list[Column], prompt: str, concept: str, seed: int, steps: int) -> dict[str, Any]:
     described = [{k: v for k, v in vars(column).items() if k != "images"} for column in columns]
-    chosen = next(name for name in ("cuda", "triton", "cpu", "reference") if backends()[name] is None)
+    chosen = next(name for name in AUTO if backends()[name] is None)
     return {
         "prompt": prompt,
         "concept": concept,

@@ -69,7 +69,6 @@ def _encode(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
     """Embeddings [L, C] and roles [L] of one caption; padding the model masks is left out."""
     entry = family(pipe)
     device = pipe._execution_device
-    text = _as_encoded(pipe, text)
     with torch.no_grad():
         if entry.masked_padding:
             embeddings, mask, _, _ = pipe.encode_prompt(
