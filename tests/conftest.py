@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -31,3 +33,12 @@ def pytest_sessionfinish() -> None:
     support = sys.modules.get("support")
     if support is not None and "FASTNEGATE_BUDGET_REPORT" in os.environ:
         Path(os.environ["FASTNEGATE_BUDGET_REPORT"]).write_text(support.budget_report())
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small problems, one after the other: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +47,10 @@ RULES = {
 }  # fmt: skip
 CPU_BACKENDS = tuple(f"cpu-{isa}" for isa in cpu._C.usable_isas()) if cpu._C is not None else ()
 BACKENDS = ("reference", *CPU_BACKENDS)  # the CPU kernel once per instruction set of this machine
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -115,8 +120,8 @@ def make_problem(
         rows: what each batch row negates, or one of ROWS.
         layout: one of LAYOUTS, the memory of the tensors.
         mask: one of MASKS, the form of `key_bias`.
-        sharpness: size of the logits; by default larger where there are rows enough to be judged by the
-            plain formula (`Judge`) than where the budget is a constant.
+        sharpness: size of the logits; by default smaller where the budget is a few float32 roundings
+            (see `Judge`), which no arithmetic keeps for large logits.
         extras: whether concepts carry token biases (one of them -inf), weights, u' and an offset.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +155,8 @@ def make_problem(
     token_groups = torch.arange(keys) % (count + 1)
     query_groups = torch.arange(queries) % (count + 1)
     if sharpness is None:
-        sharpness = 1.5 if batch * heads * queries >= MANY_ROWS else 0.5
+        constant = dtype == torch.float32 and batch * heads * queries < MANY_ROWS
+        sharpness = 0.5 if constant else 1.5
     pointed = 3 * dim**-0.5 * places[query_groups].transpose(0, 1)
     query = sharpness * (normal(batch, heads, queries, dim) + pointed)
     key = batched(lambda: keys_of(token_groups))

@@ -19,8 +19,10 @@ from support import (
     MASKS,
     PRESETS,
     ROWS,
-    RULES,
     Judge,
+    every_backend,
+    every_dtype,
+    every_rule,
     make_problem,
     pairwise,
     plain,
@@ -32,6 +34,8 @@ from support import (
 import fastnegate as fn
 from fastnegate.problem import Problem
 from fastnegate.rule import DIRECTIONS, GATES, NORMS, SCOPES, SELECTS, SIMILARITIES, Rule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIMS = (16, 32, 40, 64, 72, 80, 96, 128, 160, 256)
 QUERIES = (1, 15, 64, 65, 255, 1000)
@@ -88,7 +92,7 @@ def test_grid(case: dict) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("preset", PRESETS)
 def test_full_grid(preset: str, dtype: torch.dtype, dim: int) -> None:
     """FASTNEGATE_BUDGET_REPORT=path writes the shares of the budget used."""
@@ -106,8 +110,8 @@ def test_full_grid(preset: str, dtype: torch.dtype, dim: int) -> None:
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+@every_dtype
+@every_rule
 def test_rules_on_many_rows(rule: Rule, dtype: torch.dtype) -> None:
     problem = make_problem(4, 3, 100, 33, 48, dtype, rule=rule, layout="bnhd", mask="additive", seed=1)
     judge_all(problem, statistics=True)
@@ -236,14 +240,14 @@ ROW_CONCEPTS = [[0], [1, 2], [2, 0, 1]]
 SPANS = [(0, 8), (8, 11), (11, 23)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_is_its_published_formula(preset: str, backend: str) -> None:
     problem = make_problem(rule=preset, rows=ROW_CONCEPTS, extras=False, seed=3)
     Judge(problem, truth=literal(problem)).check(run(problem, backend), f"{backend} literal")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("mask", MASKS)
 def test_without_concepts_it_is_scaled_dot_product_attention(mask: str, dtype: torch.dtype) -> None:
     problem = plain(make_problem(dtype=dtype, mask=mask, seed=4))
@@ -269,7 +273,7 @@ def test_entry_numbers_come_from_the_entry_then_the_arguments_then_the_rule() ->
         assert torch.equal(run(by_argument, backend), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_protore_threshold_moves_the_width(backend: str) -> None:
     """width is 1 - threshold of the entry unless named."""
     implied = make_problem(rows=[[{"concept": 0, "threshold": 0.25}]] * 3)
@@ -279,15 +283,15 @@ def test_protore_threshold_moves_the_width(backend: str) -> None:
     assert not torch.equal(run(implied, backend), run(other, backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+@every_backend
+@every_rule
 def test_statistics_do_not_change_the_output(rule: Rule, backend: str) -> None:
     problem = make_problem(rule=rule, queries=67)
     assert torch.equal(run(problem, backend), run_with_statistics(problem, backend)[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_dtype
+@every_backend
 def test_nonfinite_counts_the_stored_values(backend: str, dtype: torch.dtype) -> None:
     problem = make_problem(dtype=dtype, rule=Rule(strength=4.0), rows=[[0], [], [1, 2]])
     largest = torch.finfo(dtype).max / 4
@@ -303,7 +307,7 @@ def test_nonfinite_counts_the_stored_values(backend: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("queries", [37, 400])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_the_judge_rejects_what_is_wrong(dtype: torch.dtype, queries: int) -> None:
     problem = make_problem(dtype=dtype, queries=queries)
     judge = Judge(problem)

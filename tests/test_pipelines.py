@@ -100,8 +100,9 @@ def sd() -> Any:
 def test_negation_changes_what_is_generated_and_leaves_no_trace(kind: str, method: str) -> None:
     pipe = pipelines.build(kind)
     before, untouched = processors(pipe), generate(pipe)
-    attributes = dict(vars(pipe))
+    attributes, state = dict(vars(pipe)), denoiser(pipe).state_dict().keys()
     with installed(pipe, METHODS[method]):
+        assert denoiser(pipe).state_dict().keys() == state  # what would be saved
         assert torch.equal(generate(pipe), untouched)  # no policy
         assert torch.equal(negated(pipe, [None]), untouched)
         assert torch.equal(negated(pipe, [Policy({"dog": 0.0})]), untouched)
@@ -422,7 +423,7 @@ class Adapted(nn.Module):
 
 
 def test_adapters_around_projections_act_on_concepts(sd: Any) -> None:
-    """Merged into the weights or beside them, and when it is switched between calls."""
+    """Beside the weights or merged into them, and when they are switched between calls."""
     adapters = []
     for attn in pipelines.attentions(sd).values():
         for name in ("to_k", "to_v"):
@@ -433,6 +434,8 @@ def test_adapters_around_projections_act_on_concepts(sd: Any) -> None:
         for adapter in adapters:
             adapter.scale = 3.0
         beside = negated(sd, [DOG])
+    with installed(sd):
+        assert torch.equal(negated(sd, [DOG]), beside)
         for adapter in adapters:
             with torch.no_grad():
                 adapter.base.weight += 3.0 * adapter.up.weight @ adapter.down.weight
@@ -720,6 +723,27 @@ def test_subclasses_are_known_by_their_call(sd: Any) -> None:
     fn.install(same, bank).remove()
     with pytest.raises(fn.UnsupportedModelError, match="Different"):
         fn.install(different, bank)
+
+
+def test_another_pipeline_around_the_same_model(sd: Any) -> None:
+    """Its batch layout is not known to the engine: it runs without a policy and refuses one."""
+    other = diffusers.StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+
+    def run() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        image = torch.zeros(1, 3, 32, 32)
+        return other(
+            "a cat", image=image, num_inference_steps=4, generator=generator, output_type="latent"
+        ).images
+
+    untouched = run()
+    with installed(sd) as engine:
+        assert torch.equal(run(), untouched)
+        with engine.batch([DOG]), pytest.raises(fn.UnsupportedModelError, match="conditional"):
+            run()
+        engine.set_rows([DOG], row_map=[None, 0])
+        assert not torch.allclose(run(), untouched)
 
 
 def test_processors_of_others_stay_wrapped(sd: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from ..problem import GATE_REPORT_LEVEL, Problem, Statistics, statistics
 
 # torch is imported above, so its OpenMP runtime is loaded before the extension asks for one.
+_C: Any = None
+_MISSING: str | None = None
 try:
-    from fastnegate import _C
+    _C = importlib.import_module("fastnegate._C")
 except ImportError as error:
-    _C = None
     _MISSING = f"the compiled extension is not part of this install ({error})"
 
 MOST_KEYS = 1024  # prompt keys, and tokens of one concept
@@ -24,7 +26,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unavailable() -> str | None:
-    return _MISSING if _C is None else None
+    return _MISSING
 
 
 @functools.cache

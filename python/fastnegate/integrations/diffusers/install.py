@@ -138,7 +138,7 @@ class _Hook:
         self._pipe = weakref.ref(pipe)
         self._engine, self._layers, self._processors = engine, layers, processors
         self._on_displaced = on_displaced
-        self._signature = inspect.signature(_bare(denoiser(pipe)).forward)
+        self._parameters = list(inspect.signature(_bare(denoiser(pipe)).forward).parameters)
         self._last_step: int | None = None
         self._filled: object = None
 
@@ -147,7 +147,7 @@ class _Hook:
             raise NegationNotAppliedError("compile the denoiser before fastnegate.install, not after")
         self._watch()
         engine = self._engine
-        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**dict(zip(self._parameters, args)), **kwargs}
         sample: Any = given.get("sample", given.get("hidden_states"))
         step, steps = self._step(given["timestep"]) if engine.armed else (None, 0)
         new_call = step is None or self._last_step is None or step <= self._last_step
@@ -162,6 +162,9 @@ class _Hook:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._engine.end_call()
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy of the model does not belong to the pipeline
+        return {**self.__dict__, "_pipe": _gone}
 
     def _living_pipe(self) -> Any:
         pipe = self._pipe()
@@ -180,8 +183,9 @@ class _Hook:
             context = self._engine.embeddings.to(device=sample.device, dtype=model.dtype)
             context = project_context(pipe, context).unsqueeze(0)
             for name, layer in self._engine.layers.items():
-                key, value = (t[0].transpose(0, 1) for t in project(self._layers[name], context))
-                layer.fill(key, value)
+                attn, processor = self._layers[name], self._processors[f"{name}.processor"]
+                key, value = project(attn, context, processor.normalizes)
+                layer.fill(key[0].transpose(0, 1), value[0].transpose(0, 1))
 
     def _step(self, timestep: Any) -> tuple[int | None, int]:
         """Step i of n, from the scheduler's timesteps; i is None for a timestep it does not have.
@@ -267,6 +271,10 @@ def negate(
     engine = install(pipe, bank, MOST_IMAGES, rule=method, backend=backend)
     engine.set_requests([policy])
     return Handle(engine)
+
+
+def _gone() -> None:
+    """A dead reference that pickles."""
 
 
 def _bare(model: Any) -> Any:
