@@ -26,7 +26,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 import pipelines
 from fastnegate.concepts import Concept, ConceptBank, Fingerprint
 from fastnegate.engine import Engine, NegationNotAppliedError
-from fastnegate.integrations.diffusers.processor import NegationAttnProcessor, project
+from fastnegate.integrations.diffusers.processor import NegationAttnProcessor
 from pipelines import one_thread  # noqa: F401
 
 BATCH = 2
@@ -186,11 +186,11 @@ def test_bound_and_made_by_hand_agree() -> None:
     layer = engine.layers["layer"]
     engine.set_rows([None, fn.Policy({"x": 0.5, "y": 1.0})])
     engine.prepare(BATCH, torch.device("cpu"), lambda: False, None)
-    layer.fill(*(t[0].transpose(0, 1) for t in project(case.attn, engine.embeddings[None])))
-    engine.begin_call(BATCH)
     by_hand = NegationAttnProcessor(
         concepts, rule, strengths={"x": 0.5, "y": 1.0}, conditional=[False, True], inner=case.inner
     )
+    layer.fill(*(t[0].transpose(0, 1) for t in by_hand.project(case.attn, engine.embeddings[None])))
+    engine.begin_call(BATCH)
     bound = case.run(NegationAttnProcessor.bound(engine, layer, case.inner))
     assert torch.equal(bound, case.run(by_hand))
     plain = case.run(NegationAttnProcessor(concepts, NOTHING, conditional="all", inner=case.inner))

@@ -226,7 +226,6 @@ def test_no_entries_no_concepts_no_tokens(backend: str) -> None:
         fn.ConceptTokens.uniform([], [], 3),
         make_problem(rows="none").concepts,
         fn.ConceptTokens.uniform([nothing] * 2, [nothing] * 2, 3),
-        make_problem(concept_lengths=(), rows="none").concepts,
     ):
         output, statistics = run_with_statistics(dataclasses.replace(problem, concepts=tokens), backend)
         assert torch.equal(output, expected)
@@ -307,9 +306,10 @@ CONCEPT_TENSORS = ("key", "value", "numbers", "token_bias", "token_weight", "dir
 
 
 def requiring_grad(name: str) -> Problem:
-    problem = make_problem(rule="casteer" if name in ("direction", "update", "offset") else "nasa", mask="additive")
-    if name.startswith("concepts."):
-        field = name.partition(".")[2]
+    field = name.removeprefix("concepts.")
+    fixed = field in ("direction", "update", "offset")
+    problem = make_problem(rule=Rule(direction="fixed" if fixed else "raw"), mask="additive")
+    if field != name:
         leaf = getattr(problem.concepts, field).clone().requires_grad_()
         return dataclasses.replace(problem, concepts=dataclasses.replace(problem.concepts, **{field: leaf}))
     return dataclasses.replace(problem, **{name: getattr(problem, name).clone().requires_grad_()})
@@ -405,7 +405,7 @@ def test_pack_reads_strided_arguments_as_they_are(backend: str) -> None:
 def test_numbers_change_in_place() -> None:
     problem = make_problem(rule="nasa", rows="same")
     before = run(problem, "reference")
-    problem.concepts.first_rows(3).strength.mul_(0).add_(1.5)
+    problem.concepts.first_rows(3).strength.fill_(1.5)
     assert not torch.equal(run(problem, "reference"), before)
     assert problem.concepts.numbers[:, 0].tolist() == [1.5] * 9
 

@@ -24,7 +24,7 @@ from .families import (
     guided,
     project_context,
 )
-from .processor import NegationAttnProcessor, project
+from .processor import NegationAttnProcessor
 
 log = logging.getLogger("fastnegate")
 MOST_IMAGES = 64  # of one call under `negate`, which is not told how many there will be
@@ -184,7 +184,7 @@ class _Hook:
             context = project_context(pipe, context).unsqueeze(0)
             for name, layer in self._engine.layers.items():
                 attn, processor = self._layers[name], self._processors[f"{name}.processor"]
-                key, value = project(attn, context, processor.normalizes)
+                key, value = processor.project(attn, context)
                 layer.fill(key[0].transpose(0, 1), value[0].transpose(0, 1))
 
     def _step(self, timestep: Any) -> tuple[int | None, int]:

@@ -85,8 +85,16 @@ class NegationAttnProcessor:
         processor.engine, processor.layer = engine, layer
         return processor
 
+    def project(self, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] of text [B, T, C]. Modules are called, weights never read, so
+        LoRA, quantization and offload hooks act."""
+        if attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
+        return (attn.norm_k(key) if attn.norm_k is not None and self._normalizes else key), value
+
     @property
-    def normalizes(self) -> bool:
+    def _normalizes(self) -> bool:
         """Whether norm_q and norm_k apply: the older `AttnProcessor` ignores them."""
         return not isinstance(self.inner, AttnProcessor)
 
@@ -120,8 +128,8 @@ class NegationAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         query = _heads(attn, attn.to_q(hidden_states))
-        key, value = project(attn, encoder_hidden_states, self.normalizes)
-        if attn.norm_q is not None and self.normalizes:
+        key, value = self.project(attn, encoder_hidden_states)
+        if attn.norm_q is not None and self._normalizes:
             query = attn.norm_q(query)
 
         hidden_states = self._attend(attn, query, key, value, attention_mask)
@@ -180,7 +188,7 @@ class NegationAttnProcessor:
         context = self._slots.embeddings.to(device=query.device, dtype=query.dtype)
         if self.bank.pipe is not None:
             context = project_context(self.bank.pipe, context)
-        key, value = (t[0].transpose(0, 1) for t in project(attn, context.unsqueeze(0), self.normalizes))
+        key, value = (t[0].transpose(0, 1) for t in self.project(attn, context.unsqueeze(0)))
         spans = [(s.begin, s.begin + s.length) for s in self._slots.slots]
         strengths = [self._strengths.get(s.concept, 0.0) for s in self._slots.slots]
         entries = [
@@ -214,15 +222,6 @@ class NegationAttnProcessor:
         if batch % 2:
             raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")
         return [False] * (batch // 2) + [True] * (batch // 2)
-
-
-def project(attn: Any, context: Tensor, normalizes: bool = True) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, D] of text [B, T, C]. Modules are called, weights never read, so LoRA,
-    quantization and offload hooks act."""
-    if attn.norm_cross:
-        context = attn.norm_encoder_hidden_states(context)
-    key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
-    return (attn.norm_k(key) if attn.norm_k is not None and normalizes else key), value
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
