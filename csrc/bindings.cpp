@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/kernel.h"
 #include "cpu/run.h"
 
 namespace py = pybind11;
@@ -71,6 +72,8 @@ void run(const std::array<uintptr_t, 17>& addresses, const std::array<int64_t, 9
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastnegate; called by fastnegate.backends.";
   m.def("run_cpu", &run);
+  m.def("is_forked", &is_forked, "Whether the kernel is limited to one thread by a fork.");
+  m.attr("MOST_KEYS") = kMostKeys;
   m.def("usable_isas", &usable_isas, "Instruction sets usable on this machine, best first.");
   m.def("built_isas", &built_isas, "Instruction sets in this build.");
 }

@@ -333,7 +333,8 @@ class Judge:
         worst = error.max().item()
         where = tuple(torch.unravel_index(error.argmax(), error.shape))
         used = max(worst / most, error.mean().item() / mean)
-        _used[label, self.problem.rule.name, str(self.dtype)].append(used)
+        if label:
+            _used[label, self.problem.rule.name, str(self.dtype)].append(used)
         at = [int(i) for i in where]
         assert worst <= most, f"{label}: row {at} errs by {worst:.3g}, allowed {most:.3g}"
         assert error.mean() <= mean, f"{label}: mean error {error.mean():.3g}, allowed {mean:.3g}"
@@ -402,10 +403,9 @@ def assert_within_budget(actual: Tensor, problem: Problem, label: str = "") -> f
 
 
 def budget_report() -> str:
-    """How many results were judged, and the largest share of the budget any of them used."""
+    """How many results were judged by backend, rule and dtype, and how much of the budget they used."""
     lines = [f"{'backend':14} {'rule':24} {'dtype':16} {'results':>8} {'worst':>8} {'median':>8}"]
     for (label, rule, dtype), used in sorted(_used.items()):
-        lines.append(
-            f"{label:14} {rule:24} {dtype:16} {len(used):8} {max(used):8.3f} {sorted(used)[len(used) // 2]:8.3f}"
-        )
+        median = sorted(used)[len(used) // 2]
+        lines.append(f"{label:14} {rule:24} {dtype:16} {len(used):8} {max(used):8.3f} {median:8.3f}")
     return "\n".join(lines) + "\n"

@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+import fastnegate as fn
+from fastnegate.problem import Problem
+from fastnegate.rule import DIRECTIONS, GATES, NORMS, SCOPES, SELECTS, SIMILARITIES, Rule
 from support import (
     BACKENDS,
     CPU_BACKENDS,
@@ -30,10 +34,6 @@ from support import (
     run_with_statistics,
     with_rule,
 )
-
-import fastnegate as fn
-from fastnegate.problem import Problem
-from fastnegate.rule import DIRECTIONS, GATES, NORMS, SCOPES, SELECTS, SIMILARITIES, Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +161,9 @@ def problems(draw: st.DrawFn) -> Problem:
     lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     entry = st.builds(lambda c, n: {"concept": c, **n}, st.integers(0, len(lengths) - 1), numbers)
     batch = draw(st.integers(1, 3))
-    rows = st.lists(st.lists(entry, max_size=4, unique_by=lambda e: e["concept"]), min_size=batch, max_size=batch)
+    rows = st.lists(
+        st.lists(entry, max_size=4, unique_by=lambda e: e["concept"]), min_size=batch, max_size=batch
+    )
     return make_problem(
         batch,
         draw(st.integers(1, 3)),
@@ -244,7 +246,7 @@ SPANS = [(0, 8), (8, 11), (11, 23)]
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_is_its_published_formula(preset: str, backend: str) -> None:
     problem = make_problem(rule=preset, rows=ROW_CONCEPTS, extras=False, seed=3)
-    Judge(problem, truth=literal(problem)).check(run(problem, backend), f"{backend} literal")
+    Judge(problem, truth=literal(problem)).check(run(problem, backend), backend)
 
 
 @every_dtype
@@ -258,7 +260,7 @@ def test_without_concepts_it_is_scaled_dot_product_attention(mask: str, dtype: t
     masked = torch.zeros(1) if bias is None else (bias == -torch.inf).all(-1, keepdim=True)
     judge = Judge(problem, truth=truth.masked_fill(masked.bool(), 0.0))
     for backend in BACKENDS:
-        judge.check(run(problem, backend), f"{backend} plain")
+        judge.check(run(problem, backend), backend)
 
 
 def test_entry_numbers_come_from_the_entry_then_the_arguments_then_the_rule() -> None:

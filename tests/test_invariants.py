@@ -4,9 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
+import fastnegate as fn
+from fastnegate import reference
+from fastnegate.problem import Problem
+from fastnegate.rule import Rule
 from support import (
     DTYPES,
     RULES,
@@ -22,12 +29,6 @@ from support import (
     with_concepts,
     with_rule,
 )
-from torch import Tensor
-
-import fastnegate as fn
-from fastnegate import reference
-from fastnegate.problem import Problem
-from fastnegate.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +43,7 @@ def only(**words: str) -> pytest.MarkDecorator:
 def rows_of(problem: Problem) -> list[list[int]]:
     """The entries of every batch row."""
     offsets = problem.concepts.index[-problem.sizes[0] - 1 :].tolist()
-    return [list(range(begin, end)) for begin, end in zip(offsets, offsets[1:])]
+    return [list(range(begin, end)) for begin, end in itertools.pairwise(offsets)]
 
 
 def norm(x: Tensor, rule: Rule) -> Tensor:
@@ -123,12 +124,12 @@ def test_03_joint_is_the_concatenated_softmax(backend: str, mask: str, dtype: to
         weighted = tokens.value.double() * tokens.token_weight[:, None, None].double()
         values = [problem.value[b].double(), *(-1.75 * weighted[s].transpose(0, 1) for s in spans)]
         scores = query @ torch.cat(keys, -2).mT * problem.scale
-        prompt_bias = torch.zeros(1) if problem.key_bias is None else problem.key_bias[b % len(problem.key_bias)]
-        prompt_bias = prompt_bias.expand(2, 37, 21)
+        bias = torch.zeros(1, 1, 1, 21) if problem.key_bias is None else problem.key_bias
+        prompt_bias = bias[b % len(bias)].expand(2, 37, 21)
         token_bias = torch.cat([tokens.token_bias[s] for s in spans]).expand(2, 37, -1)
         weights = (scores + torch.cat([prompt_bias, token_bias], -1)).softmax(-1)
         truth.append(weights @ torch.cat(values, -2))
-    Judge(problem, truth=torch.stack(truth)).check(run(problem, backend), f"{backend} invariant")
+    Judge(problem, truth=torch.stack(truth)).check(run(problem, backend), backend)
 
 
 # ---- 4: order ------------------------------------------------------------------------------------
@@ -141,13 +142,11 @@ def test_04_order_of_entries_and_tokens_only_rounds(backend: str, rule: Rule, dt
     problem = make_problem(dtype=dtype, rule=rule, rows=[[0, 1, 2], [1, 2], [2, 0]])
     judge = Judge(problem)
     backwards = make_problem(dtype=dtype, rule=rule, rows=[[2, 1, 0], [2, 1], [0, 2]])
-    judge.check(run(backwards, backend), f"{backend} invariant")
+    judge.check(run(backwards, backend), backend)
     tokens = problem.concepts
     order = torch.cat([b + torch.randperm(n) for b, n in ((0, 8), (8, 3), (11, 12))])
-    shuffled = {
-        name: getattr(tokens, name)[order] for name in ("key", "value", "token_bias", "token_weight")
-    }
-    judge.check(run(with_concepts(problem, **shuffled), backend), f"{backend} invariant")
+    shuffled = {name: getattr(tokens, name)[order] for name in ("key", "value", "token_bias", "token_weight")}
+    judge.check(run(with_concepts(problem, **shuffled), backend), backend)
 
 
 # ---- 5, 6, 13: bits ------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def test_07_a_masked_concept_token_is_absent(backend: str, rule: Rule, dtype: to
     index = torch.cat([tokens.index[: tokens.entries], begins, lengths, tokens.index[-4:]])
     kept = {n: getattr(tokens, n)[~gone] for n in ("key", "value", "token_bias", "token_weight")}
     absent = with_concepts(problem, index=index, longest=11, **kept)
-    Judge(absent).check(output, f"{backend} invariant")
+    Judge(absent).check(output, backend)
 
 
 @every_dtype
@@ -282,7 +281,7 @@ def test_07_a_masked_prompt_key_is_absent(backend: str, rule: Rule, dtype: torch
     output = run(masked, backend)
     assert torch.equal(run(poisoned, backend), output)
     absent = dataclasses.replace(problem, key=problem.key[:, :, ~gone], value=problem.value[:, :, ~gone])
-    Judge(absent).check(output, f"{backend} invariant")
+    Judge(absent).check(output, backend)
 
 
 @every_backend
@@ -305,19 +304,24 @@ def test_07_keys_masked_in_one_row_and_head_only(backend: str) -> None:
 @pytest.mark.parametrize("scope", ["head", "feature"])
 @pytest.mark.parametrize("direction", ["raw", "orthogonal", "difference"])
 @every_backend
-def test_08_concept_equal_to_the_prompt(
-    backend: str, direction: str, scope: str, dtype: torch.dtype
-) -> None:
+def test_08_concept_equal_to_the_prompt(backend: str, direction: str, scope: str, dtype: torch.dtype) -> None:
     rule = Rule(direction=direction, scope=scope, name=f"{direction}-{scope}")
     problem = make_problem(
-        2, keys=21, concept_lengths=(21,), rows="same", layout="broadcast", extras=False, dtype=dtype, rule=rule
+        2,
+        keys=21,
+        concept_lengths=(21,),
+        rows="same",
+        layout="broadcast",
+        extras=False,
+        dtype=dtype,
+        rule=rule,
     )
     problem = with_concepts(
         problem, key=problem.key[0].transpose(0, 1), value=problem.value[0].transpose(0, 1)
     )
     z = reference.evaluate(plain(problem)).output
     judge = Judge(problem, truth=torch.zeros_like(z) if direction == "raw" else z)
-    judge.check(run(problem, backend), f"{backend} invariant")
+    judge.check(run(problem, backend), backend)
 
 
 @every_dtype
@@ -384,7 +388,7 @@ def test_12_extreme_inputs_never_give_nan(backend: str, rule: Rule, dtype: torch
     for rows in ("same", "mixed"):
         problem = make_problem(dtype=dtype, rule=rule, rows=rows, mask="additive")
         tokens = problem.concepts
-        for grow in (torch.sign, lambda t: (t / t.abs().amax())):
+        for grow in (torch.sign, lambda t: t / t.abs().amax()):
             extreme = dataclasses.replace(
                 with_concepts(problem, key=grow(tokens.key) * largest, value=grow(tokens.value) * largest),
                 query=grow(problem.query) * largest,
@@ -439,7 +443,7 @@ def test_16_a_fading_schedule_ends_at_plain_attention(backend: str, rule: Rule, 
         assert not torch.equal(run(problem, backend), run(plain(problem), backend))
         problem.concepts.active.fill_(active)
         z = reference.evaluate(plain(problem)).output
-        Judge(problem, truth=z).check(run(problem, backend), f"{backend} invariant")
+        Judge(problem, truth=z).check(run(problem, backend), backend)
 
 
 # ---- corrupt data --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import logging
+import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -757,12 +758,20 @@ def test_processors_of_others_stay_wrapped(sd: Any) -> None:
     assert {type(p) for p in before.values()} == {AttnProcessor}
 
 
-def test_a_copy_of_the_model_negates_on_its_own(sd: Any) -> None:
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_the_model_does_not_belong_to_the_pipeline(sd: Any, copied: Callable[[Any], Any]) -> None:
     denoise = direct(sd)
+    untouched, original = denoise(), sd.unet
     with installed(sd) as engine:
+        asleep = copied(sd.unet)
         engine.set_rows([DOG, None])
-        expected = denoise()
-        twin = copy.deepcopy(sd.unet)
-        engine.clear()
-        sd.unet = twin
-        assert torch.equal(denoise(), expected)
+        armed = copied(sd.unet)
+        sd.unet = asleep
+        assert torch.equal(denoise(), untouched)
+        sd.unet = armed
+        with pytest.raises(NegationNotAppliedError, match="gone"):
+            denoise()
+        sd.unet = original
+        assert not torch.allclose(denoise(), untouched)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fastnegate import testbed
 from fastnegate.testbed import LOOSE, STRICT, Detection, PromptObject, Thresholds
 from fastnegate.testbed.world import (

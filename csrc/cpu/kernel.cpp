@@ -116,8 +116,6 @@ void pack_rows(Dtype dtype, const char* data, int64_t row_stride, const int64_t*
 
 int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-constexpr int64_t kMostKeys = 1024;
-
 // A bias in base-2 logits. The lowest float is a number, not a mask, and must not become -inf.
 FN_INLINE float base2(float bias) {
   const float scaled = bias * kLog2e;
@@ -146,21 +144,16 @@ void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
             pack.value);
 }
 
-void pack_concept(const Plan& plan, int64_t slot, int64_t concept_index, int64_t h) {
+void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
   const Problem& p = *plan.problem;
+  const Span& span = plan.spans[slot];
   Pack& pack = plan.concepts[slot * p.heads + h];
-  const int32_t* begins = p.index + p.entries;
-  const int32_t* lengths = begins + p.concepts;
-  const auto clamp = [](int64_t x, int64_t high) { return x < 0 ? 0 : x > high ? high : x; };
-  const int64_t begin = clamp(begins[concept_index], p.tokens);
-  const int64_t most = p.tokens - begin < p.longest ? p.tokens - begin : p.longest;
-  const int64_t length = clamp(lengths[concept_index], most);
   int64_t rows[kMostKeys], count = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    const float x = p.token_bias ? p.token_bias[begin + j] : 0.f;
+  for (int64_t j = span.begin; j < span.begin + span.length; ++j) {
+    const float x = p.token_bias ? p.token_bias[j] : 0.f;
     if (x == -INFINITY) continue;
     if (pack.bias) pack.bias[count] = base2(x);
-    rows[count++] = begin + j;
+    rows[count++] = j;
   }
   pack.count = count;
   const char* key = p.concept_key.data + h * p.concept_key.head * bytes(p.dtype);
@@ -225,7 +218,7 @@ template <int NQ>
 void softmax(float* s, int64_t n, F* top, F* mass) {
   for (int q = 0; q < NQ; ++q) top[q] = splat(kLowest);
   for (int64_t j = 0; j < n; ++j)
-    for (int q = 0; q < NQ; ++q) top[q] = max(top[q], load(s + (j * NQ + q) * W));
+    for (int q = 0; q < NQ; ++q) top[q] = max(load(s + (j * NQ + q) * W), top[q]);  // a NaN leaves top alone
   for (int q = 0; q < NQ; ++q) mass[q] = F{};
   for (int64_t begin = 0; begin < n; begin += kRows) {  // short chains, as in multiply_step
     F sum[NQ] = {};
@@ -278,7 +271,7 @@ int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
   take(s->feature, p.dim);
   take(s->z, g * p.dim);
   take(s->y, g * p.dim);
-  take(s->x, g * e * p.dim);
+  take(s->x, p.rule.direction == Direction::fixed ? 0 : g * e * p.dim);
   take(s->top, g * (1 + e));
   take(s->mass, g * (1 + e));
   take(s->entry, e * kEntryRows);
@@ -345,44 +338,39 @@ class Tile {
     return vec(s.mass, g * (1 + entries) + segment, q);
   }
 
-  // Attention to x; keeps top and mass of the segment unless `segment` is negative.
-  void attend_pack(const Pack& pack, const float* keys, const float* x, int64_t g, int64_t segment,
+  // Attention of x to a pack with `add_bias` on the logits; tops and masses of `segment` are kept.
+  template <class AddBias>
+  void attend_pack(const Pack& pack, const float* x, int64_t g, int64_t segment, AddBias add_bias,
                    float* out) {
-    const auto add_bias = [&] {
-      if (!pack.bias) return;
-      for (int64_t j = 0; j < pack.count; ++j)
-        for (int q = 0; q < NQ; ++q) add(vec(s.scores, j, q), splat(pack.bias[j]));
-    };
     F top_[NQ], mass_[NQ];
-    attend<NQ>(keys, pack.value, pack.count, p.dim, x, add_bias, s.scores, out, top_, mass_);
-    if (segment < 0) return;
+    attend<NQ>(pack.key, pack.value, pack.count, p.dim, x, add_bias, s.scores, out, top_, mass_);
     for (int q = 0; q < NQ; ++q) {
       store(top(g, segment, q), top_[q]);
       store(mass(g, segment, q), mass_[q]);
     }
   }
 
+  void add_token_bias(const Pack& pack) {
+    if (!pack.bias) return;
+    for (int64_t j = 0; j < pack.count; ++j)
+      for (int q = 0; q < NQ; ++q) add(vec(s.scores, j, q), splat(pack.bias[j]));
+  }
+
   void attend_prompt(int64_t g) {
     const int64_t h = task.first_head + g;
     const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
     load_queries<Storage, NQ>(p, task.batch, h, task.first_query, count, s.query);
-    if (p.key_bias && p.bias_query != 0) {
-      F top_[NQ], mass_[NQ];
-      attend<NQ>(pack.key, pack.value, pack.count, p.dim, s.query,
-                 [&] { add_query_bias(h, pack.count); }, s.scores, z(g), top_, mass_);
-      for (int q = 0; q < NQ; ++q) {
-        store(top(g, 0, q), top_[q]);
-        store(mass(g, 0, q), mass_[q]);
-      }
-    } else {
-      attend_pack(pack, pack.key, s.query, g, 0, z(g));
-    }
+    if (p.key_bias && p.bias_query != 0)
+      attend_pack(pack, s.query, g, 0, [&] { add_query_bias(h, pack.count); }, z(g));
+    else
+      attend_pack(pack, s.query, g, 0, [&] { add_token_bias(pack); }, z(g));
     if (entries == 0) return;
     if (g == 0) {
       std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
       std::memset(s.zz, 0, sizeof(float) * L);
     }
-    for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
+    if (plan.reads_moments)
+      for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
   }
 
   // The [N, M] form of key_bias is read where it is needed: rare, so not tuned.
@@ -420,22 +408,28 @@ class Tile {
   // Feature of entry e in head g, and what it adds to the inner products over the scope.
   void measure(int64_t g, int64_t e) {
     const int64_t h = task.first_head + g;
-    if (rule.reads_tokens()) {
+    if (plan.reads_tokens) {
       const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
       const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
       float* f = f_is_x ? x(g, e) : s.feature;
-      attend_pack(pack, pack.key, s.query, g, 1 + e, f);
+      attend_pack(pack, s.query, g, 1 + e, [&] { add_token_bias(pack); }, f);
       for (int q = 0; q < NQ; ++q) {
-        add(entry(e, kZf, q), dot(z(g), f, q));
-        add(entry(e, kFf, q), dot(f, f, q));
-        add(entry(e, kMass, q),
-            mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
-                       load(mass(g, 1 + e, q)), live[e].numbers));
+        if (plan.reads_moments) {
+          add(entry(e, kZf, q), dot(z(g), f, q));
+          add(entry(e, kFf, q), dot(f, f, q));
+        }
+        if (plan.reads_mass)
+          add(entry(e, kMass, q),
+              mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
+                         load(mass(g, 1 + e, q)), live[e].numbers));
       }
-      if (rule.direction == Direction::retrieve)
-        attend_pack(pack, pack.memory, z(g), g, -1, x(g, e));
+      if (rule.direction == Direction::retrieve) {
+        F top_[NQ], mass_[NQ];
+        attend<NQ>(pack.memory, pack.value, pack.count, p.dim, z(g), [&] { add_token_bias(pack); },
+                   s.scores, x(g, e), top_, mass_);
+      }
     }
-    if (rule.reads_direction()) {
+    if (plan.reads_direction) {
       const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;
       for (int q = 0; q < NQ; ++q)
         add(entry(e, kAlong, q), sum([&](int64_t d, F part) {
@@ -532,27 +526,27 @@ class Tile {
 
   // `joint`: one softmax over segments with logits L and L_e - logit_bias + log g.
   void share(int64_t g, F* a) {
-    const auto weight = [&](int64_t e, int q) { return load(mass(g, 1 + e, q)) * load(entry(e, kG, q)); };
-    const auto logit = [&](int64_t e, int q) {
-      return load(top(g, 1 + e, q)) - live[e].numbers.logit_bias * kLog2e;
-    };
     for (int q = 0; q < NQ; ++q) {
-      F highest = load(top(g, 0, q));  // kLowest where the prompt has no mass
+      // Segment i weighs w 2^t; the largest is brought to 1 .. 2, however small w = mass * gate.
+      const auto w = [&](int64_t i) {
+        const F m = load(mass(g, i, q));
+        return i ? m * load(entry(i - 1, kG, q)) : m;
+      };
+      const auto t = [&](int64_t i) {
+        return load(top(g, i, q)) - (i ? live[i - 1].numbers.logit_bias * kLog2e : 0.f);
+      };
+      F highest = splat(kLowest);
+      for (int64_t i = 0; i <= entries; ++i)
+        highest = max(highest, select(w(i) > 0.f, t(i) + exponent(w(i)), splat(kLowest)));
+      F total = F{};
+      const auto part = [&](int64_t i) {
+        return select(w(i) == 0.f, F{}, w(i) * exp2(min(t(i) - highest, splat(127.f))));
+      };
+      for (int64_t i = 0; i <= entries; ++i) total = total + part(i);
+      const F inverse = select(total == 0.f, F{}, 1.f / total);
+      a[q] = part(0) * inverse;
       for (int64_t e = 0; e < entries; ++e)
-        highest = max(highest, select(weight(e, q) > 0.f, logit(e, q), splat(kLowest)));
-      const F prompt = load(mass(g, 0, q)) * exp2(load(top(g, 0, q)) - highest);
-      F total = prompt;
-      for (int64_t e = 0; e < entries; ++e) {
-        const F w = weight(e, q);
-        const F part = select(w > 0.f, w * exp2(min(logit(e, q) - highest, F{})), F{});
-        store(entry(e, kB, q), part);
-        total = total + part;
-      }
-      a[q] = divide(prompt, total);
-      for (int64_t e = 0; e < entries; ++e) {
-        float* b = entry(e, kB, q);
-        store(b, divide(load(b), total) * -live[e].numbers.strength);
-      }
+        store(entry(e, kB, q), part(1 + e) * inverse * -live[e].numbers.strength);
     }
   }
 
@@ -579,14 +573,22 @@ class Tile {
     if (!plan.row_partials) return;
     double* row = plan.row_partials + task.index * kRowColumns;
     const float limit = overflow(p.dtype);
-    for (int64_t d = 0; d < p.dim; ++d)
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const float before = z(g)[d * L + lane], after = o[d * L + lane];
-        const double change = static_cast<double>(after) - before;
-        row[0] += change * change;
-        row[1] += static_cast<double>(before) * before;
-        row[3] += !(__builtin_fabsf(after) < limit);
+    for (int q = 0; q < NQ; ++q) {
+      const F change = sum([&](int64_t d, F part) {
+        const F moved = load(o + (d * NQ + q) * W) - load(vec(z(g), d, q));
+        return fma(moved, moved, part);
+      });
+      const F energy = dot(z(g), z(g), q);
+      const F nonfinite = sum([&](int64_t d, F part) {
+        const I fine = abs(load(o + (d * NQ + q) * W)) < limit;
+        return part + select(fine, F{}, splat(1.f));
+      });
+      for (int i = 0; i < W && q * W + i < count; ++i) {
+        row[0] += change[i];
+        row[1] += energy[i];
+        row[3] += nonfinite[i];
       }
+    }
   }
 
   void report_gates() {

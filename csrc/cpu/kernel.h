@@ -14,6 +14,7 @@
 namespace fastnegate {
 
 constexpr int64_t kRows = 8;       // keys or channels per register tile; D is a multiple of it
+constexpr int64_t kMostKeys = 1024;  // of the prompt, and of one concept
 constexpr int kEntryColumns = 5;   // partial statistics: max g, sum g, count, sum mass, max r
 constexpr int kRowColumns = 4;     // sum |O-Z|^2, sum |Z|^2, count limited, count not finite
 constexpr float kLowest = -3e38f;  // stands for the top of an empty or fully masked softmax
@@ -28,19 +29,27 @@ struct Pack {
 
 // An entry that exists: its concept has what the rule reads, and its schedule value is not 0.
 struct Live {
-  int64_t entry, concept_index, slot;  // slot: index into Plan::concepts / heads
+  int64_t entry, concept_index, slot;  // slot: index into Plan::spans
   Numbers numbers;
+};
+
+// Tokens of a concept that some entry uses, clamped to the arrays.
+struct Span {
+  int64_t concept_index, begin, length;
 };
 
 struct Plan {
   const Problem* problem;
   Pack* prompts;                 // [batch or 1][heads]
   int64_t prompt_batch_stride;   // heads, or 0 where all rows share keys, values and bias
-  Pack* concepts;                // [used concepts][heads]
+  const Span* spans;             // concepts in use
+  Pack* concepts;                // [spans][heads]
   const Live* live;              // entries of all rows, in order
   const int64_t* live_begin;     // [batch + 1]
   int64_t most_live;             // over the rows
   int64_t group;                 // heads per task: 1 for scope `head`, else all
+  // What the rule (or statistics) reads, so that the rest is not computed.
+  bool reads_tokens, reads_direction, reads_moments, reads_mass;
   double *entry_partials, *row_partials;  // per task, or null without statistics
   float* gates;                  // [entries][heads / group][queries], or null
 };
@@ -55,7 +64,7 @@ struct Isa {
   int64_t tile;                                       // most queries per task
   int64_t (*scratch)(const Plan&);                    // floats a thread needs
   void (*pack_prompt)(const Plan&, int64_t batch, int64_t head);
-  void (*pack_concept)(const Plan&, int64_t slot, int64_t concept_index, int64_t head);
+  void (*pack_concept)(const Plan&, int64_t slot, int64_t head);
   void (*run)(const Plan&, const Task&, float* scratch);
 };
 

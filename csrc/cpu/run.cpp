@@ -36,7 +36,7 @@ struct Level {
   bool usable;
 };
 
-std::vector<Level> levels() {
+std::vector<Level> find_levels() {
   std::vector<Level> all;
 #if defined(FASTNEGATE_X86)
   __builtin_cpu_init();
@@ -47,6 +47,11 @@ std::vector<Level> levels() {
   all.push_back({&avx2::isa, avx2});
 #endif
   all.push_back({&portable::isa, true});
+  return all;
+}
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = find_levels();
   return all;
 }
 
@@ -104,19 +109,23 @@ Numbers resolve(const float* row, const Numbers& defaults) {
 struct Workspace {
   Plan plan{};
   std::vector<Live> live;
-  std::vector<int64_t> live_begin, used;  // used: concept of each slot
+  std::vector<int64_t> live_begin;
+  std::vector<Span> spans;
   std::vector<Pack> prompts, concepts;
   std::vector<double> entry_partials, row_partials;
   std::vector<float> gates;
   Buffer packed;
 };
 
-bool has_tokens(const Problem& p, int64_t concept_index) {
+Span span_of(const Problem& p, int64_t concept_index) {
   const int32_t* begins = p.index + p.entries;
   const int32_t* lengths = begins + p.concepts;
   const int64_t begin = clamp(begins[concept_index], p.tokens);
-  const int64_t end = begin + clamp(lengths[concept_index], std::min(p.tokens - begin, p.longest));
-  for (int64_t j = begin; j < end; ++j)
+  return {concept_index, begin, clamp(lengths[concept_index], std::min(p.tokens - begin, p.longest))};
+}
+
+bool has_tokens(const Problem& p, const Span& span) {
+  for (int64_t j = span.begin; j < span.begin + span.length; ++j)
     if (!p.token_bias || p.token_bias[j] != -INFINITY) return true;
   return false;
 }
@@ -131,12 +140,13 @@ void find_live(const Problem& p, Workspace& w) {
     for (int64_t e = begin; e < end; ++e) {
       const int64_t c = clamp(p.index[e], p.concepts - 1);
       const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
-      if (!(numbers.active > 0.f) || (p.rule.reads_direction() && !p.direction) ||
-          (p.rule.reads_tokens() && !has_tokens(p, c)))
+      const Span span = span_of(p, c);
+      if (!(numbers.active > 0.f) || (w.plan.reads_direction && !p.direction) ||
+          (w.plan.reads_tokens && !has_tokens(p, span)))
         continue;
       if (slot[c] < 0) {
-        slot[c] = static_cast<int64_t>(w.used.size());
-        w.used.push_back(c);
+        slot[c] = static_cast<int64_t>(w.spans.size());
+        w.spans.push_back(span);
       }
       w.live.push_back({e, c, slot[c], numbers});
     }
@@ -149,7 +159,7 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   const bool shared = p.key.batch == 0 && p.value.batch == 0 && (!p.key_bias || p.bias_batch == 0);
   w.plan.prompt_batch_stride = shared ? 0 : p.heads;
   w.prompts.resize((shared ? std::min<int64_t>(p.batch, 1) : p.batch) * p.heads);
-  w.concepts.resize(p.rule.reads_tokens() ? w.used.size() * p.heads : 0);
+  w.concepts.resize(w.plan.reads_tokens ? w.spans.size() * p.heads : 0);
   const auto blocks = [&](int64_t n) { return (n + kRows - 1) / kRows * kRows * p.dim; };
   const bool bias = p.key_bias && p.bias_query == 0;
   const bool retrieve = p.rule.direction == Direction::retrieve;
@@ -213,6 +223,8 @@ void reduce(const Problem& p, const Workspace& w, int64_t tasks_per_row) {
 
 }  // namespace
 
+bool is_forked() { return forked; }
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (const Level& level : levels())
@@ -228,11 +240,24 @@ std::vector<std::string> built_isas() {
 
 void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   const Isa& isa = find(isa_name);
+  if (p.dim % kRows != 0 || p.keys > kMostKeys || p.longest > kMostKeys)
+    throw std::invalid_argument("head_dim must be a multiple of 8, and at most 1024 keys or tokens");
   Workspace w;
+  Plan& plan = w.plan;
+  const bool with_statistics = p.row_table != nullptr;
+  const Rule& rule = p.rule;
+  plan.problem = &p;
+  plan.reads_tokens = rule.similarity == Similarity::cosine || rule.similarity == Similarity::mass ||
+                      rule.direction != Direction::fixed;
+  plan.reads_direction =
+      rule.similarity == Similarity::direction || rule.direction == Direction::fixed;
+  plan.reads_moments = rule.similarity == Similarity::cosine ||
+                       rule.direction == Direction::orthogonal ||
+                       rule.direction == Direction::projection;
+  plan.reads_mass = rule.similarity == Similarity::mass || with_statistics;
   find_live(p, w);
   lay_out_packs(p, w);
-  Plan& plan = w.plan;
-  plan.problem = &p;
+  plan.spans = w.spans.data();
   plan.prompts = w.prompts.data();
   plan.concepts = w.concepts.data();
   plan.live = w.live.data();
@@ -242,7 +267,7 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   const int64_t groups = plan.group ? p.heads / plan.group : 0;
   const int64_t tiles = (p.queries + isa.tile - 1) / isa.tile;
   const int64_t tasks = p.batch * groups * tiles;
-  if (p.entry_table) {
+  if (with_statistics) {
     w.entry_partials.resize(tasks * plan.most_live * kEntryColumns);
     w.row_partials.resize(tasks * kRowColumns);
     w.gates.resize(p.entries * groups * p.queries);
@@ -258,18 +283,18 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
       if (i < prompts)
         isa.pack_prompt(plan, i / p.heads, i % p.heads);
       else
-        isa.pack_concept(plan, (i - prompts) / p.heads, w.used[(i - prompts) / p.heads],
-                         (i - prompts) % p.heads);
+        isa.pack_concept(plan, (i - prompts) / p.heads, (i - prompts) % p.heads);
     });
     const int64_t per_thread = (isa.scratch(plan) + 15) / 16 * 16;
-    const Buffer scratch = allocate(per_thread * std::max(threads, 1));
+    const auto workers = std::max<int64_t>(1, std::min<int64_t>(threads, tasks));
+    const Buffer scratch = allocate(per_thread * workers);
     parallel(tasks, threads, [&](int64_t i, int thread) {
       const Task task = {i / (groups * tiles), i / tiles % groups * plan.group,
                          i % tiles * isa.tile, i};
       isa.run(plan, task, scratch.get() + thread * per_thread);
     });
   }
-  if (p.entry_table) reduce(p, w, groups * tiles);
+  if (with_statistics) reduce(p, w, groups * tiles);
 }
 
 }  // namespace fastnegate

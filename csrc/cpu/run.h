@@ -14,8 +14,12 @@ std::vector<std::string> usable_isas();
 // Instruction sets this build holds.
 std::vector<std::string> built_isas();
 
+// Whether this process is a forked child, in which the kernel uses one thread.
+bool is_forked();
+
 // Runs the operator on `threads` threads with the named instruction set (one of usable_isas()).
-// The result does not depend on the number of threads.
+// The result does not depend on the number of threads. Throws std::invalid_argument for sizes that
+// the kernel does not take.
 void run_cpu(const Problem& problem, const std::string& isa, int threads);
 
 }  // namespace fastnegate

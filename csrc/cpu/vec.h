@@ -68,11 +68,13 @@ FN_INLINE F sqrt(F a) {
 }
 #endif
 
+// The exponent e of a positive x = m 2^e, 1 <= m < 2.
+FN_INLINE F exponent(F x) { return __builtin_convertvector((as_int(x) >> 23) - 127, F); }
 FN_INLINE F abs(F x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // 2^x for x <= 127. n = round(x), a minimax polynomial of degree 6 for 2^(x-n) on [-.5, .5]
 // (relative error 2.0e-9 before rounding) and an exponent shift. Below -126 the result is 0 (-inf
-// included), so a masked logit weighs exactly nothing.
+// included), so a masked logit weighs exactly nothing. NaN stays NaN.
 FN_INLINE F exp2(F x) {
   const F clamped = max(x, splat(-126.f));
   const F shifted = clamped + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
@@ -85,7 +87,7 @@ FN_INLINE F exp2(F x) {
   p = fma(p, f, splat(6.931472029e-1f));
   p = fma(p, f, splat(1.f));
   const F scaled = as_float(as_int(p) + (as_int(shifted) << 23));
-  return select(x < -126.f, F{}, scaled);
+  return select(x >= -126.f, scaled, select(x < -126.f, F{}, x));
 }
 
 constexpr float kTiny = 1e-30f;  // x / y means 0 where y < kTiny; there is no other epsilon
@@ -147,15 +149,14 @@ struct Float16 {
     std::memcpy(p, &h, sizeof(h));
   }
 #else
-  // Exponents are rebased by a multiplication with a power of two, which also handles subnormals.
   static FN_INLINE F load(const T* p) {
     H h;
     std::memcpy(&h, p, sizeof(H));
-    const U x = __builtin_convertvector(h, U);
-    const U sign = (x & 0x8000u) << 16, magnitude = (x & 0x7fffu) << 13;
-    F f = (F)magnitude * 0x1p112f;
-    f = (magnitude >= (0x7c00u << 13)) ? (F)(magnitude | 0x7f800000u) : f;
-    return (F)((U)f | sign);
+    const U x = __builtin_convertvector(h, U), magnitude = x & 0x7fffu;
+    U f = (magnitude << 13) + (112u << 23);  // rebased exponent
+    f = (magnitude < 0x400u) ? (U)(__builtin_convertvector(magnitude, F) * 0x1p-24f) : f;
+    f = (magnitude >= 0x7c00u) ? (magnitude << 13) | 0x7f800000u : f;
+    return (F)(f | (x & 0x8000u) << 16);
   }
   static FN_INLINE void store(T* p, F x) {
     const U bits = (U)x, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;

@@ -131,7 +131,7 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
             if rule.select == "max":
                 _keep_largest(entries, nudge.runner_up)
             output, magnitude, limited = _mix(rule, prompt, entries, scalar)
-        for entry in entries:
+        for entry in entries if heads and queries else ():
             heat[entry.index] = entry.g.expand(heads, queries).mean(0).detach()
             entry_table[entry.index] = _entry_statistics(entry, prompt)
         row_table[b] = _row_statistics(output.detach(), z.detach(), limited, problem.query.dtype)
@@ -321,18 +321,21 @@ def _mix(
 
 def _joint_shares(prompt: Segment, entries: list[Entry]) -> tuple[Tensor, list[Tensor]]:
     """Softmax shares of the prompt and of each entry, with logits L and L_e - logit_bias + log g."""
-    parts = [(prompt.top, prompt.mass)]
+
+    def logit(top: Tensor, mass: Tensor) -> Tensor:
+        some = mass > 0
+        return torch.where(some, top + torch.where(some, mass, 1.0).log(), -torch.inf)
+
+    logits = [logit(prompt.top, prompt.mass)]
     for e in entries:
         assert e.segment is not None
-        parts.append((e.segment.top - e.numbers["logit_bias"], e.segment.mass * e.g))
-    top = torch.stack([torch.where(mass > 0, top, -torch.inf) for top, mass in parts]).amax(0)
-    top = top.clamp(min=torch.finfo(top.dtype).min)
-    masses = [
-        torch.where(mass > 0, mass * (torch.where(mass > 0, t, top) - top).exp(), 0.0) for t, mass in parts
-    ]
-    total = torch.stack(masses).sum(0)
-    shares = [_divide(mass, total) for mass in masses]
-    return shares[0], shares[1:]
+        logits.append(logit(e.segment.top - e.numbers["logit_bias"], e.segment.mass * e.g))
+    stacked = torch.stack(torch.broadcast_tensors(*logits))
+    top = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
+    masses = (stacked - top).exp()
+    total = masses.sum(0)
+    shares = torch.where(total > 0, masses / torch.where(total > 0, total, 1.0), 0.0)
+    return shares[0], list(shares[1:])
 
 
 def _norm_factor(rule: Rule, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,8 +399,6 @@ def _near_jump(rule: Rule, entries: list[Entry], delta: float) -> Tensor:
 
 def _entry_statistics(entry: Entry, prompt: Segment) -> Tensor:
     g = entry.g
-    if g.numel() == 0:
-        return torch.zeros(5, dtype=g.dtype, device=g.device)
     mass = _mass(prompt, entry.segment, entry.numbers["logit_bias"])
     above = (g > GATE_REPORT_LEVEL).to(g.dtype)
     return torch.stack([g.max(), g.mean(), above.mean(), mass.mean(), entry.r.max()]).detach()

@@ -243,7 +243,7 @@ def _per_token(
         raise ValueError(f"{name} has shape {list(packed.shape)}: must be [{sum(lengths)}]")
     if packed.isnan().any() or (packed == float("inf")).any():
         raise ValueError(f"{name} holds nan or +inf")
-    return packed.to(device=device, dtype=torch.float32)
+    return packed.to(device=device, dtype=torch.float32).contiguous()
 
 
 def _per_concept(name: str, parts: Any, shape: list[int], device: torch.device) -> Tensor | None:

@@ -35,14 +35,6 @@ struct Rule {
   float norm_limit, blend;
   float temperature;  // of `retrieve`; 0: 1 / scale
   Numbers defaults;   // width 0: 1 - threshold of the entry
-
-  bool reads_tokens() const {
-    return similarity == Similarity::cosine || similarity == Similarity::mass ||
-           direction != Direction::fixed;
-  }
-  bool reads_direction() const {
-    return similarity == Similarity::direction || direction == Direction::fixed;
-  }
 };
 
 // A tensor whose last dimension is contiguous; strides in elements, 0 is legal.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -19,9 +20,10 @@ _MISSING: str | None = None
 try:
     _C = importlib.import_module("fastnegate._C")
 except ImportError as error:
-    _MISSING = f"the compiled extension is not part of this install ({error})"
+    built = importlib.util.find_spec("fastnegate._C") is not None
+    _MISSING = f"the compiled extension does not load: {error}" if built else "not part of this install"
 
-MOST_KEYS = 1024  # prompt keys, and tokens of one concept
+MOST_KEYS: int = getattr(_C, "MOST_KEYS", 0)  # prompt keys, and tokens of one concept
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -64,7 +66,8 @@ def supports(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """One line for `explain`."""
-    return f"instruction set {instruction_set()}, {torch.get_num_threads()} threads"
+    threads = "1 thread (forked child)" if _C.is_forked() else f"{torch.get_num_threads()} threads"
+    return f"instruction set {instruction_set()}, {threads}"
 
 
 def run(problem: Problem) -> Tensor:
