@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build: the compiled extension through CMake, everything else declared in pyproject.toml.
 
-FASTNEGATE_BUILD_CPU   auto (default): build the CPU kernels if a C++ compiler is found
+FASTNEGATE_BUILD_CPU   auto (default): build the CPU kernels if they can be built
                        1: build them or fail; 0: do not build them
 FASTNEGATE_BUILD_CUDA  auto (default) or 0: no CUDA kernels; 1: refused, this version has none
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent.resolve()
 
@@ -30,7 +31,7 @@ def choice(name: str) -> str:
 
 def build_cpu() -> bool:
     wanted = choice("FASTNEGATE_BUILD_CPU")
-    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+    compiler = shutil.which((os.environ.get("CXX") or "c++").split()[0]) or shutil.which("g++")
     build = wanted == "1" or (wanted == "auto" and compiler is not None)
     reason = f"compiler {compiler}" if build else "switched off" if wanted == "0" else "no C++ compiler"
     print(f"fastnegate: CPU kernels {'on' if build else 'off'} ({reason})", file=sys.stderr)
@@ -60,8 +61,12 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(work)], check=True)
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(work)], check=True)
+        except subprocess.CalledProcessError as error:
+            # An optional extension (auto) is then left out with a warning, a demanded one is an error.
+            raise CompileError(f"the CPU kernels do not build: {error}") from error
 
 
 version = re.search(r'__version__ = "(.+)"', (HERE / "python/fastnegate/__init__.py").read_text())
@@ -82,6 +87,8 @@ setup(
     },
     package_data={"fastnegate": ["py.typed"], "fastnegate.testbed": ["weights/**/*"]},
     include_package_data=False,
-    ext_modules=[Extension("fastnegate._C", [])] if build_cpu() else [],
+    ext_modules=[Extension("fastnegate._C", [], optional=choice("FASTNEGATE_BUILD_CPU") == "auto")]
+    if build_cpu()
+    else [],
     cmdclass={"build_ext": CMakeBuild},
 )

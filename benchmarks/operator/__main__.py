@@ -32,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="also the baselines under torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be >= 1")
+    if options.json:
+        options.json.touch()  # fails now rather than after the run
     torch.set_num_threads(options.threads)
     rows = []
     print(f"{_processor()}, {options.threads} threads, torch {torch.__version__}")

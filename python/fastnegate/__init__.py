@@ -15,6 +15,7 @@ from .attention import (
     negated_attention,
     negated_attention_with_statistics,
 )
+from .audit import Audit, AuditError, audit
 from .backends import BackendError
 from .concepts import BankMismatchError, Concept, ConceptBank
 from .engine import Engine, NegationNotAppliedError, RowMapError
@@ -26,8 +27,6 @@ from .tokens import ConceptTokens
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Audit": ".audit",
-    "audit": ".audit",
     "DisplacedProcessorError": ".integrations.diffusers.install",
     "NegationAttnProcessor": ".integrations.diffusers.processor",
     "UnsupportedModelError": ".integrations.diffusers.families",
@@ -37,6 +36,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "Audit",
+    "AuditError",
     "BackendError",
     "BankMismatchError",
     "Concept",
@@ -48,6 +49,7 @@ __all__ = [
     "RowMapError",
     "Rule",
     "Statistics",
+    "audit",
     "backends",
     "explain",
     "negated_attention",

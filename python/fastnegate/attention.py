@@ -81,6 +81,17 @@ def negated_attention_with_statistics(
     return ops.run_with_statistics(problem, chosen)
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError for an unknown name, BackendError for one this machine cannot use."""
+    if backend == "auto":
+        return
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(NAMES)}")
+    reason = unavailable(backend)
+    if reason is not None:
+        raise BackendError(f"backend={backend!r} cannot be used here: {reason}")
+
+
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can be used on this machine, else why not."""
     return {name: unavailable(name) for name in NAMES}
@@ -140,8 +151,8 @@ def _problem(
     if concepts is not None and not isinstance(concepts, ConceptTokens):
         raise TypeError(f"concepts is a {type(concepts).__name__}: must be ConceptTokens or None")
     device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        # The rule of scaled_dot_product_attention: compute in the autocast dtype.
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # The rule of scaled_dot_product_attention: compute in the autocast dtype, but leave float64.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         concepts = concepts.cast(dtype) if concepts is not None else None
@@ -208,8 +219,11 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
         tensor = getattr(concepts, name)
         if tensor.dim() != 3 or tensor.shape[1:] != (heads, dim):
             raise ValueError(f"concepts.{name} has shape {list(tensor.shape)}: must be [T, {heads}, {dim}]")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"concepts.{name} has dtype {tensor.dtype}: must be {query.dtype}")
+        if len(tensor) != concepts.tokens:
+            raise ValueError(
+                f"concepts.{name} has shape {list(tensor.shape)}: must have {concepts.tokens} tokens "
+                "as concepts.key"
+            )
         if dim > 1 and tensor.stride(2) != 1 and tensor.numel():
             raise ValueError(f"concepts.{name} has strides {list(tensor.stride())}: last must be 1")
     shapes = {
@@ -228,13 +242,16 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
             raise ValueError(f"concepts.{name} is on {tensor.device}: must be on {query.device}")
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"concepts.{name} has shape {list(tensor.shape)}: must be {list(shapes[name])}")
+        dtype = query.dtype if name in ("key", "value") else torch.float32
+        dtype = torch.int32 if name == "index" else dtype
+        if tensor.dtype != dtype:
+            raise ValueError(f"concepts.{name} has dtype {tensor.dtype}: must be {dtype}")
 
 
 def _choose(problem: Problem, backend: str) -> str:
     if backend == "auto":
         return _auto(problem)
-    if backend not in NAMES:
-        raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(NAMES)}")
+    check_backend(backend)
     reason = _refusal(problem, backend)
     if reason is not None:
         raise BackendError(f"backend={backend!r} cannot run this call: {reason}")
@@ -273,12 +290,10 @@ def _refusal(problem: Problem, name: str) -> str | None:
 
 
 def _inputs(problem: Problem) -> list[Tensor]:
-    tensors = [problem.query, problem.key, problem.value]
+    tensors = [problem.query, problem.key, problem.value, problem.key_bias]
     if problem.concepts is not None:
-        tensors += [problem.concepts.key, problem.concepts.value, problem.concepts.numbers]
-        for optional in (problem.concepts.direction, problem.concepts.update):
-            tensors += [optional] if optional is not None else []
-    return tensors
+        tensors += [value for value in vars(problem.concepts).values() if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 @functools.cache

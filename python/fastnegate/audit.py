@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_Image = tuple[int, int]
+
+
 class AuditError(RuntimeError):
     """The record shows that negation which was asked for did not run, or broke."""
 
@@ -78,21 +81,24 @@ class Audit:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._totals: dict[tuple[int, str], _Totals] = defaultdict(_Totals)
-        self._requests: dict[int, int | None] = {}
-        self._calls: dict[int | None, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._removed: dict[int, list[float]] = defaultdict(list)
+        # An image is a pipeline call and a batch row of it.
+        self._totals: dict[tuple[_Image, str], _Totals] = defaultdict(_Totals)
+        self._asked: set[tuple[_Image, str]] = set()
+        self._requests: dict[_Image, int | None] = {}
+        self._calls: dict[tuple[int, int | None], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._removed: dict[_Image, list[float]] = defaultdict(list)
         self._nonfinite = 0
 
     def __call__(self, record: Record) -> None:
         stats = record.statistics
-        self._calls[record.step][record.layer] += 1
+        self._calls[record.call, record.step][record.layer] += 1
+        self._asked |= {((record.call, row), concept) for row, concept in record.asked}
         groups: dict[tuple[int, str], list[int]] = defaultdict(list)
         for entry, row, concept in record.entries:
             groups[row, concept].append(entry)
         for (row, concept), entries in groups.items():
-            self._requests[row] = record.requests[row]
-            total = self._totals[row, concept]
+            self._requests[record.call, row] = record.requests[row]
+            total = self._totals[(record.call, row), concept]
             total.calls += 1
             total.gate_max = max(total.gate_max, stats.gate_max[entries].max().item())
             total.gate_mean += stats.gate_mean[entries].max().item()
@@ -103,21 +109,22 @@ class Audit:
             total.heat[len(heat)] = total.heat.get(len(heat), torch.zeros_like(heat)) + heat
             total.heats[len(heat)] = total.heats.get(len(heat), 0) + 1
         for row in {row for row, _ in groups}:
-            self._removed[row].append(stats.removed_energy[row].item())
+            self._removed[record.call, row].append(stats.removed_energy[row].item())
         self._nonfinite += int(stats.nonfinite.sum().item())
 
     def report(self) -> list[dict[str, Any]]:
-        """One dict per image and concept: `image` (in order of the negated rows), `request`,
-        `concept`, `calls` (layers x steps), `gate_max`, `gate_mean`, `gate_fraction`, `mass_mean`,
-        `similarity_max`, and `removed_energy`, the mean share of the row's energy removed."""
-        rows = self._rows()
+        """One dict per image and concept: `image` (in order of the calls and their negated rows),
+        `request`, `concept`, `calls` (layers x steps at which it acted), `gate_max`, `gate_mean`,
+        `gate_fraction`, `mass_mean`, `similarity_max`, and `removed_energy`, the mean share of the
+        row's energy removed."""
+        images = self._images()
         lines = []
-        for (row, concept), t in sorted(self._totals.items()):
-            removed = self._removed[row]
+        for (image, concept), t in sorted(self._totals.items(), key=lambda item: item[0]):
+            removed = self._removed[image]
             lines.append(
                 {
-                    "image": rows.index(row),
-                    "request": self._requests[row],
+                    "image": images.index(image),
+                    "request": self._requests[image],
                     "concept": concept,
                     "calls": t.calls,
                     "gate_max": t.gate_max,
@@ -136,10 +143,10 @@ class Audit:
         Raises:
             ValueError: nothing was recorded for them.
         """
-        rows = self._rows()
-        if not 0 <= image < len(rows) or (rows[image], concept) not in self._totals:
+        images = self._images()
+        if not 0 <= image < len(images) or (images[image], concept) not in self._totals:
             raise ValueError(f"concept={concept!r}, image={image}: nothing was recorded for them")
-        total = self._totals[rows[image], concept]
+        total = self._totals[images[image], concept]
         return HeatMap({n: heat / total.heats[n] for n, heat in total.heat.items()})
 
     def to_json(self, path: str | Path) -> None:
@@ -147,11 +154,13 @@ class Audit:
         Path(path).write_text(json.dumps({"rule": self._engine.rule.name, "images": self.report()}, indent=2))
 
     def verify(self) -> None:
-        """Raise AuditError unless every layer ran negated equally often at every recorded step, and no
-        output was inf or NaN."""
+        """Raise AuditError unless every concept that was asked for acted, every layer ran negated
+        equally often at every recorded step, and no output was inf or NaN."""
         if not self._totals:
             raise AuditError("no negated attention call was recorded")
-        for step, calls in self._calls.items():
+        for image, concept in sorted(self._asked - self._totals.keys()):
+            raise AuditError(f"concept {concept!r} never acted on image {self._images().index(image)}")
+        for (_, step), calls in self._calls.items():
             for layer in self._engine.layers:
                 if calls[layer] != max(calls.values()):
                     raise AuditError(
@@ -160,8 +169,8 @@ class Audit:
         if self._nonfinite:
             raise AuditError(f"{self._nonfinite} output values are not finite")
 
-    def _rows(self) -> list[int]:
-        return sorted({row for row, _ in self._totals})
+    def _images(self) -> list[_Image]:
+        return sorted({image for image, _ in self._asked})
 
 
 @contextlib.contextmanager

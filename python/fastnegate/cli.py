@@ -12,22 +12,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__
-from .rule import presets
+from .rule import Rule, presets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["bench"]:  # has its own options
-        from .benchmarks.operator.__main__ import main as bench
-
-        return int(bench(arguments[1:]))
-    options = _parser().parse_args(arguments)
+    command = arguments[0] if arguments else ""
     try:
+        if command == "bench":  # has its own options
+            from .benchmarks.operator.__main__ import main as bench
+
+            return int(bench(arguments[1:]))
+        options = _parser().parse_args(arguments)
         return int(options.run(options))
-    except (ValueError, RuntimeError) as error:
-        print(f"fastnegate {options.command}: {error}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        print(f"fastnegate {command}: {error}; pip install 'fastnegate[diffusers]'", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"fastnegate {command}: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="negate a concept on the embedded model and show the pictures")
     demo.add_argument("--prompt", default="a tomato and a blue square")
     demo.add_argument("--negate", default="red", metavar="CONCEPT")
-    demo.add_argument("--method", choices=presets(), help="show this method alone (default: four methods)")
+    methods = [name for name, rule in presets().items() if rule.tokens != "none"]
+    demo.add_argument("--method", choices=methods, help="show this method alone (default: four methods)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--pictures", type=int, default=4, help="how many seeds")
     demo.add_argument("--steps", type=int, default=20)
@@ -92,6 +96,11 @@ def _quality(options: argparse.Namespace) -> int:
     from .testbed import SUITES, load
     from .testbed.quality import measure
 
+    for method in options.methods:
+        if method not in ("none", "negative prompt"):
+            Rule.preset(method)
+    if options.json:
+        options.json.touch()  # fails now rather than after the run
     scores = []
     print(f"{'method':17}{'suite':10}{'cases':>6}{'concept gone':>14}{'rest kept':>11}{'right':>7}")
     for score in measure(

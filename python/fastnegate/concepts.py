@@ -156,7 +156,7 @@ class ConceptBank:
     """Named concepts of one text encoder.
 
     `bank["disney"]` is a `Concept`; iteration gives names. Changing a bank that is installed takes
-    effect at the next pipeline call.
+    effect at the next denoising step.
     """
 
     def __init__(self, concepts: Mapping[str, Concept], fingerprint: Fingerprint, pipe: Any = None) -> None:

@@ -9,6 +9,7 @@ while the bank keeps its shape, so compiled and captured graphs stay valid.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,8 +46,10 @@ class Record:
 
     layer: str
     statistics: Statistics
-    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept)
+    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept) that act at this step
+    asked: tuple[tuple[int, str], ...]  # (batch row, concept) that act at some step
     requests: tuple[int | None, ...]  # request of each batch row
+    call: int  # pipeline call
     step: int | None
 
 
@@ -91,7 +94,8 @@ class Layer:
             or self.key.shape != key.shape
             or ((self.key.dtype, self.key.device) != (key.dtype, key.device))
         ):
-            self.key, self.value = key.detach().clone(), value.detach().clone()
+            with torch.inference_mode(False):  # later calls may be outside of it
+                self.key, self.value = key.detach().clone(), value.detach().clone()
         else:
             self.key.copy_(key)
             self.value.copy_(value)
@@ -121,6 +125,7 @@ class Engine:
         self.observer: Callable[[Record], None] | None = None
         self.armed = False  # whether some policy asks for negation
         self.live = False  # whether any entry acts in the denoiser call in progress
+        self.call = 0  # pipeline calls so far
         self.step: int | None = None
         self._policies: tuple[Policy | None, ...] | None = None  # one per request
         self._explicit: tuple[tuple[int | None, ...], tuple[bool, ...]] | None = None
@@ -132,18 +137,36 @@ class Engine:
         self._numbers: Tensor | None = None
         self._weight: Tensor | None = None
         self._remove: Callable[[], None] | None = None
+        self._removed = False
+        self._thread: int | None = None  # that has a batch open
+        self._calls = 0  # of the denoiser that were prepared
         self._rebuild()
 
     # ---- what callers use -------------------------------------------------------------------
 
     @contextlib.contextmanager
     def batch(self, policies: Sequence[Policy | None]) -> Iterator[Engine]:
-        """Within the context, pipeline calls are for these requests; see `set_requests`."""
+        """Within the context, pipeline calls are for these requests; see `set_requests`. What was set
+        before is set again afterwards.
+
+        Raises:
+            NegationNotAppliedError: another thread has a batch open; or, at the end, negation was
+                asked for and no denoiser call came by.
+        """
+        before = (self._policies, self._explicit, self.armed, self._thread)
         self.set_requests(policies)
+        self._thread = threading.get_ident()
+        calls = self._calls
         try:
             yield self
+            if self.armed and self._calls == calls:
+                raise NegationNotAppliedError(
+                    "no denoiser call came by within the batch: is this the pipeline, with the denoiser, "
+                    "that the engine was installed in?"
+                )
         finally:
-            self.clear()
+            self._policies, self._explicit, self.armed, self._thread = before
+            self.live = False
 
     def set_requests(self, policies: Sequence[Policy | None]) -> None:
         """One policy, or None, per prompt of the pipeline calls to come. Images of one prompt share
@@ -151,8 +174,16 @@ class Engine:
 
         Raises:
             RowMapError: more policies than `max_batch`.
-            ValueError: a concept that the bank does not have.
+            ValueError: a concept that the bank does not have, or a window or threshold with which
+                the rule could not act.
+            NegationNotAppliedError: the engine was removed, or another thread has a batch open.
         """
+        if self._removed:
+            raise NegationNotAppliedError("this engine was removed from its pipeline")
+        if self._thread not in (None, threading.get_ident()):
+            raise NegationNotAppliedError("another thread has a batch open: one pipeline runs one at a time")
+        if isinstance(policies, Policy):
+            raise TypeError("policies is a Policy: must be a list with one per prompt")
         if len(policies) > self.max_batch:
             raise RowMapError(
                 f"{len(policies)} policies: this engine was installed with max_batch={self.max_batch}"
@@ -162,6 +193,8 @@ class Engine:
                 raise TypeError(f"policies[{i}] is a {type(policy).__name__}: must be a Policy or None")
             for name in policy.concepts if policy is not None else ():
                 self.bank[name]  # unknown names raise, naming what there is
+            if policy is not None:
+                policy.check(self.rule)
         self._policies, self._explicit = tuple(policies), None
         self.armed = any(p is not None and sum(p.concepts.values()) > 0 for p in policies)
 
@@ -187,8 +220,13 @@ class Engine:
         if len(mask) != len(rows):
             raise RowMapError(f"conditional has {len(mask)} rows, row_map has {len(rows)}")
         for b, request in enumerate(rows):
-            if request is not None and not 0 <= request < len(policies):
-                raise RowMapError(f"row_map[{b}]={request}: there are {len(policies)} policies")
+            whole = isinstance(request, int) and not isinstance(request, bool)
+            if request is not None and not (whole and 0 <= request < len(policies)):
+                raise RowMapError(f"row_map[{b}]={request!r}: must be None or 0 to {len(policies) - 1}")
+        served = {request for request, c in zip(rows, mask) if c}
+        for request, policy in enumerate(policies):
+            if policy is not None and sum(policy.concepts.values()) > 0 and request not in served:
+                raise RowMapError(f"policies[{request}] has no conditional row")
         self.set_requests(policies)
         self._explicit = (rows, mask)
 
@@ -200,6 +238,7 @@ class Engine:
     def remove(self) -> None:
         """Take the engine out of its pipeline, restoring exactly what was there."""
         self.clear()
+        self._removed = True
         if self._remove is not None:
             remove, self._remove = self._remove, None
             remove()
@@ -213,6 +252,11 @@ class Engine:
     def embeddings(self) -> Tensor:
         """Concept token embeddings [T, C], to be projected by each layer."""
         return self._slots.embeddings
+
+    def expect(self, prompts: int) -> None:
+        """Raise RowMapError unless the policies fit a pipeline call of that many prompts."""
+        if self._policies is not None and self._explicit is None and len(self._policies) not in (1, prompts):
+            raise RowMapError(f"{prompts} prompts, but {len(self._policies)} policies: must be 1 or as many")
 
     def prepare(
         self, batch: int, device: torch.device, guided: Callable[[], bool], progress: float | None
@@ -231,6 +275,7 @@ class Engine:
             NegationNotAppliedError: a window needs progress, which is unknown, or a policy names a
                 concept that has been removed.
         """
+        self._calls += 1
         if self._slots_version != self.bank.version:
             self._rebuild()
         self._allocate(batch, device)
@@ -287,7 +332,9 @@ class Engine:
     def observe(self, layer: str, statistics: Statistics) -> None:
         """Hand the statistics of one call to the observer."""
         assert self.observer is not None
-        self.observer(Record(layer, statistics, self._entries, self._requests, self.step))
+        acting = tuple(entry for entry in self._entries if self._active[entry[0]])
+        asked = tuple(dict.fromkeys((row, concept) for _, row, concept in self._entries))
+        self.observer(Record(layer, statistics, acting, asked, self._requests, self.call, self.step))
 
     # ---- rows -------------------------------------------------------------------------------
 
@@ -331,11 +378,11 @@ class Engine:
             return
         slots = len(self._slots.slots)
         entries = self.max_batch * 2 * slots
-        self._numbers = torch.zeros(entries, COLUMNS, device=device)
-        self._weight = self._slots.weight.to(device) if self._slots.weight is not None else None
-        self._index = torch.zeros(
-            entries + 2 * slots + 2 * self.max_batch + 1, dtype=torch.int32, device=device
-        )
+        sizes = entries + 2 * slots + 2 * self.max_batch + 1
+        with torch.inference_mode(False):
+            self._numbers = torch.zeros(entries, COLUMNS, device=device)
+            self._weight = None if self._slots.weight is None else self._slots.weight.clone().to(device)
+            self._index = torch.zeros(sizes, dtype=torch.int32, device=device)
         self._rows_of = None
 
     def _write_rows(self, requests: tuple[int | None, ...]) -> None:
@@ -388,4 +435,4 @@ class Engine:
         self.live = any(active)
 
     def __getstate__(self) -> dict[str, object]:  # a copy is not installed and not observed
-        return {**self.__dict__, "observer": None, "_remove": None}
+        return {**self.__dict__, "observer": None, "_remove": None, "_thread": None}

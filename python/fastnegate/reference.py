@@ -185,7 +185,7 @@ def _existing(tokens: ConceptTokens, rule: Rule, b: int) -> list[tuple[int, int,
         has_what_is_read = (present or not rule.reads_tokens) and (
             tokens.direction is not None or not rule.reads_direction
         )
-        if has_what_is_read and float(tokens.active[e]) > 0:
+        if has_what_is_read and float(tokens.active[e].detach()) > 0:
             found.append((e, c, begin, length))
     return found
 

@@ -21,6 +21,8 @@ NORMS = ("none", "limit", "preserve")
 SCOPES = ("head", "feature")
 TOKENS = ("full", "content", "weighted", "prototype", "none")
 
+LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38  # of normal float32
+
 _WORDS = {
     "similarity": SIMILARITIES,
     "gate": GATES,
@@ -92,7 +94,7 @@ class Rule:
             check_number(field, getattr(self, field), low=0.0, high=1.0)
         if self.norm_limit < 1.0:
             raise ValueError(f"norm_limit={self.norm_limit!r}: must be >= 1")
-        if self.norm_order not in (1, 2):
+        if type(self.norm_order) is not int or self.norm_order not in (1, 2):
             raise ValueError(f"norm_order={self.norm_order!r}: allowed are 1, 2")
         for field in ("width", "temperature"):
             if getattr(self, field) is not None:
@@ -203,10 +205,10 @@ def check_number(
     high: float = math.inf,
     above: float | None = None,
 ) -> None:
-    """Raise a ValueError that names `name` unless `value` is a finite number within the limits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: must be a finite number")
-    if above is not None and value <= above:
+    """Raise a ValueError that names `name` unless `value` is a finite float32 within the limits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise ValueError(f"{name}={value!r}: must be a finite number that float32 holds")
+    if above is not None and value - above < SMALLEST:
         raise ValueError(f"{name}={value!r}: must be > {above:g}")
     if not low <= value <= high:
         raise ValueError(f"{name}={value!r}: must be in [{low:g}, {high:g}]")

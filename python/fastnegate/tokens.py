@@ -241,8 +241,9 @@ def _per_token(
         packed = torch.cat([torch.full((n,), fill) if p is None else p.cpu() for p, n in zip(parts, lengths)])
     if packed.shape != (sum(lengths),):
         raise ValueError(f"{name} has shape {list(packed.shape)}: must be [{sum(lengths)}]")
-    if packed.isnan().any() or (packed == float("inf")).any():
-        raise ValueError(f"{name} holds nan or +inf")
+    masks = (packed == float("-inf")) & (name == "token_bias")
+    if not (packed.isfinite() | masks).all():
+        raise ValueError(f"{name} holds nan or inf (-inf masks a token in token_bias alone)")
     return packed.to(device=device, dtype=torch.float32).contiguous()
 
 

@@ -101,8 +101,10 @@ def _run(problem: Problem, tables: tuple[Tensor, Tensor, Tensor] | None) -> Tens
         held += [None, None, key_bias] + [None] * 7
         counts = [0, 0, 0, 0]
     else:
-        held += [tokens.key, tokens.value, key_bias, tokens.token_bias, tokens.token_weight]
-        held += [tokens.direction, tokens.update, tokens.offset, tokens.index, tokens.numbers]
+        flat = [tokens.token_bias, tokens.token_weight, tokens.direction, tokens.update, tokens.offset]
+        flat += [tokens.index, tokens.numbers]
+        held += [tokens.key, tokens.value, key_bias]
+        held += [None if t is None else t.contiguous() for t in flat]
         counts = [tokens.tokens, tokens.concepts, tokens.entries, tokens.longest]
     held += list(tables) if tables is not None else [None] * 3
     _C.run_cpu(

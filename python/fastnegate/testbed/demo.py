@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..attention import backends
 from ..audit import Audit, audit
 from ..backends import AUTO
-from ..integrations.diffusers.install import negate
+from ..integrations.diffusers.install import MOST_IMAGES, negate
 from ..rule import Rule
 from .concepts import members
 from .detector import LOOSE, STRICT, detect, kept, objects_in, shows
@@ -67,6 +67,8 @@ def run(
     for name, number in (("pictures", pictures), ("steps", steps)):
         if number < 1:
             raise ValueError(f"{name}={number}: must be >= 1")
+    if pictures > MOST_IMAGES:
+        raise ValueError(f"pictures={pictures}: must be <= {MOST_IMAGES}")
     objects = objects_in(prompt)
     members(concept)
     out.mkdir(parents=True, exist_ok=True)

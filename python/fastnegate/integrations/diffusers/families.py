@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from torch import Tensor, nn
@@ -112,26 +112,42 @@ def project_context(pipe: Any, embeddings: Tensor) -> Tensor:
     return projected
 
 
-def guided(pipe: Any) -> bool:
-    """Whether the pipeline call in progress uses classifier-free guidance, so that its batch is
-    [unconditional, conditional] halves.
+class Call(NamedTuple):
+    """A pipeline call in progress: its prompts, and whether its batch is [unconditional, conditional]
+    halves (classifier-free guidance)."""
+
+    prompts: int
+    guided: bool
+
+
+def call_in_progress(pipe: Any) -> Call | None:
+    """The call of `pipe` that this function is called from, or None.
 
     What a pipeline remembers of its last call says nothing about rows that somebody else sends to
-    the denoiser, so the call itself is looked for on the stack; not all pipelines keep the answer
-    anywhere but in a local variable of it.
-
-    Raises:
-        UnsupportedModelError: no call is in progress, so nobody can tell.
+    the denoiser, so the call itself is looked for on the stack; not all pipelines keep these facts
+    anywhere but in local variables of it.
     """
     code = inspect.unwrap(type(pipe).__call__).__code__
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is pipe):
         frame = frame.f_back
     if frame is None:
+        return None
+    told = family(pipe).tells_guidance
+    guided = pipe.do_classifier_free_guidance if told else frame.f_locals["do_classifier_free_guidance"]
+    return Call(frame.f_locals["batch_size"], bool(guided))
+
+
+def guided(pipe: Any) -> bool:
+    """Whether the pipeline call in progress uses classifier-free guidance.
+
+    Raises:
+        UnsupportedModelError: no call is in progress, so nobody can tell.
+    """
+    call = call_in_progress(pipe)
+    if call is None:
         raise UnsupportedModelError(
             "cannot tell which batch rows are conditional outside a pipeline call: say so with "
             "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
         )
-    if family(pipe).tells_guidance:
-        return bool(pipe.do_classifier_free_guidance)
-    return bool(frame.f_locals["do_classifier_free_guidance"])
+    return call.guided

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention import check_backend
 from ...concepts import ConceptBank
 from ...engine import Engine, NegationNotAppliedError
 from ...policy import Policy
 from ...rule import Rule
 from .families import (
+    call_in_progress,
     cross_attention_layers,
     denoiser,
     family,
@@ -89,6 +91,9 @@ def install(
     """
     if on_displaced not in ON_DISPLACED:
         raise ValueError(f"on_displaced={on_displaced!r}: allowed are {', '.join(ON_DISPLACED)}")
+    if not isinstance(bank, ConceptBank):
+        raise TypeError(f"bank is a {type(bank).__name__}: must be a ConceptBank")
+    check_backend(backend)
     entry = family(pipe)
     model = denoiser(pipe)
     if engine_of(pipe) is not None:
@@ -96,6 +101,8 @@ def install(
     bank.check(pipe)
     if isinstance(rule, str):
         rule = Rule.preset(rule, family=entry.constants(pipe))
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule is a {type(rule).__name__}: must be a Rule or the name of a preset")
     layers = cross_attention_layers(model)
     engine = Engine(bank, rule, list(layers), max_batch=max_batch)
     bare = _bare(model)
@@ -139,6 +146,9 @@ class _Hook:
         self._engine, self._layers, self._processors = engine, layers, processors
         self._on_displaced = on_displaced
         self._parameters = list(inspect.signature(_bare(denoiser(pipe)).forward).parameters)
+        self._compiled = hasattr(denoiser(pipe), "_orig_mod")
+        self._timesteps: Tensor | None = None
+        self._steps: list[float] = []
         self._last_step: int | None = None
         self._filled: object = None
 
@@ -147,11 +157,17 @@ class _Hook:
             raise NegationNotAppliedError("compile the denoiser before fastnegate.install, not after")
         self._watch()
         engine = self._engine
+        if not engine.armed and not self._compiled:
+            return  # nothing is prepared, so every processor leaves the call to what it wraps
         given = {**dict(zip(self._parameters, args)), **kwargs}
         sample: Any = given.get("sample", given.get("hidden_states"))
         step, steps = self._step(given["timestep"]) if engine.armed else (None, 0)
         new_call = step is None or self._last_step is None or step <= self._last_step
         self._last_step = engine.step = step
+        if engine.armed:
+            engine.call += new_call
+            if (call := call_in_progress(self._living_pipe())) is not None:
+                engine.expect(call.prompts)
         progress = None if step is None else step / steps
         wanted = engine.prepare(sample.shape[0], sample.device, self._guided, progress)
         state = (engine.bank.version, sample.device, sample.dtype)
@@ -180,6 +196,8 @@ class _Hook:
         pipe = self._living_pipe()
         with torch.no_grad():
             model = _bare(denoiser(pipe))
+            if hasattr(model, "_hf_hook"):  # offloading brings the weights in, as it would next
+                model._hf_hook.pre_forward(model)
             context = self._engine.embeddings.to(device=sample.device, dtype=model.dtype)
             context = project_context(pipe, context).unsqueeze(0)
             for name, layer in self._engine.layers.items():
@@ -190,12 +208,16 @@ class _Hook:
     def _step(self, timestep: Any) -> tuple[int | None, int]:
         """Step i of n, from the scheduler's timesteps; i is None for a timestep it does not have.
 
-        Steps grow within a pipeline call, so one that does not starts a new call. Reading them costs
-        one synchronization per step, which the host needs to know whether any entry is live.
+        Steps grow within a pipeline call, so one that does not starts a new call. Reading the timestep
+        costs one synchronization, which the host needs to know whether any entry is live. Rows at
+        different timesteps have no common step.
         """
-        steps = self._living_pipe().scheduler.timesteps.tolist()
-        t = timestep.flatten()[0].item() if isinstance(timestep, Tensor) else timestep
-        return (steps.index(t) if t in steps else None), len(steps)
+        timesteps = self._living_pipe().scheduler.timesteps
+        if timesteps is not self._timesteps:
+            self._timesteps, self._steps = timesteps, timesteps.tolist()
+        rows = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
+        t = rows.pop()
+        return (self._steps.index(t) if not rows and t in self._steps else None), len(self._steps)
 
     def _watch(self) -> None:
         """Notice processors that something else has replaced (slicing, IP-Adapter, fused QKV, ...)."""
@@ -230,6 +252,8 @@ class Handle:
         self.engine.remove()
 
     def __enter__(self) -> Handle:
+        if not self.engine.armed:
+            raise NegationNotAppliedError("this handle was removed, or negates nothing")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -259,15 +283,19 @@ def negate(
     Raises:
         UnsupportedModelError, BankMismatchError, ValueError: as `install`.
     """
+    check_backend(backend)
+    if isinstance(method, str):
+        method = Rule.preset(method, family=family(pipe).constants(pipe))
     if isinstance(concepts, ConceptBank):
         bank = concepts
     else:
         if isinstance(concepts, str):
             concepts = [concepts]
         named = concepts if isinstance(concepts, Mapping) else {c: [c] for c in concepts}
-        Policy({name: strength for name in named}, start, stop)  # refuses bad numbers before any work
+        Policy({name: strength for name in named}, start, stop).check(method)  # before any work
         bank = ConceptBank.from_prompts(pipe, named)
     policy = Policy({name: strength for name in bank}, start, stop)
+    policy.check(method)
     engine = install(pipe, bank, MOST_IMAGES, rule=method, backend=backend)
     engine.set_requests([policy])
     return Handle(engine)

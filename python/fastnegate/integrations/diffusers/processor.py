@@ -13,7 +13,7 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from ...attention import negated_attention, negated_attention_with_statistics
+from ...attention import check_backend, negated_attention, negated_attention_with_statistics
 from ...concepts import ConceptBank
 from ...engine import Engine, Layer, NegationNotAppliedError, Slots
 from ...rule import Rule, check_number
@@ -57,6 +57,7 @@ class NegationAttnProcessor:
         inner: Any = None,
         backend: str = "auto",
     ) -> None:
+        check_backend(backend)
         self.inner = AttnProcessor2_0() if inner is None else inner
         self.backend = backend
         self.bank = bank
@@ -72,8 +73,8 @@ class NegationAttnProcessor:
         if bank is not None:
             _check_plain(self.inner)
             self._slots, self._version = Slots(bank, self.rule), bank.version
-            self._strengths = {name: 1.0 for name in bank} if strengths is None else dict(strengths)
-            for name, strength in self._strengths.items():
+            self._strengths = None if strengths is None else dict(strengths)
+            for name, strength in (self._strengths or {}).items():
                 bank[name]
                 check_number(f"strength of {name!r}", strength, low=0.0)
 
@@ -190,7 +191,11 @@ class NegationAttnProcessor:
             context = project_context(self.bank.pipe, context)
         key, value = (t[0].transpose(0, 1) for t in self.project(attn, context.unsqueeze(0)))
         spans = [(s.begin, s.begin + s.length) for s in self._slots.slots]
-        strengths = [self._strengths.get(s.concept, 0.0) for s in self._slots.slots]
+        given = self._strengths
+        for name in given or ():
+            if name not in self.bank:
+                raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
+        strengths = [1.0 if given is None else given.get(s.concept, 0.0) for s in self._slots.slots]
         entries = [
             {"concept": i, "strength": relative * self.rule.strength}
             for i, relative in enumerate(strengths)
