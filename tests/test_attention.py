@@ -286,6 +286,36 @@ def test_protore_threshold_moves_the_width(backend: str) -> None:
 
 
 @every_backend
+def test_a_step_opens_above_its_threshold_only(backend: str) -> None:
+    at, below = (make_problem(rule=Rule("one", "step", threshold=t), rows="same") for t in (1.0, 0.999))
+    assert torch.equal(run(at, backend), run(plain(at), backend))
+    assert torch.equal(run(below, backend), run(with_rule(below, gate="open"), backend))
+    assert not torch.equal(run(at, backend), run(below, backend))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@every_backend
+def test_ties_of_select_max(backend: str, scope: str) -> None:
+    """Equal gates: the larger r acts; then the lower concept; then the lower entry."""
+
+    def acting(rule: Rule, row: list) -> torch.Tensor:
+        problem = make_problem(rule=dataclasses.replace(rule, select="max", scope=scope), rows=[row] * 3)
+        problem.concepts.offset.copy_(torch.tensor([100.0, 300.0, 200.0]))
+        return run(problem, backend)
+
+    larger_r, any_r = Rule("direction", direction="difference"), Rule(direction="difference")
+    assert torch.equal(acting(larger_r, [0, 1, 2]), acting(larger_r, [1]))
+    assert torch.equal(acting(larger_r, [2, 0]), acting(larger_r, [2]))
+    assert torch.equal(acting(any_r, [2, 0, 1]), acting(any_r, [0]))
+    assert torch.equal(acting(any_r, [2, 1]), acting(any_r, [1]))
+    twice = [{"concept": 1, "strength": 2.0}, {"concept": 1, "strength": 0.5}]
+    for rule in (larger_r, any_r):
+        assert torch.equal(acting(rule, twice), acting(rule, twice[:1]))
+        assert torch.equal(acting(rule, twice[::-1]), acting(rule, twice[1:]))
+        assert not torch.equal(acting(rule, twice[:1]), acting(rule, twice[1:]))
+
+
+@every_backend
 @every_rule
 def test_statistics_do_not_change_the_output(rule: Rule, backend: str) -> None:
     problem = make_problem(rule=rule, queries=67)

@@ -103,7 +103,7 @@ def test_compiled_past_the_hook_it_fails() -> None:
     pipe = pipelines.build("sd15")
     engine = fn.install(pipe, bank_of(pipe), rule=OPEN)
     compiled(pipe)
-    with engine.batch([DOG]), pytest.raises(Exception, match="compile the denoiser before"):
+    with pytest.raises(Exception, match="compile the denoiser before"), engine.batch([DOG]):
         generate(pipe)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_rows_of_a_pipeline_call(
         ([A, B], None, None, [ROW_A, ROW_B]),
         ([A, B], [1, 0, 1], None, [ROW_B, ROW_A, ROW_B]),
         ([A, B], [0, 0, 1, 1], [True, False, False, True], [ROW_A, NONE, NONE, ROW_B]),
-        ([A, B], [None, 1], None, [NONE, ROW_B]),
+        ([None, B], [None, 1], None, [NONE, ROW_B]),
         ([A, None], [1, 0], [True, True], [NONE, ROW_A]),
         ([A, B], None, [False, True], [NONE, ROW_B]),
     ],
@@ -147,7 +148,10 @@ def test_a_batch_that_contradicts_the_policies(
 @pytest.mark.parametrize(
     ("row_map", "conditional", "message"),
     [
-        ([0, 2], None, r"row_map\[1\]=2: there are 2"),
+        ([0, 2], None, r"row_map\[1\]=2: must be None or 0 to 1"),
+        ([0, 0.5], None, r"row_map\[1\]=0.5"),
+        ([0, True], None, r"row_map\[1\]=True"),
+        ([None, 1], None, r"policies\[0\] has no row"),
         ([-1], None, r"row_map\[0\]=-1"),
         ([0, 1], [True], "conditional has 1 rows, row_map has 2"),
         (None, [True] * 3, "conditional has 3 rows, row_map has 2"),
@@ -186,6 +190,75 @@ def test_bad_requests_are_refused_at_once() -> None:
         Engine(make_bank(), RULE, ["layer"])
 
 
+def test_a_batch_that_nobody_served_says_so() -> None:
+    engine = make_engine()
+    with pytest.raises(NegationNotAppliedError, match="no denoiser call"), engine.batch([A]):
+        pass
+    with engine.batch([None]):
+        pass
+
+
+def test_batches_nest_and_restore() -> None:
+    engine = make_engine()
+    engine.set_requests([B])
+    with engine.batch([A]):
+        with engine.batch([None]):
+            assert not engine.armed
+        assert entries(engine, call(engine, 1)) == [ROW_A]
+    assert entries(engine, call(engine, 1)) == [ROW_B]
+
+
+def test_another_thread_may_not_interfere_with_a_batch() -> None:
+    engine = make_engine()
+    errors = []
+
+    def interfere() -> None:
+        try:
+            engine.set_requests([None])
+        except NegationNotAppliedError as error:
+            errors.append(str(error))
+
+    with engine.batch([A]):
+        thread = threading.Thread(target=interfere)
+        thread.start()
+        thread.join()
+        assert entries(engine, call(engine, 1)) == [ROW_A]
+    assert len(errors) == 1 and "another thread" in errors[0]
+
+
+def test_a_removed_engine_takes_no_requests() -> None:
+    engine = make_engine()
+    engine.remove()
+    with pytest.raises(NegationNotAppliedError, match="removed"):
+        engine.set_requests([A])
+
+
+def test_as_many_policies_as_prompts_or_one() -> None:
+    engine = make_engine()
+    engine.set_requests([A, None])
+    engine.expect(2)
+    with pytest.raises(RowMapError, match="4 prompts, but 2 policies"):
+        engine.expect(4)
+    engine.set_requests([A])
+    engine.expect(4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (RULE, {"start": 0.5, "stop": 0.5}, "the window is empty"),
+        (RULE, {"start": 0.8, "stop": 0.2}, "the window is empty"),
+        (Rule.preset("eiup"), {"start": 0.9}, "the window of rule 'eiup' ends at 0.8"),
+        (Rule.preset("nag"), {"threshold": 0.5}, "rule 'nag' has no gate"),
+        (Rule.preset("protore"), {"threshold": 1.0}, "needs one below 1"),
+    ],
+)
+def test_policies_that_could_never_act_are_refused(rule: Rule, options: dict, message: str) -> None:
+    engine = make_engine(rule)
+    with pytest.raises(ValueError, match=message):
+        engine.set_requests([Policy({"a": 1.0}, **options)])
+
+
 # Windows.
 
 
@@ -196,7 +269,6 @@ def test_bad_requests_are_refused_at_once() -> None:
         ({"stop": 0.5}, RULE, 4, [1, 1, 0, 0]),
         ({"start": 0.5}, RULE, 4, [0, 0, 1, 1]),
         ({"start": 0.3, "stop": 0.7}, RULE, 10, [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]),
-        ({"stop": 0.0}, RULE, 2, [0, 0]),
         ({}, Rule.preset("eiup"), 5, [1, 1, 1, 1, 0]),
         ({"stop": 1.0}, Rule.preset("eiup"), 5, [1, 1, 1, 1, 1]),
     ],

@@ -300,28 +300,34 @@ def test_07_keys_masked_in_one_row_and_head_only(backend: str) -> None:
 # ---- 8 to 11: identities -------------------------------------------------------------------------
 
 
+def concept_is_prompt(rule: Rule, dtype: torch.dtype) -> Problem:
+    problem = make_problem(
+        2, concept_lengths=(21,), rows="same", layout="broadcast", extras=False, dtype=dtype, rule=rule
+    )
+    key, value = (t[0].transpose(0, 1) for t in (problem.key, problem.value))
+    return with_concepts(problem, key=key, value=value)
+
+
 @every_dtype
 @pytest.mark.parametrize("scope", ["head", "feature"])
 @pytest.mark.parametrize("direction", ["raw", "orthogonal", "difference"])
 @every_backend
 def test_08_concept_equal_to_the_prompt(backend: str, direction: str, scope: str, dtype: torch.dtype) -> None:
-    rule = Rule(direction=direction, scope=scope, name=f"{direction}-{scope}")
-    problem = make_problem(
-        2,
-        keys=21,
-        concept_lengths=(21,),
-        rows="same",
-        layout="broadcast",
-        extras=False,
-        dtype=dtype,
-        rule=rule,
-    )
-    problem = with_concepts(
-        problem, key=problem.key[0].transpose(0, 1), value=problem.value[0].transpose(0, 1)
-    )
+    problem = concept_is_prompt(Rule(direction=direction, scope=scope, name=f"{direction}-{scope}"), dtype)
     z = reference.evaluate(plain(problem)).output
     judge = Judge(problem, truth=torch.zeros_like(z) if direction == "raw" else z)
     judge.check(run(problem, backend), backend)
+
+
+@every_dtype
+@pytest.mark.parametrize("scope", ["head", "feature"])
+@every_backend
+def test_08_preserve_undoes_any_shrinking(backend: str, scope: str, dtype: torch.dtype) -> None:
+    """Y = Z / 16 gets the norm of Z back."""
+    rule = Rule(norm="preserve", scope=scope, strength=15 / 16, name=f"preserve-{scope}")
+    problem = concept_is_prompt(rule, dtype)
+    z = reference.evaluate(plain(problem)).output
+    Judge(problem, truth=z).check(run(problem, backend), backend)
 
 
 @every_dtype

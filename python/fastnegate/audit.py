@@ -57,9 +57,10 @@ class HeatMap:
         """float32 [height, width] in [0, 1], the mean of all resolutions."""
         maps = []
         for queries, heat in self.levels.items():
-            rows = max(1, round(math.sqrt(queries * height / width)))
-            if queries % rows:
-                raise ValueError(f"{queries} queries are not a {width}:{height} grid")
+            # The grid with this many cells whose shape is closest to the picture's.
+            divisors = [r for r in range(1, queries + 1) if queries % r == 0]
+            ideal = math.sqrt(queries * height / width)
+            rows = min(divisors, key=lambda r: abs(math.log(r / ideal)))
             grid = heat.reshape(1, 1, rows, queries // rows)
             maps.append(F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)[0, 0])
         return torch.stack(maps).mean(0).clamp(0, 1)

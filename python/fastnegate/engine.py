@@ -223,10 +223,9 @@ class Engine:
             whole = isinstance(request, int) and not isinstance(request, bool)
             if request is not None and not (whole and 0 <= request < len(policies)):
                 raise RowMapError(f"row_map[{b}]={request!r}: must be None or 0 to {len(policies) - 1}")
-        served = {request for request, c in zip(rows, mask) if c}
         for request, policy in enumerate(policies):
-            if policy is not None and sum(policy.concepts.values()) > 0 and request not in served:
-                raise RowMapError(f"policies[{request}] has no conditional row")
+            if policy is not None and request not in rows:
+                raise RowMapError(f"policies[{request}] has no row")
         self.set_requests(policies)
         self._explicit = (rows, mask)
 
@@ -242,6 +241,11 @@ class Engine:
         if self._remove is not None:
             remove, self._remove = self._remove, None
             remove()
+
+    @property
+    def removed(self) -> bool:
+        """Whether `remove` was called."""
+        return self._removed
 
     # ---- what integrations use --------------------------------------------------------------
 

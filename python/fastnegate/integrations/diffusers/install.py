@@ -252,8 +252,8 @@ class Handle:
         self.engine.remove()
 
     def __enter__(self) -> Handle:
-        if not self.engine.armed:
-            raise NegationNotAppliedError("this handle was removed, or negates nothing")
+        if self.engine.removed:
+            raise NegationNotAppliedError("this handle was removed: call negate again")
         return self
 
     def __exit__(self, *error: object) -> None:
