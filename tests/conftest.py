@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch loads its OpenMP runtime: waiting threads of a busy machine must not burn its cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import hypothesis
 import pytest
 import torch
