@@ -88,7 +88,7 @@ def with_concepts(problem: Problem, **changes: object) -> Problem:
 # ---- problems ---------------------------------------------------------------------------------
 
 LAYOUTS = ("contiguous", "bnhd", "broadcast", "odd")
-MASKS = ("none", "padding", "additive", "per_query")
+MASKS = ("none", "padding", "additive", "per_query", "per_head_and_query")
 ROWS = ("none", "same", "mixed", "zero_tokens", "inactive")
 
 
@@ -227,7 +227,8 @@ def _key_bias(mask: str, batch: int, heads: int, queries: int, keys: int, unifor
     if mask == "additive":
         away = (uniform(1, heads, 1, keys) < 0.3) & (torch.arange(keys) > 0)
         return torch.where(away, -10000.0, uniform(1, heads, 1, keys))
-    return torch.where(uniform(batch, 1, queries, keys) < 0.2, -torch.inf, uniform(batch, 1, queries, keys))
+    shape = (batch, 1, queries, keys) if mask == "per_query" else (1, heads, queries, keys)
+    return torch.where(uniform(*shape) < 0.2, -torch.inf, uniform(*shape))
 
 
 def pairwise(factors: Mapping[str, Sequence], repeats: int = 1) -> Iterator[dict]:

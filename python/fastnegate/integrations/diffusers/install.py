@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import check_backend
-from ...concepts import ConceptBank
+from ...concepts import ConceptBank, Templates
 from ...engine import Engine, NegationNotAppliedError
 from ...policy import Policy
 from ...rule import Rule
@@ -268,6 +268,7 @@ def negate(
     start: float = 0.0,
     stop: float | None = None,
     *,
+    templates: Templates | None = None,
     backend: str = "auto",
 ) -> Handle:
     """Negate concepts in every call of a pipeline, until removed.
@@ -279,6 +280,8 @@ def negate(
         method: `Rule` or preset name.
         strength: relative; 1.0 is the method's own.
         start, stop: active window as fractions of the steps; `stop=None` is the method's own.
+        templates: as for `ConceptBank.from_prompts`.
+        backend: as for `negated_attention`.
 
     Raises:
         UnsupportedModelError, BankMismatchError, ValueError: as `install`.
@@ -293,7 +296,7 @@ def negate(
             concepts = [concepts]
         named = concepts if isinstance(concepts, Mapping) else {c: [c] for c in concepts}
         Policy({name: strength for name in named}, start, stop).check(method)  # before any work
-        bank = ConceptBank.from_prompts(pipe, named)
+        bank = ConceptBank.from_prompts(pipe, named, templates=templates)
     policy = Policy({name: strength for name in bank}, start, stop)
     policy.check(method)
     engine = install(pipe, bank, MOST_IMAGES, rule=method, backend=backend)
