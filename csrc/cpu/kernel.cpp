@@ -384,14 +384,14 @@ class Tile {
       }
   }
 
-  // Sum over the channels of a head in four chains: D is a multiple of 8, a multiply-add takes 4
+  // Sum over the channels of a head in eight chains: D is a multiple of 8, a multiply-add takes 4
   // cycles, and chains keep the rounding of long sums down.
   template <class Term>
   FN_INLINE F sum(Term term) {
-    F part[4] = {};
-    for (int64_t d = 0; d < p.dim; d += 4)
-      for (int64_t i = 0; i < 4; ++i) part[i] = term(d + i, part[i]);
-    return (part[0] + part[1]) + (part[2] + part[3]);
+    F part[8] = {};
+    for (int64_t d = 0; d < p.dim; d += 8)
+      for (int64_t i = 0; i < 8; ++i) part[i] = term(d + i, part[i]);
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
   }
 
   F dot(const float* a, const float* b, int q) {
