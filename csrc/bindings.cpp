@@ -72,6 +72,8 @@ void run(const std::array<uintptr_t, 17>& addresses, const std::array<int64_t, 9
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastnegate; called by fastnegate.backends.";
   m.def("run_cpu", &run);
+  m.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>(),
+        "Floating-point operations per second of register-only multiply-adds.");
   m.def("is_forked", &is_forked, "Whether the kernel is limited to one thread by a fork.");
   m.attr("MOST_KEYS") = kMostKeys;
   m.def("usable_isas", &usable_isas, "Instruction sets usable on this machine, best first.");

@@ -6,14 +6,19 @@
 // O = a Z + sum b X, its norm, and the one write of O. Scores never leave the cache.
 #include "kernel.h"
 
+#include <algorithm>
+
 #include "vec.h"
 // after vec.h, whose F and functions it uses
 #include "fastnegate/rule.h"
 
 namespace fastnegate::FASTNEGATE_ISA {
 namespace {
-
-constexpr int kStep = W == 16 ? 8 : 4;  // rows per register tile: 8 x 2 of 32, 4 x 2 of 16 registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kStep = 8;  // rows per register tile: 8 x 2 of 32 registers
+#else
+constexpr int kStep = 4;  // 4 x 2 of 16 registers
+#endif
 constexpr int kTile = 2 * W;
 
 // ---- products ---------------------------------------------------------------------------------
@@ -79,40 +84,79 @@ void multiply(int64_t rows, const float* a, int64_t block, int64_t lda, int64_t 
   }
 }
 
-// ---- packing ----------------------------------------------------------------------------------
+// ---- rows in memory <-> [channel][lane] ---------------------------------------------------------
 
+// x[channel][lane] * factor of W rows; channels are `stride` floats apart.
 template <class Storage>
-void pack_rows(const char* data, int64_t row_stride, const int64_t* rows, int64_t count,
-               int64_t dim, float factor, float* blocks, const float* weight, float* plain) {
-  using T = typename Storage::T;
-  alignas(64) T narrow[W] = {};
-  alignas(64) float wide[W];
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = reinterpret_cast<const T*>(data) + rows[i] * row_stride;
-    const float w = weight ? weight[rows[i]] : 1.f;
-    for (int64_t d = 0; d < dim; d += W) {
-      const int64_t n = dim - d < W ? dim - d : W;
-      const T* from = row + d;
-      if (n < W) {
-        std::memcpy(narrow, from, n * sizeof(T));
-        from = narrow;
-      }
-      store(wide, Storage::load(from));
-      for (int64_t j = 0; j < n; ++j) {
-        if (blocks) blocks[(i / kRows * dim + d + j) * kRows + i % kRows] = wide[j] * factor;
-        if (plain) plain[i * dim + d + j] = wide[j] * w;
-      }
+FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float factor, float* x, int64_t stride) {
+  constexpr int kPer = Storage::kPerWord;
+  for (int64_t d = 0; d < dim; d += 4 * kPer) {
+    U words[4];
+    load_words(row, d * sizeof(typename Storage::T), words);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      F channels[kPer];
+      Storage::unpack(words[i], channels);
+      for (int k = 0; k < kPer; ++k) store(x + (d + i * kPer + k) * stride, channels[k] * factor);
     }
   }
 }
 
-void pack_rows(Dtype dtype, const char* data, int64_t row_stride, const int64_t* rows,
-               int64_t count, int64_t dim, float factor, float* blocks, const float* weight,
-               float* plain) {
-  const auto pack = dtype == Dtype::float32    ? pack_rows<Float32>
-                    : dtype == Dtype::bfloat16 ? pack_rows<BFloat16>
-                                               : pack_rows<Float16>;
-  pack(data, row_stride, rows, count, dim, factor, blocks, weight, plain);
+// The first `count` rows of x[channel][lane].
+template <class Storage>
+FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, const float* x, int64_t stride) {
+  constexpr int kPer = Storage::kPerWord;
+  for (int64_t d = 0; d < dim; d += 4 * kPer) {
+    U words[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      F channels[kPer];
+      for (int k = 0; k < kPer; ++k) channels[k] = load(x + (d + i * kPer + k) * stride);
+      words[i] = Storage::pack(channels);
+    }
+    store_words(row, d * sizeof(typename Storage::T), count, words);
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+// Rows `rows` of data, times factor, in blocks [D][kRows].
+template <class Storage>
+void pack_blocks(const char* data, int64_t row_stride, const int64_t* rows, int64_t count, int64_t dim,
+                 float factor, float* blocks) {
+  for (int64_t i = 0; i < count; i += W) {
+    const char* row[W];  // beyond the last row its copies, which are never read
+    for (int j = 0; j < W; ++j)
+      row[j] = data + rows[i + j < count ? i + j : count - 1] * row_stride * sizeof(typename Storage::T);
+    load_rows<Storage>(row, dim, factor, blocks + i / kRows * dim * kRows + i % kRows, kRows);
+  }
+}
+
+// The same rows as [row][D], times weight.
+template <class Storage>
+void pack_plain(const char* data, int64_t row_stride, const int64_t* rows, int64_t count, int64_t dim,
+                const float* weight, float* plain) {
+  using T = typename Storage::T;
+  for (int64_t i = 0; i < count; ++i, plain += dim) {
+    const T* row = reinterpret_cast<const T*>(data) + rows[i] * row_stride;
+    const float w = weight ? weight[rows[i]] : 1.f;
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) store(plain + d, Storage::load(row + d) * w);
+    if (d == dim) continue;
+    alignas(64) T part[W] = {};
+    std::memcpy(part, row + d, (dim - d) * sizeof(T));
+    const F last = Storage::load(part) * w;
+    std::memcpy(plain + d, &last, (dim - d) * sizeof(float));
+  }
+}
+
+template <class Work>
+void with_storage(Dtype dtype, const Work& work) {
+  switch (dtype) {
+    case Dtype::float32: return work(Float32{});
+    case Dtype::bfloat16: return work(BFloat16{});
+    case Dtype::float16: return work(Float16{});
+  }
 }
 
 int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -139,10 +183,11 @@ void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
   const auto at = [&](const Strided& t) {
     return t.data + (b * t.batch + h * t.head) * bytes(p.dtype);
   };
-  pack_rows(p.dtype, at(p.key), p.key.row, rows, count, p.dim, p.scale * kLog2e, pack.key, nullptr,
-            nullptr);
-  pack_rows(p.dtype, at(p.value), p.value.row, rows, count, p.dim, 1.f, nullptr, nullptr,
-            pack.value);
+  with_storage(p.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    pack_blocks<Storage>(at(p.key), p.key.row, rows, count, p.dim, p.scale * kLog2e, pack.key);
+    pack_plain<Storage>(at(p.value), p.value.row, rows, count, p.dim, nullptr, pack.value);
+  });
 }
 
 void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
@@ -160,10 +205,13 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
   const char* key = p.concept_key.data + h * p.concept_key.head * bytes(p.dtype);
   const char* value = p.concept_value.data + h * p.concept_value.head * bytes(p.dtype);
   const float inverse = p.rule.temperature > 0.f ? 1.f / p.rule.temperature : p.scale;
-  pack_rows(p.dtype, key, p.concept_key.row, rows, count, p.dim, p.scale * kLog2e, pack.key,
-            nullptr, nullptr);
-  pack_rows(p.dtype, value, p.concept_value.row, rows, count, p.dim, inverse * kLog2e, pack.memory,
-            p.token_weight, pack.value);
+  with_storage(p.dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    pack_blocks<Storage>(key, p.concept_key.row, rows, count, p.dim, p.scale * kLog2e, pack.key);
+    pack_plain<Storage>(value, p.concept_value.row, rows, count, p.dim, p.token_weight, pack.value);
+    if (pack.memory)
+      pack_blocks<Storage>(value, p.concept_value.row, rows, count, p.dim, inverse * kLog2e, pack.memory);
+  });
 }
 
 // ---- queries in, outputs out ------------------------------------------------------------------
@@ -171,67 +219,66 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
 // q[d][lane] of `count` queries; lanes beyond repeat the last one and are never stored.
 template <class Storage, int NQ>
 void load_queries(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count, float* q) {
-  using T = typename Storage::T;
-  const T* base = reinterpret_cast<const T*>(p.query.data) + b * p.query.batch + h * p.query.head;
-  for (int v = 0; v < NQ; ++v)
-    for (int64_t d = 0; d < p.dim; d += W) {
-      const int64_t n = p.dim - d < W ? p.dim - d : W;
-      F block[W];
-      for (int i = 0; i < W; ++i) {
-        const int64_t lane = v * W + i < count ? v * W + i : count - 1;
-        const T* row = base + (first + lane) * p.query.row + d;
-        alignas(64) T part[W] = {};
-        if (n < W) {
-          std::memcpy(part, row, n * sizeof(T));
-          row = part;
-        }
-        block[i] = Storage::load(row);
-      }
-      transpose(block);
-      for (int64_t j = 0; j < n; ++j) store(q + ((d + j) * NQ + v) * W, block[j]);
+  const char* base = p.query.data + (b * p.query.batch + h * p.query.head) * sizeof(typename Storage::T);
+  for (int v = 0; v < NQ; ++v) {
+    const char* row[W];
+    for (int i = 0; i < W; ++i) {
+      const int64_t lane = v * W + i < count ? v * W + i : count - 1;
+      row[i] = base + (first + lane) * p.query.row * sizeof(typename Storage::T);
     }
+    load_rows<Storage>(row, p.dim, 1.f, q + v * W, NQ * W);
+  }
+}
+
+// Fetches what a tile reads or writes into the cache while another one is computed: the rows of one
+// head lie too far apart in [B, N, H, D] memory for the hardware to do it.
+template <class Storage, int kWrite>
+FN_INLINE void prefetch(const Strided& t, const Task& task, int64_t head, int64_t count, int64_t dim) {
+  constexpr int64_t kSize = sizeof(typename Storage::T), kLine = 64;
+  const char* row = t.data + (task.batch * t.batch + head * t.head + task.first_query * t.row) * kSize;
+  for (int64_t i = 0; i < count; ++i, row += t.row * kSize)
+    for (int64_t at = 0; at < dim * kSize; at += kLine) __builtin_prefetch(row + at, kWrite);
 }
 
 template <class Storage, int NQ>
 void store_outputs(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count,
                    const float* o) {
-  using T = typename Storage::T;
-  T* base = reinterpret_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head;
-  for (int v = 0; v < NQ; ++v)
-    for (int64_t d = 0; d < p.dim; d += W) {
-      const int64_t n = p.dim - d < W ? p.dim - d : W;
-      F block[W] = {};
-      for (int64_t j = 0; j < n; ++j) block[j] = load(o + ((d + j) * NQ + v) * W);
-      transpose(block);
-      for (int i = 0; i < W && v * W + i < count; ++i) {
-        T* row = base + (first + v * W + i) * p.out.row + d;
-        alignas(64) T part[W];
-        Storage::store(n < W ? part : row, block[i]);
-        if (n < W) std::memcpy(row, part, n * sizeof(T));
-      }
-    }
+  char* base = p.out.data + (b * p.out.batch + h * p.out.head) * sizeof(typename Storage::T);
+  for (int v = 0; v < NQ; ++v) {
+    char* row[W];
+    for (int i = 0; i < W; ++i)
+      row[i] = base + (first + v * W + i) * p.out.row * sizeof(typename Storage::T);
+    store_rows<Storage>(row, count - v * W, p.dim, o + v * W, NQ * W);
+  }
 }
 
 // ---- one segment ------------------------------------------------------------------------------
 
-// Logits [n][lane] in base 2 -> weights 2^(s - top), their top and their sum.
+// Logits [n][lane] in base 2 -> weights 2^(s - top), their top and their sum. Two chains of each
+// query's maxima and short chains of its sum: latency in the one case, rounding in the other.
 template <int NQ>
-void softmax(float* s, int64_t n, F* top, F* mass) {
-  for (int q = 0; q < NQ; ++q) top[q] = splat(kLowest);
-  for (int64_t j = 0; j < n; ++j)
-    for (int q = 0; q < NQ; ++q) top[q] = max(load(s + (j * NQ + q) * W), top[q]);  // a NaN leaves top alone
-  for (int q = 0; q < NQ; ++q) mass[q] = F{};
-  for (int64_t begin = 0; begin < n; begin += kRows) {  // short chains, as in multiply_step
+FN_INLINE void softmax(float* s, int64_t n, F* top, F* mass) {
+  F highest[2][NQ], total[NQ] = {};
+  for (int q = 0; q < NQ; ++q) highest[0][q] = highest[1][q] = splat(kLowest);
+  const auto raise = [&](int64_t j, int chain) {  // a NaN leaves the top alone
+    for (int q = 0; q < NQ; ++q) highest[chain][q] = max(load(s + (j * NQ + q) * W), highest[chain][q]);
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) raise(j, 0), raise(j + 1, 1);
+  if (j < n) raise(j, 0);
+  for (int q = 0; q < NQ; ++q) highest[0][q] = max(highest[0][q], highest[1][q]);
+  for (int64_t begin = 0; begin < n; begin += 8) {
     F sum[NQ] = {};
-    for (int64_t j = begin; j < n && j < begin + kRows; ++j)
+    for (j = begin; j < n && j < begin + 8; ++j)
       for (int q = 0; q < NQ; ++q) {
         float* at = s + (j * NQ + q) * W;
-        const F w = exp2(load(at) - top[q]);
+        const F w = exp2(load(at) - highest[0][q]);
         store(at, w);
         sum[q] = sum[q] + w;
       }
-    for (int q = 0; q < NQ; ++q) mass[q] = mass[q] + sum[q];
+    for (int q = 0; q < NQ; ++q) total[q] = total[q] + sum[q];
   }
+  for (int q = 0; q < NQ; ++q) top[q] = highest[0][q], mass[q] = total[q];
 }
 
 // Attention of x[d][lane] to n packed tokens: out[d][lane], with scratch s[n][lane].
@@ -293,8 +340,8 @@ float overflow(Dtype dtype) {
 template <class Storage, int NQ>
 class Tile {
  public:
-  Tile(const Plan& plan, const Task& task, int64_t count, float* memory)
-      : plan(plan), p(*plan.problem), rule(p.rule), task(task), count(count),
+  Tile(const Plan& plan, const Task& task, const Task* next, int64_t count, float* memory)
+      : plan(plan), p(*plan.problem), rule(p.rule), task(task), next(next), count(count),
         live(plan.live + plan.live_begin[task.batch]),
         entries(plan.live_begin[task.batch + 1] - plan.live_begin[task.batch]) {
     lay_out(plan, &s, memory);
@@ -321,6 +368,7 @@ class Tile {
   const Problem& p;
   const Rule& rule;
   const Task& task;
+  const Task* const next;  // what this thread does afterwards, or null
   const int64_t count;  // queries
   const Live* const live;
   const int64_t entries;
@@ -361,6 +409,11 @@ class Tile {
     const int64_t h = task.first_head + g;
     const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
     load_queries<Storage, NQ>(p, task.batch, h, task.first_query, count, s.query);
+    prefetch<Storage, 1>(p.out, task, h, count, p.dim);
+    if (g + 1 < plan.group)
+      prefetch<Storage, 0>(p.query, task, h + 1, count, p.dim);
+    else if (next)
+      prefetch<Storage, 0>(p.query, *next, next->first_head, std::min(L, p.queries - next->first_query), p.dim);
     if (p.key_bias && p.bias_query != 0)
       attend_pack(pack, s.query, g, 0, [&] { add_query_bias(h, pack.count); }, z(g));
     else
@@ -610,27 +663,34 @@ class Tile {
   }
 };
 
-template <class Storage>
-void run_tile(const Plan& plan, const Task& task, int64_t count, float* memory) {
-  if (count > W)
-    Tile<Storage, 2>(plan, task, count, memory).run();
-  else
-    Tile<Storage, 1>(plan, task, count, memory).run();
+void run(const Plan& plan, const Task& task, const Task* next, float* memory) {
+  const int64_t count = std::min<int64_t>(plan.problem->queries - task.first_query, kTile);
+  with_storage(plan.problem->dtype, [&](auto storage) {
+    using Storage = decltype(storage);
+    if (count > W)
+      Tile<Storage, 2>(plan, task, next, count, memory).run();
+    else
+      Tile<Storage, 1>(plan, task, next, count, memory).run();
+  });
 }
 
-void run(const Plan& plan, const Task& task, float* memory) {
-  const int64_t left = plan.problem->queries - task.first_query;
-  const int64_t count = left < kTile ? left : kTile;
-  switch (plan.problem->dtype) {
-    case Dtype::float32: return run_tile<Float32>(plan, task, count, memory);
-    case Dtype::bfloat16: return run_tile<BFloat16>(plan, task, count, memory);
-    case Dtype::float16: return run_tile<Float16>(plan, task, count, memory);
-  }
+// What the hardware can do at most, for the benchmarks: multiply-adds on registers only, 12 chains
+// (two a cycle times a latency of four, and some). Returns their number of floating-point operations.
+int64_t multiply_adds(int64_t steps) {
+  F x[12];
+  for (int i = 0; i < 12; ++i) x[i] = splat(static_cast<float>(i));
+  for (int64_t step = 0; step < steps; ++step)
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; ++i) x[i] = fma(x[i], splat(0.5f), splat(1.f));
+  for (int i = 1; i < 12; ++i) x[0] = x[0] + x[i];
+  volatile float used = x[0][0];
+  (void)used;
+  return steps * 12 * 2 * W;
 }
 
 }  // namespace
 
 extern const Isa isa;
-const Isa isa = {FASTNEGATE_ISA_NAME, kTile, scratch, pack_prompt, pack_concept, run};
+const Isa isa = {FASTNEGATE_ISA_NAME, W, scratch, pack_prompt, pack_concept, run, multiply_adds};
 
 }  // namespace fastnegate::FASTNEGATE_ISA

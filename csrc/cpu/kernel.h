@@ -13,14 +13,14 @@
 
 namespace fastnegate {
 
-constexpr int64_t kRows = 8;       // keys or channels per register tile; D is a multiple of it
+constexpr int64_t kRows = 16;      // keys per block of a Pack: the widest vector, a multiple of all steps
 constexpr int64_t kMostKeys = 1024;  // of the prompt, and of one concept
 constexpr int kEntryColumns = 5;   // partial statistics: max g, sum g, count, sum mass, max r
 constexpr int kRowColumns = 4;     // sum |O-Z|^2, sum |Z|^2, count limited, count not finite
 constexpr float kLowest = -3e38f;  // stands for the top of an empty or fully masked softmax
 
 // Keys and values of one segment and head, masked tokens left out, in the layout of the products:
-// keys [ceil(n/8)][D][8] times scale * log2(e), values [n][D], bias [n] times log2(e).
+// keys [ceil(n/16)][D][16] times scale * log2(e), values [n][D], bias [n] times log2(e).
 struct Pack {
   float *key, *value, *bias;  // bias: null if there is none
   float* memory;              // `retrieve` only: unweighted values, laid out like keys
@@ -61,11 +61,12 @@ struct Task {
 // One instruction set.
 struct Isa {
   const char* name;
-  int64_t tile;                                       // most queries per task
-  int64_t (*scratch)(const Plan&);                    // floats a thread needs
+  int64_t lanes;                        // floats per vector, W
+  int64_t (*scratch)(const Plan&);      // floats a thread needs
   void (*pack_prompt)(const Plan&, int64_t batch, int64_t head);
   void (*pack_concept)(const Plan&, int64_t slot, int64_t head);
-  void (*run)(const Plan&, const Task&, float* scratch);
+  void (*run)(const Plan&, const Task&, const Task* next, float* scratch);  // next: to fetch early, or null
+  int64_t (*multiply_adds)(int64_t steps);
 };
 
 }  // namespace fastnegate

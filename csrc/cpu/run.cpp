@@ -8,13 +8,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
+#include "fastnegate/tile.h"
 #include "kernel.h"
 
 namespace fastnegate {
@@ -115,6 +118,7 @@ struct Workspace {
   std::vector<double> entry_partials, row_partials;
   std::vector<float> gates;
   Buffer packed;
+  int64_t head_bytes = 0;  // packed keys and values of one head, prompt and concepts
 };
 
 Span span_of(const Problem& p, int64_t concept_index) {
@@ -166,6 +170,7 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   const int64_t m = p.keys, t = p.longest;
   const int64_t prompt = blocks(m) + m * p.dim + (bias ? m : 0);
   const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + t * p.dim + (p.token_bias ? t : 0);
+  w.head_bytes = 4 * (prompt + static_cast<int64_t>(w.concepts.empty() ? 0 : w.spans.size()) * concept_size);
   w.packed = allocate(static_cast<int64_t>(w.prompts.size()) * prompt +
                       static_cast<int64_t>(w.concepts.size()) * concept_size);
   float* at = w.packed.get();
@@ -240,7 +245,7 @@ std::vector<std::string> built_isas() {
 
 void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   const Isa& isa = find(isa_name);
-  if (p.dim % kRows != 0 || p.keys > kMostKeys || p.longest > kMostKeys)
+  if (p.dim % 8 != 0 || p.keys > kMostKeys || p.longest > kMostKeys)
     throw std::invalid_argument("head_dim must be a multiple of 8, and at most 1024 keys or tokens");
   Workspace w;
   Plan& plan = w.plan;
@@ -265,7 +270,8 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   plan.group = p.rule.scope == Scope::feature ? p.heads : 1;
 
   const int64_t groups = plan.group ? p.heads / plan.group : 0;
-  const int64_t tiles = (p.queries + isa.tile - 1) / isa.tile;
+  const CpuTiling tiling = cpu_tiling({p.batch, p.heads, p.queries, w.head_bytes, isa.lanes, threads});
+  const int64_t tiles = ceil_div(p.queries, tiling.queries);
   const int64_t tasks = p.batch * groups * tiles;
   if (with_statistics) {
     w.entry_partials.resize(tasks * plan.most_live * kEntryColumns);
@@ -286,15 +292,43 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
         isa.pack_concept(plan, (i - prompts) / p.heads, (i - prompts) % p.heads);
     });
     const int64_t per_thread = (isa.scratch(plan) + 15) / 16 * 16;
-    const auto workers = std::max<int64_t>(1, std::min<int64_t>(threads, tasks));
+    // Groups of heads that a thread takes together, over the same queries; tiles of queries vary
+    // fastest, so that the keys and values of these heads stay in its cache.
+    const int64_t together = std::max<int64_t>(1, tiling.heads / plan.group);
+    const int64_t units_per_row = ceil_div(groups, together) * tiles;
+    const int64_t units = p.batch * units_per_row;
+    const auto workers = std::max<int64_t>(1, std::min<int64_t>(threads, units));
     const Buffer scratch = allocate(per_thread * workers);
-    parallel(tasks, threads, [&](int64_t i, int thread) {
-      const Task task = {i / (groups * tiles), i / tiles % groups * plan.group,
-                         i % tiles * isa.tile, i};
-      isa.run(plan, task, scratch.get() + thread * per_thread);
+    parallel(units, threads, [&](int64_t i, int thread) {
+      const int64_t b = i / units_per_row, first = i % units_per_row / tiles * together, tile = i % tiles;
+      const int64_t last = std::min(first + together, groups) - 1;
+      const auto task = [&](int64_t g, int64_t t) {
+        return Task{b, g * plan.group, t * tiling.queries, (b * groups + g) * tiles + t};
+      };
+      for (int64_t g = first; g <= last; ++g) {
+        const bool more = g < last || tile + 1 < tiles;
+        const Task next = g < last ? task(g + 1, tile) : task(first, tile + 1);
+        isa.run(plan, task(g, tile), more ? &next : nullptr, scratch.get() + thread * per_thread);
+      }
     });
   }
   if (with_statistics) reduce(p, w, groups * tiles);
+}
+
+double fma_peak(const std::string& isa_name, int threads, double seconds) {
+  if (threads < 1 || !(seconds > 0)) throw std::invalid_argument("threads and seconds must be positive");
+  const Isa& isa = find(isa_name);
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  std::vector<int64_t> done(threads);
+  double best = 0;
+  for (const double end = now() + seconds; now() < end;) {
+    const double start = now();
+    parallel(threads, threads, [&](int64_t i, int) { done[i] = isa.multiply_adds(1 << 16); });
+    best = std::max(best, static_cast<double>(std::accumulate(done.begin(), done.end(), int64_t{0})) / (now() - start));
+  }
+  return best;
 }
 
 }  // namespace fastnegate

@@ -22,4 +22,8 @@ bool is_forked();
 // the kernel does not take.
 void run_cpu(const Problem& problem, const std::string& isa, int threads);
 
+// Floating-point operations per second of register-only multiply-adds, the best of some seconds: what
+// benchmarks take a share of.
+double fma_peak(const std::string& isa, int threads, double seconds);
+
 }  // namespace fastnegate

@@ -32,7 +32,7 @@ typedef int32_t I __attribute__((vector_size(W * 4)));
 typedef uint32_t U __attribute__((vector_size(W * 4)));
 typedef uint16_t H __attribute__((vector_size(W * 2)));
 
-FN_INLINE F splat(float x) { return F{} + x; }
+FN_INLINE F splat(float x) { return x - F{}; }  // exact, -0 included, so one broadcast is left of it
 FN_INLINE F load(const float* p) {
   F x;
   std::memcpy(&x, p, sizeof(F));
@@ -73,22 +73,34 @@ FN_INLINE F exponent(F x) { return __builtin_convertvector((as_int(x) >> 23) - 1
 FN_INLINE F abs(F x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // 2^x for x <= 127. n = round(x), a minimax polynomial of degree 6 for 2^(x-n) on [-.5, .5]
-// (relative error 2.0e-9 before rounding) and an exponent shift. Below -126 the result is 0 (-inf
-// included), so a masked logit weighs exactly nothing. NaN stays NaN.
-FN_INLINE F exp2(F x) {
-  const F clamped = max(x, splat(-126.f));
-  const F shifted = clamped + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
-  const F f = clamped - (shifted - 12582912.f);
+// (relative error 2.0e-9 before rounding) and an exponent shift. Below -126 the result is 0 or, with
+// AVX-512, may be subnormal; at -inf and the lowest float it is 0, so that a masked logit weighs
+// exactly nothing. NaN stays NaN.
+FN_INLINE F exp2_fraction(F f) {
   F p = splat(1.535336182e-4f);
   p = fma(p, f, splat(1.339887445e-3f));
   p = fma(p, f, splat(9.618437358e-3f));
   p = fma(p, f, splat(5.550332471e-2f));
   p = fma(p, f, splat(2.402264791e-1f));
   p = fma(p, f, splat(6.931472029e-1f));
-  p = fma(p, f, splat(1.f));
+  return fma(p, f, splat(1.f));
+}
+
+#if defined(__AVX512F__)
+FN_INLINE F exp2(F x) {  // 10 instructions of the 18 that it takes without rounding and scaling ones
+  const F clamped = max(splat(-160.f), x);
+  const F n = (F)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (F)_mm512_scalef_ps((__m512)exp2_fraction(clamped - n), (__m512)n);
+}
+#else
+FN_INLINE F exp2(F x) {
+  const F clamped = max(x, splat(-126.f));
+  const F shifted = clamped + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
+  const F p = exp2_fraction(clamped - (shifted - 12582912.f));
   const F scaled = as_float(as_int(p) + (as_int(shifted) << 23));
   return select(x >= -126.f, scaled, select(x < -126.f, F{}, x));
 }
+#endif
 
 constexpr float kTiny = 1e-30f;  // x / y means 0 where y < kTiny; there is no other epsilon
 FN_INLINE F divide(F x, F y) {
@@ -96,117 +108,187 @@ FN_INLINE F divide(F x, F y) {
   return select(zero, F{}, x / select(zero, splat(1.f), y));
 }
 
-// ---- storage types: W consecutive elements <-> W floats -------------------------------------
+// ---- storage types ----------------------------------------------------------------------------
+
+// A type of elements in memory. `load`: W consecutive elements. `unpack`: the kPerWord elements of a
+// 32-bit word, one word per lane; `pack` is its inverse, rounding to nearest even.
 
 struct Float32 {
   using T = float;
+  static constexpr int kPerWord = 1;
   static FN_INLINE F load(const T* p) { return FASTNEGATE_ISA::load(p); }
-  static FN_INLINE void store(T* p, F x) { FASTNEGATE_ISA::store(p, x); }
+  static FN_INLINE void unpack(U words, F* x) { x[0] = (F)words; }
+  static FN_INLINE U pack(const F* x) { return (U)x[0]; }
 };
 
 struct BFloat16 {
   using T = uint16_t;
+  static constexpr int kPerWord = 2;
   static FN_INLINE F load(const T* p) {
     H h;
     std::memcpy(&h, p, sizeof(H));
     return (F)(__builtin_convertvector(h, U) << 16);
   }
-  static FN_INLINE void store(T* p, F x) {  // round to nearest even; NaN stays NaN
+  static FN_INLINE void unpack(U words, F* x) {
+    x[0] = (F)(words << 16);
+    x[1] = (F)(words & 0xffff0000u);
+  }
+  static FN_INLINE U pack(const F* x) { return round(x[0]) >> 16 | (round(x[1]) & 0xffff0000u); }
+
+ private:
+  static FN_INLINE U round(F x) {  // the high half; NaN stays NaN
     const U bits = (U)x;
-    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    rounded = (x != x) ? (U{} + 0x7fc0u) : rounded;
-    const H h = __builtin_convertvector(rounded, H);
-    std::memcpy(p, &h, sizeof(H));
+    return (x != x) ? (U{} + 0x7fc00000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 };
 
 struct Float16 {
   using T = uint16_t;
-#if defined(__AVX512F__)
-  static FN_INLINE F load(const T* p) {
-    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static FN_INLINE void store(T* p, F x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-#elif defined(__AVX2__)  // every CPU with AVX2 has F16C
-  static FN_INLINE F load(const T* p) {
-    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static FN_INLINE void store(T* p, F x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-#elif defined(__aarch64__)
-  static FN_INLINE F load(const T* p) {
-    float16x4_t h;
-    std::memcpy(&h, p, sizeof(h));
-    return (F)vcvt_f32_f16(h);
-  }
-  static FN_INLINE void store(T* p, F x) {
-    const float16x4_t h = vcvt_f16_f32((float32x4_t)x);
-    std::memcpy(p, &h, sizeof(h));
-  }
-#else
+  static constexpr int kPerWord = 2;
   static FN_INLINE F load(const T* p) {
     H h;
     std::memcpy(&h, p, sizeof(H));
-    const U x = __builtin_convertvector(h, U), magnitude = x & 0x7fffu;
+    return widen(__builtin_convertvector(h, U));
+  }
+  static FN_INLINE void unpack(U words, F* x) {
+    x[0] = widen(words & 0xffffu);
+    x[1] = widen(words >> 16);
+  }
+  static FN_INLINE U pack(const F* x) { return narrow(x[0]) | narrow(x[1]) << 16; }
+
+ private:  // a half in the low bits of each word <-> float
+#if defined(__AVX512F__)
+  static FN_INLINE F widen(U h) {
+    return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h));
+  }
+  static FN_INLINE U narrow(F x) {
+    return (U)_mm512_cvtepu16_epi32(
+        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif defined(__AVX2__)  // every CPU with AVX2 has F16C
+  static FN_INLINE F widen(U h) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)h), high = _mm256_extracti128_si256((__m256i)h, 1);
+    return (F)_mm256_cvtph_ps(_mm_packus_epi32(low, high));
+  }
+  static FN_INLINE U narrow(F x) {
+    return (U)_mm256_cvtepu16_epi32(
+        _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif defined(__aarch64__)
+  static FN_INLINE F widen(U h) {
+    return (F)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)h)));
+  }
+  static FN_INLINE U narrow(F x) {
+    return (U)vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+  }
+#else
+  static FN_INLINE F widen(U x) {
+    const U magnitude = x & 0x7fffu;
     U f = (magnitude << 13) + (112u << 23);  // rebased exponent
     f = (magnitude < 0x400u) ? (U)(__builtin_convertvector(magnitude, F) * 0x1p-24f) : f;
     f = (magnitude >= 0x7c00u) ? (magnitude << 13) | 0x7f800000u : f;
     return (F)(f | (x & 0x8000u) << 16);
   }
-  static FN_INLINE void store(T* p, F x) {
+  static FN_INLINE U narrow(F x) {
     const U bits = (U)x, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000u;  // rounds at the last half bit
     U h = (magnitude < (113u << 23)) ? subnormal : normal;
     h = (magnitude >= 0x477ff000u) ? (U{} + 0x7c00u) : h;
     h = (magnitude > 0x7f800000u) ? (U{} + 0x7e00u) : h;
-    const H out = __builtin_convertvector(h | sign, H);
-    std::memcpy(p, &out, sizeof(H));
+    return h | sign;
   }
 #endif
 };
 
-// ---- transposition of a W x W block ---------------------------------------------------------
+// ---- rows <-> lanes ---------------------------------------------------------------------------
 
+// Four words of each of W rows: in memory 16 bytes of every row, in registers row 4 l + i in the
+// l-th 128 bits of r[i]. transpose() turns that into word i of row r in lane r of r[i], and back: 8
+// shuffles for 4 W words, where a W x W transposition takes 4 log2(W) for as many.
 #if defined(__AVX512F__)
-FN_INLINE void transpose(F (&r)[W]) {
-  __m512 t[16], u[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-      u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-    const __m512 c = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
-    const __m512 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
-    r[j] = (F)_mm512_shuffle_f32x4(a, b, 0x88);
-    r[8 + j] = (F)_mm512_shuffle_f32x4(a, b, 0xdd);
-    r[4 + j] = (F)_mm512_shuffle_f32x4(c, d, 0x88);
-    r[12 + j] = (F)_mm512_shuffle_f32x4(c, d, 0xdd);
-  }
+FN_INLINE U gather(const char* a, const char* b, const char* c, const char* d) {
+  const auto at = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  __m512i r = _mm512_castsi128_si512(at(a));
+  r = _mm512_mask_broadcast_i32x4(r, 0x00f0, at(b));
+  r = _mm512_mask_broadcast_i32x4(r, 0x0f00, at(c));
+  return (U)_mm512_mask_broadcast_i32x4(r, 0xf000, at(d));
+}
+template <int L>
+FN_INLINE void scatter(U r, char* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_extracti32x4_epi32((__m512i)r, L));
+}
+FN_INLINE void transpose(U (&r)[4]) {
+  const auto lo = [](U a, U b) { return _mm512_unpacklo_epi32((__m512i)a, (__m512i)b); };
+  const auto hi = [](U a, U b) { return _mm512_unpackhi_epi32((__m512i)a, (__m512i)b); };
+  const __m512i a = lo(r[0], r[1]), b = hi(r[0], r[1]), c = lo(r[2], r[3]), d = hi(r[2], r[3]);
+  r[0] = (U)_mm512_unpacklo_epi64(a, c);
+  r[1] = (U)_mm512_unpackhi_epi64(a, c);
+  r[2] = (U)_mm512_unpacklo_epi64(b, d);
+  r[3] = (U)_mm512_unpackhi_epi64(b, d);
+}
+#elif defined(__AVX2__)
+FN_INLINE U gather(const char* a, const char* b) {
+  const auto at = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+  return (U)_mm256_inserti128_si256(_mm256_castsi128_si256(at(a)), at(b), 1);
+}
+template <int L>
+FN_INLINE void scatter(U r, char* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_extracti128_si256((__m256i)r, L));
+}
+FN_INLINE void transpose(U (&r)[4]) {
+  const auto lo = [](U a, U b) { return _mm256_unpacklo_epi32((__m256i)a, (__m256i)b); };
+  const auto hi = [](U a, U b) { return _mm256_unpackhi_epi32((__m256i)a, (__m256i)b); };
+  const __m256i a = lo(r[0], r[1]), b = hi(r[0], r[1]), c = lo(r[2], r[3]), d = hi(r[2], r[3]);
+  r[0] = (U)_mm256_unpacklo_epi64(a, c);
+  r[1] = (U)_mm256_unpackhi_epi64(a, c);
+  r[2] = (U)_mm256_unpacklo_epi64(b, d);
+  r[3] = (U)_mm256_unpackhi_epi64(b, d);
 }
 #else
-FN_INLINE void transpose(F (&r)[W]) {
-  F t[W] = {};
-  for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) t[i][j] = r[j][i];
-  for (int i = 0; i < W; ++i) r[i] = t[i];
+FN_INLINE U gather(const char* p) {
+  U r;
+  std::memcpy(&r, p, sizeof(U));
+  return r;
+}
+template <int L>
+FN_INLINE void scatter(U r, char* p) {
+  std::memcpy(p, &r, sizeof(U));
+}
+FN_INLINE void transpose(U (&r)[4]) {
+  const U a = r[0], b = r[1], c = r[2], d = r[3];
+  for (int i = 0; i < 4; ++i) r[i] = U{a[i], b[i], c[i], d[i]};
 }
 #endif
+
+// Word i of the 16 bytes at `offset` of every row, in r[i].
+FN_INLINE void load_words(const char* const (&row)[W], int64_t offset, U (&r)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+#if defined(__AVX512F__)
+    r[i] = gather(row[i] + offset, row[4 + i] + offset, row[8 + i] + offset, row[12 + i] + offset);
+#elif defined(__AVX2__)
+    r[i] = gather(row[i] + offset, row[4 + i] + offset);
+#else
+    r[i] = gather(row[i] + offset);
+#endif
+  transpose(r);
+}
+
+// The inverse, for the first `count` rows.
+FN_INLINE void store_words(char* const (&row)[W], int64_t offset, int64_t count, U (&r)[4]) {
+  transpose(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) scatter<0>(r[i], row[i] + offset);
+#if defined(__AVX2__)
+    if (4 + i < count) scatter<1>(r[i], row[4 + i] + offset);
+#endif
+#if defined(__AVX512F__)
+    if (8 + i < count) scatter<2>(r[i], row[8 + i] + offset);
+    if (12 + i < count) scatter<3>(r[i], row[12 + i] + offset);
+#endif
+  }
+}
 
 }  // namespace fastnegate::FASTNEGATE_ISA
