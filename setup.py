@@ -79,6 +79,7 @@ setup(
         "fastnegate.triton_kernels",
         "fastnegate.benchmarks",
         "fastnegate.benchmarks.operator",
+        "fastnegate.benchmarks.pipeline",
     ],
     package_dir={
         "": "python",

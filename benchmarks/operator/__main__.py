@@ -1,112 +1,201 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.operator`: ratio tables of the fused operator against its baselines."""
+"""Time the operator against torch on the attention layers of real models, interleaved, with intervals."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastnegate import explain, negated_attention, negated_attention_with_statistics
+from fastnegate import negated_attention, negated_attention_with_statistics
 
-from .baselines import baselines
+from .baselines import baselines, sdpa
 from .cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, make
-from .measure import compulsory_bytes, interleave, ratio, useful_operations
+from .machine import copy_bandwidth, facts, fma_peak
+from .measure import ROUNDS, WARM, interleave, largest_gates, open_share, ratio, row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="fastnegate bench", description=__doc__)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["sd15-64", "sdxl-64"])
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=["none", "1x8", "4x8"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["protore"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--compile", action="store_true", help="also the baselines under torch.compile")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--own", action="store_true", help="the operator against itself, by layer and dtype")
+    mode.add_argument("--sparse", action="store_true", help="gates that are open in one region of the image")
+    mode.add_argument("--embedded", action="store_true", help="tensors of the embedded model as it draws")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="ratios to torch's attention as a picture")
     options = parser.parse_args(arguments)
-    for name in ("threads", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: must be >= 1")
-    if options.json:
-        options.json.touch()  # fails now rather than after the run
+    _check(options)
     torch.set_num_threads(options.threads)
-    rows = []
-    print(f"{_processor()}, {options.threads} threads, torch {torch.__version__}")
-    for layer in options.layers:
-        for dtype in options.dtypes:
-            for method in options.methods:
-                for concepts in options.concepts:
-                    case = make(LAYERS[layer], CONCEPTS[concepts], method, DTYPES[dtype])
-                    rows.append(_row(case, options.rounds, options.compile))
-                    _print(rows[-1])
+    machine = facts()
+    copy = copy_bandwidth()
+    machine["copy_gbytes"] = copy / 1e9
+    print(
+        f"{machine['processor']}, {options.threads} threads, {machine['instruction_set']}, "
+        f"torch {torch.__version__}, copy {copy / 1e9:.1f} GB/s"
+    )
+    run = _own if options.own else _embedded if options.embedded else _layers
+    with torch.inference_mode():
+        rows = list(run(options, copy))
     if options.json:
-        facts = {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "choice": explain(case.query, case.key, case.value, case.tokens, case.rule),
-        }
-        options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"facts": machine, "rows": rows}, indent=2) + "\n")
+    if options.plot:
+        from .plot import plot
+
+        plot(rows, options.plot)
     return 0
 
 
-def open_gates(case: Case) -> float:
-    """Share of queries (and heads) where some gate is above 0, i.e. where work cannot be skipped."""
-    if case.tokens is None:
-        return 1.0
-    _, stats = negated_attention_with_statistics(case.query, case.key, case.value, case.tokens, case.rule)
-    per_row = case.tokens.entries // case.query.shape[0]
-    return float((stats.heat.unflatten(0, (-1, per_row)).amax(1) > 0).float().mean())
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what cannot work before the run rather than after it."""
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be >= 1")
+    if options.sparse:
+        for method in options.methods:
+            if METHODS[method].gate == "open":
+                raise ValueError(f"--sparse: method {method} has no gate that could be closed")
+        if options.concepts == ["none"]:
+            raise ValueError("--sparse: needs concepts")
+    if options.plot and (options.own or options.embedded):
+        raise ValueError("--plot shows layers and concepts, not --own or --embedded")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib: pip install 'fastnegate[bench]'")
+    for file in (options.json, options.plot):
+        if file:
+            file.touch()
 
 
-def _row(case: Case, rounds: int, with_compile: bool) -> dict[str, Any]:
-    def fused() -> torch.Tensor:
-        return negated_attention(case.query, case.key, case.value, case.tokens, case.rule)
-
-    with torch.inference_mode():
-        gates = open_gates(case)
-        times = interleave({"fused": fused, **baselines(case, with_compile=with_compile)}, rounds)
-    seconds = statistics.median(times["fused"])
-    return {
-        "case": case.name,
-        "open_gates": gates,
-        "fused_ms": 1e3 * seconds,
-        "fused_gflops": useful_operations(case) / seconds / 1e9,
-        "fused_gbytes": compulsory_bytes(case) / seconds / 1e9,
-        "baseline_ms": {n: 1e3 * statistics.median(t) for n, t in times.items() if n != "fused"},
-        "fused_over": {n: vars(ratio(times["fused"], t)) for n, t in times.items() if n != "fused"},
-        "seconds": times,
-    }
+# ---- what is measured -------------------------------------------------------------------------
 
 
-def _print(row: dict[str, Any]) -> None:
-    print(
-        f"{row['case']:36} {row['fused_ms']:8.2f} ms {row['fused_gflops']:6.0f} GFLOP/s "
-        f"{row['fused_gbytes']:5.1f} GB/s  open gates {100 * row['open_gates']:.1f} %"
-    )
-    for name, r in row["fused_over"].items():
+def fused(case: Case) -> Callable[[], Tensor]:
+    return partial(negated_attention, case.query, case.key, case.value, case.tokens, case.rule)
+
+
+def timed(
+    calls: Mapping[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, list[float]], tuple[float, float]]:
+    """Interleaved times, and the FMA peaks just before and after."""
+    interleave(calls, WARM, warm=0)  # compiles, too
+    before = fma_peak()
+    times = interleave(calls, rounds, warm=1)
+    return times, (before, fma_peak())
+
+
+def _layers(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+    """Each layer, dtype, method and set of concepts against the baselines."""
+    for layer, dtype, method, concepts in product(
+        options.layers, options.dtypes, options.methods, options.concepts
+    ):
+        if concepts == "none" and (options.sparse or method != options.methods[0]):
+            continue  # without concepts there are no gates, and all methods are the same
+        case = make(LAYERS[layer], CONCEPTS[concepts], METHODS[method], DTYPES[dtype], sparse=options.sparse)
+        calls = {"fused": fused(case), **baselines(case, with_compile=options.compile)}
+        found = row(case, *timed(calls, options.rounds), copy)
+        found |= {"layer": layer, "dtype": dtype, "method": method, "concepts": concepts}
+        _print(found)
+        yield found
+
+
+def _embedded(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+    from .embedded import captured
+
+    for method, suite in product(options.methods, ("implicit", "benign")):
+        for case in captured(suite, METHODS[method]):
+            calls = {"fused": fused(case), "sdpa": sdpa(case)}
+            _print(found := row(case, *timed(calls, options.rounds), copy))
+            yield found
+
+
+# Numerator and denominator of the operator's own ratios: (method, concepts, whether with statistics).
+NONE, SMALL = ("protore", "none", False), ("protore", "4x8", False)
+OWN = (
+    (("protore", "1x8", False), NONE),
+    (SMALL, NONE),
+    (("protore", "8x16", False), NONE),
+    (("nag", "1x77", False), NONE),
+    (("eiup", "1x77", False), NONE),
+    (("nag", "4x8", False), ("nag-head", "4x8", False)),
+    (("nag", "1x77", False), ("nag-head", "1x77", False)),
+    (("protore", "4x8", True), SMALL),
+)
+
+
+def _own(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+    """For each layer and dtype, ratios of the operator to itself, all of them from the same rounds."""
+    for layer, dtype in product(options.layers, options.dtypes):
+        calls, gates = {}, []
+        for method, concepts, with_statistics in dict.fromkeys(key for pair in OWN for key in pair):
+            case = make(LAYERS[layer], CONCEPTS[concepts], METHODS[method], DTYPES[dtype])
+            call = fused(case)
+            if with_statistics:
+                call = partial(negated_attention_with_statistics, *call.args)
+            calls[method, concepts, with_statistics] = call
+            gates.append(open_share(largest_gates(case)))
+        times, peaks = timed({_named(key): call for key, call in calls.items()}, options.rounds)
+        names = [(_named(a), _named(b)) for a, b in OWN]
+        found = {
+            "case": f"{layer} {dtype}",
+            "open_gates": min(gates),
+            "peak_gflops": [peak / 1e9 for peak in peaks],
+            "ms": {name: 1e3 * statistics.median(t) for name, t in times.items()},
+            "own": {f"{a} / {b}": vars(ratio(times[a], times[b])) for a, b in names},
+            "seconds": times,
+        }
         print(
-            f"{'':4}fused / {name:24} {r['median']:6.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-            f"   ({row['baseline_ms'][name]:.2f} ms)",
+            f"{found['case']}: open gates {100 * min(gates):.1f} %, FMA peak before and after "
+            f"{peaks[0] / 1e9:.1f}, {peaks[1] / 1e9:.1f} GFLOP/s"
+        )
+        for (a, b), r in zip(names, found["own"].values()):
+            ms = found["ms"]
+            print(f"    {a:26} / {b:14} {_interval(r)}   ({ms[a]:.2f} / {ms[b]:.2f} ms)", flush=True)
+        yield found
+
+
+def _named(key: tuple[str, str, bool]) -> str:
+    method, concepts, with_statistics = key
+    name = "none" if concepts == "none" else f"{method} {concepts}"
+    return name + (" with statistics" if with_statistics else "")
+
+
+# ---- tables -----------------------------------------------------------------------------------
+
+
+def _print(found: dict[str, Any]) -> None:
+    gates = f"open gates {100 * found['open_gates']:.1f} %"
+    gates += f", blocks without one {100 * found['skipped_blocks']:.1f} %" if found["skipped_blocks"] else ""
+    print(
+        f"{found['case']:58} {found['fused_ms']:8.2f} ms {found['fused_gflops']:6.1f} GFLOP/s "
+        f"({100 * found['share_of_peak']:.0f} % of peak) {found['fused_gbytes']:5.1f} GB/s "
+        f"({100 * found['share_of_copy']:.0f} % of copy)  {gates}"
+    )
+    for name, r in found["fused_over"].items():
+        print(
+            f"    fused / {name:28} {_interval(r)}   ({found['baseline_ms'][name]:.2f} ms)",
             flush=True,
         )
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        return names[0].split(":", 1)[1].strip() if names else "unknown"
-    return platform.processor()
+def _interval(r: dict[str, float]) -> str:
+    return f"{r['median']:6.3f} [{r['low']:.3f}, {r['high']:.3f}]"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ fits, no loop over queries. Each row of the benchmark cases negates the same con
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +45,12 @@ def _tail(case: Case, z: Tensor, features: list[Tensor]) -> Tensor:
     z = z.float()
     features = [f.float() for f in features]
     if method == "protore":
+        threshold = case.threshold
         gates, pulls = [], []
         for f in features:
             zf, ff = (z * f).sum(-1, keepdim=True), (f * f).sum(-1, keepdim=True)
             r = zf / (z.norm(dim=-1, keepdim=True) * ff.sqrt())
-            gates.append(((r + 1) / 2).clamp(0, 1))  # threshold -1, width 2
+            gates.append(((r - threshold) / (1 - threshold)).clamp(0, 1))
             pulls.append(zf / ff)
         best = torch.stack(gates).amax(0)
         y = z
@@ -75,22 +75,23 @@ def _tail(case: Case, z: Tensor, features: list[Tensor]) -> Tensor:
     raise ValueError(f"method={method!r} has no tail of this kind")
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    return (logits if bias is None else logits + bias).softmax(-1).to(v.dtype) @ v
+
+
 def eager(case: Case) -> Call:
-    """Attention per segment with matmul and softmax, then the formula: plain torch."""
-    scale = case.query.shape[-1] ** -0.5
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ((q @ k.transpose(-1, -2)).float() * scale).softmax(-1).to(v.dtype) @ v
-
-    return _separate(case, attend)
+    """Attention with matmul and softmax, then the formula: plain torch."""
+    return (_joint if case.rule.combine == "joint" else _separate)(case, _attend)
 
 
-def two_sdpa(case: Case) -> Call:
-    """One scaled_dot_product_attention per segment, then the formula."""
-    return _separate(case, F.scaled_dot_product_attention)
+def by_sdpa(case: Case) -> Call:
+    """The same on scaled_dot_product_attention: one per segment, or one over all tokens (`vsf`)."""
+    attend = F.scaled_dot_product_attention
+    return (_joint if case.rule.combine == "joint" else _separate)(case, attend)
 
 
-def _separate(case: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
+def _separate(case: Case, attend: Callable[..., Tensor]) -> Call:
     concepts = concept_tensors(case)
 
     def call() -> Tensor:
@@ -100,25 +101,15 @@ def _separate(case: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) ->
     return call
 
 
-def concatenated(case: Case) -> Call:
-    """`vsf` as published: one attention over prompt and negative tokens, values flipped."""
+def _joint(case: Case, attend: Callable[..., Tensor]) -> Call:
+    """`vsf` as published: one attention over prompt and negative tokens, values flipped. The tokens
+    are joined beforehand, as a pipeline would once per request."""
     concepts = concept_tensors(case)
     key = torch.cat([case.key, *(k for k, _ in concepts)], 2)
     value = torch.cat([case.value, *(-case.rule.strength * v for _, v in concepts)], 2)
     bias = torch.zeros(key.shape[2], dtype=key.dtype)
     bias[case.key.shape[2] :] = -case.rule.logit_bias
-    return lambda: F.scaled_dot_product_attention(case.query, key, value, attn_mask=bias.expand(1, 1, 1, -1))
-
-
-def compiled(build: Callable[[Case], Call]) -> Callable[[Case], Call]:
-    """The same under torch.compile."""
-
-    @cache
-    def compile_(case: Case) -> Call:
-        torch._dynamo.reset()
-        return torch.compile(build(case), fullgraph=True)
-
-    return compile_
+    return lambda: attend(case.query, key, value, bias.expand(1, 1, 1, -1))
 
 
 def baselines(case: Case, *, with_compile: bool) -> dict[str, Call]:
@@ -126,9 +117,10 @@ def baselines(case: Case, *, with_compile: bool) -> dict[str, Call]:
     found = {"sdpa": sdpa(case)}
     if case.tokens is None:
         return found
-    if case.rule.name == "vsf":
-        return {**found, "sdpa concatenated": concatenated(case)}
-    found |= {"eager": eager(case), "sdpa + tail": two_sdpa(case)}
+    name = "sdpa concatenated" if case.rule.combine == "joint" else "sdpa + tail"
+    found |= {"eager": eager(case), name: by_sdpa(case)}
     if with_compile:
-        found |= {"eager, compiled": compiled(eager)(case), "sdpa + tail, compiled": compiled(two_sdpa)(case)}
+        torch._dynamo.reset()  # each case is compiled for its own shapes
+        found |= {f"{n}, compiled": torch.compile(found[n], fullgraph=True, dynamic=False)
+                  for n in ("eager", name)}  # fmt: skip
     return found

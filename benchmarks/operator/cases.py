@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named cases: the cross-attention layers of real models, with concepts whose gates are open.
+"""Named cases: the cross-attention layers of real models, with concepts whose gates are open (dense) or
+open in one region (sparse).
 
 Tensors lie in memory as the models make them: [B, N, H, D], viewed as [B, H, N, D].
 """
@@ -7,6 +8,8 @@ Tensors lie in memory as the models make them: [B, N, H, D], viewed as [B, H, N,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,12 +58,19 @@ class Concepts:
 CONCEPTS = {c.name: c for c in (Concepts("none", 0, 0), Concepts("1x8", 1, 8), Concepts("4x8", 4, 8),
                                 Concepts("8x16", 8, 16), Concepts("1x77", 1, 77))}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-METHODS = ("protore", "nag", "vsf", "eiup")
+METHODS = {
+    "protore": Rule.preset("protore"),
+    "nag": Rule.preset("nag"),
+    "nag-head": Rule.preset("nag", scope="head"),  # what NAG's norm over all heads costs
+    "vsf": Rule.preset("vsf"),
+    "eiup": Rule.preset("eiup"),
+}
+DENSE = -1.0  # a threshold below every cosine: each gate is open and nothing can be skipped
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Tensors of one call. `tokens` is None without concepts."""
+    """Tensors of one call. `tokens` is None without concepts; `threshold` is that of all entries."""
 
     name: str
     query: Tensor
@@ -68,6 +78,7 @@ class Case:
     value: Tensor
     tokens: ConceptTokens | None
     rule: Rule
+    threshold: float = DENSE
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -75,30 +86,80 @@ class Case:
         batch, heads, queries, dim = self.query.shape
         return batch, heads, queries, self.key.shape[2], dim
 
+    @property
+    def rows(self) -> list[range]:
+        """The entries of each batch row."""
+        if self.tokens is None:
+            return [range(0)] * self.query.shape[0]
+        offsets = self.tokens.index[-self.tokens.batch - 1 :].tolist()
+        return [range(a, b) for a, b in pairwise(offsets)]
+
+    @property
+    def lengths(self) -> list[list[int]]:
+        """How many tokens each entry of each batch row has."""
+        if self.tokens is None:
+            return [[] for _ in self.rows]
+        tokens = self.tokens
+        index = tokens.index.tolist()
+        of_concept = index[tokens.entries + tokens.concepts :]
+        return [[of_concept[index[e]] for e in row] for row in self.rows]
+
 
 def make(
     layer: Layer,
     concepts: Concepts,
-    method: str = "protore",
+    rule: Rule,
     dtype: torch.dtype = torch.float32,
-    **rule: object,
+    *,
+    sparse: bool = False,
 ) -> Case:
-    """A *dense* case: concept values are .7 of prompt values and .3 noise, and the threshold is -1, so
-    that (nearly) every gate is open and nothing can be skipped."""
-    generator = torch.Generator().manual_seed(0)
+    """A case on random tensors; cases of one layer and dtype share the prompt's.
 
-    def normal(batch: int, rows: int) -> Tensor:
-        memory = torch.randn(batch, rows, layer.heads, layer.dim, generator=generator)
-        return memory.to(dtype).transpose(1, 2)
-
-    query, key, value = (normal(layer.batch, n) for n in (layer.queries, layer.keys, layer.keys))
+    Dense: concept values are .7 of prompt values and .3 noise, and the threshold is -1, so that every
+    gate is open. Sparse: the last eighth of the queries, which is a band of the image, looks at prompt
+    tokens that the concepts resemble, the others at other tokens; the threshold is the rule's. Concepts
+    are made from the prompt of the first batch row, so in the others hardly a gate is open.
+    """
+    query, key, value = _prompt(layer, dtype)
+    generator = torch.Generator().manual_seed(1)
+    resembled = layer.keys // 4 if sparse else layer.keys  # prompt tokens that concepts are made from
     keys, values = [], []
     for c in range(concepts.count):
-        near = [(c * concepts.tokens + t) % layer.keys for t in range(concepts.tokens)]
-        noise = normal(1, concepts.tokens)[0].transpose(0, 1)
-        keys.append(normal(1, concepts.tokens)[0].transpose(0, 1))
-        values.append((0.7 * value[0][:, near].transpose(0, 1) + 0.3 * noise).to(dtype))
-    tokens = ConceptTokens.uniform(keys, values, layer.batch, threshold=-1.0) if concepts.count else None
-    chosen = Rule.preset(method, **rule)
-    name = f"{layer.name} {concepts.name} {chosen.name} {str(dtype).removeprefix('torch.')}"
-    return Case(name, query, key, value, tokens, chosen)
+        near = [(c * concepts.tokens + t) % resembled for t in range(concepts.tokens)]
+        noise = [torch.randn(concepts.tokens, layer.heads, layer.dim, generator=generator) for _ in "kv"]
+        like = [0.7 * x[0][:, near].transpose(0, 1) for x in (key, value)]
+        keys.append(((like[0] if sparse else 0.0) + (0.3 if sparse else 1.0) * noise[0]).to(dtype))
+        values.append((like[1] + 0.3 * noise[1]).to(dtype))
+    if sparse:
+        query = _pointed(layer, query, key, resembled, generator)
+    threshold = rule.threshold if sparse else DENSE
+    tokens = ConceptTokens.uniform(keys, values, layer.batch, threshold=threshold) if keys else None
+    kind = "sparse " if sparse else ""
+    name = f"{layer.name} {concepts.name} {kind}{rule.name} {str(dtype).removeprefix('torch.')}"
+    return Case(name, query, key, value, tokens, rule, threshold)
+
+
+@lru_cache(maxsize=1)
+def _prompt(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int) -> Tensor:
+        memory = torch.randn(layer.batch, rows, layer.heads, layer.dim, generator=generator)
+        return memory.to(dtype).transpose(1, 2)
+
+    return normal(layer.queries), normal(layer.keys), normal(layer.keys)
+
+
+def _pointed(layer: Layer, query: Tensor, key: Tensor, resembled: int, generator: torch.Generator) -> Tensor:
+    """Queries that put nearly all their weight on one token: of the resembled ones in the last eighth,
+    of the others elsewhere."""
+    inside = layer.queries // 8
+    targets = torch.cat(
+        [
+            torch.randint(resembled, layer.keys, (layer.queries - inside,), generator=generator),
+            torch.randint(resembled, (inside,), generator=generator),
+        ]
+    )
+    sharp = 8 * layer.dim**-0.5  # a logit of 8 against noise of size 1
+    pointed = query + sharp * key[:, :, targets]
+    return pointed.transpose(1, 2).contiguous().transpose(1, 2)
