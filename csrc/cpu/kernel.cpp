@@ -102,16 +102,16 @@ FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float factor,
   }
 }
 
-// The first `count` rows of x[channel][lane].
-template <class Storage>
-FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, const float* x, int64_t stride) {
+// The inverse, for the first `count` rows: channel d is channel(d).
+template <class Storage, class Channel>
+FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, Channel channel) {
   constexpr int kPer = Storage::kPerWord;
   for (int64_t d = 0; d < dim; d += 4 * kPer) {
     U words[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       F channels[kPer];
-      for (int k = 0; k < kPer; ++k) channels[k] = load(x + (d + i * kPer + k) * stride);
+      for (int k = 0; k < kPer; ++k) channels[k] = channel(d + i * kPer + k);
       words[i] = Storage::pack(channels);
     }
     store_words(row, d * sizeof(typename Storage::T), count, words);
@@ -218,13 +218,15 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
 
 // q[d][lane] of `count` queries; lanes beyond repeat the last one and are never stored.
 template <class Storage, int NQ>
-void load_queries(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count, float* q) {
-  const char* base = p.query.data + (b * p.query.batch + h * p.query.head) * sizeof(typename Storage::T);
+FN_INLINE void load_queries(const Problem& p, const Task& task, int64_t h, int64_t count, float* q) {
+  constexpr int64_t kSize = sizeof(typename Storage::T);
+  const char* base =
+      p.query.data + (task.batch * p.query.batch + h * p.query.head + task.first_query * p.query.row) * kSize;
   for (int v = 0; v < NQ; ++v) {
     const char* row[W];
     for (int i = 0; i < W; ++i) {
       const int64_t lane = v * W + i < count ? v * W + i : count - 1;
-      row[i] = base + (first + lane) * p.query.row * sizeof(typename Storage::T);
+      row[i] = base + lane * p.query.row * kSize;
     }
     load_rows<Storage>(row, p.dim, 1.f, q + v * W, NQ * W);
   }
@@ -240,15 +242,15 @@ FN_INLINE void prefetch(const Strided& t, const Task& task, int64_t head, int64_
     for (int64_t at = 0; at < dim * kSize; at += kLine) __builtin_prefetch(row + at, kWrite);
 }
 
-template <class Storage, int NQ>
-void store_outputs(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count,
-                   const float* o) {
-  char* base = p.out.data + (b * p.out.batch + h * p.out.head) * sizeof(typename Storage::T);
+// Channel d of the v-th vector of queries is output(d, v).
+template <class Storage, int NQ, class Output>
+FN_INLINE void store_outputs(const Problem& p, const Task& task, int64_t h, int64_t count, Output output) {
+  constexpr int64_t kSize = sizeof(typename Storage::T);
+  char* base = p.out.data + (task.batch * p.out.batch + h * p.out.head + task.first_query * p.out.row) * kSize;
   for (int v = 0; v < NQ; ++v) {
     char* row[W];
-    for (int i = 0; i < W; ++i)
-      row[i] = base + (first + v * W + i) * p.out.row * sizeof(typename Storage::T);
-    store_rows<Storage>(row, count - v * W, p.dim, o + v * W, NQ * W);
+    for (int i = 0; i < W; ++i) row[i] = base + (v * W + i) * p.out.row * kSize;
+    store_rows<Storage>(row, count - v * W, p.dim, [&](int64_t d) { return output(d, v); });
   }
 }
 
@@ -290,7 +292,13 @@ FN_INLINE void attend(const float* keys, const float* values, int64_t n, int64_t
   softmax<NQ>(s, n, top, mass);
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
-  multiply<NQ>(dim, values, kRows, dim, n, s, inverse, out);
+  if (n >= dim) return multiply<NQ>(dim, values, kRows, dim, n, s, inverse, out);
+  for (int64_t j = 0; j < n; ++j)  // fewer weights than channels: normalize these
+    for (int q = 0; q < NQ; ++q) {
+      float* at = s + (j * NQ + q) * W;
+      store(at, load(at) * inverse[q]);
+    }
+  multiply<NQ>(dim, values, kRows, dim, n, s, nullptr, out);
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
@@ -352,13 +360,15 @@ class Tile {
       attend_prompt(g);
       for (int64_t e = 0; e < entries; ++e) measure(g, e);
     }
-    if (entries == 0) {
-      for (int64_t g = 0; g < plan.group; ++g) write(g, z(g));
-      return;
+    if (entries > 0) {
+      open_gates();
+      if (plan.entry_partials) report_gates();
     }
-    open_gates();
-    if (plan.entry_partials) report_gates();
-    mix();
+    if (entries > 0 && acts())
+      mix();
+    else
+      for (int64_t g = 0; g < plan.group; ++g)
+        write(g, [&](int64_t d, int q) { return load(vec(z(g), d, q)); });
   }
 
  private:
@@ -408,7 +418,7 @@ class Tile {
   void attend_prompt(int64_t g) {
     const int64_t h = task.first_head + g;
     const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
-    load_queries<Storage, NQ>(p, task.batch, h, task.first_query, count, s.query);
+    load_queries<Storage, NQ>(p, task, h, count, s.query);
     prefetch<Storage, 1>(p.out, task, h, count, p.dim);
     if (g + 1 < plan.group)
       prefetch<Storage, 0>(p.query, task, h + 1, count, p.dim);
@@ -443,14 +453,32 @@ class Tile {
   FN_INLINE F sum(Term term) {
     F part[8] = {};
     for (int64_t d = 0; d < p.dim; d += 8)
+#pragma GCC unroll 8
       for (int64_t i = 0; i < 8; ++i) part[i] = term(d + i, part[i]);
-    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+    return tree(part);
+  }
+
+  static FN_INLINE F tree(const F (&x)[8]) {
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
   }
 
   F dot(const float* a, const float* b, int q) {
     return sum([&](int64_t d, F part) {
       return fma(load(a + (d * NQ + q) * W), load(b + (d * NQ + q) * W), part);
     });
+  }
+
+  // <a, b> and <b, b> in one pass, rounded as by dot().
+  FN_INLINE void dots(const float* a, const float* b, int q, F* ab, F* bb) {
+    F left[8] = {}, right[8] = {};
+    for (int64_t d = 0; d < p.dim; d += 8)
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8; ++i) {
+        const F x = load(b + ((d + i) * NQ + q) * W);
+        left[i] = fma(load(a + ((d + i) * NQ + q) * W), x, left[i]);
+        right[i] = fma(x, x, right[i]);
+      }
+    *ab = tree(left), *bb = tree(right);
   }
 
   // sum |x|^p over the channels of a head.
@@ -469,8 +497,10 @@ class Tile {
       attend_pack(pack, s.query, g, 1 + e, [&] { add_token_bias(pack); }, f);
       for (int q = 0; q < NQ; ++q) {
         if (plan.reads_moments) {
-          add(entry(e, kZf, q), dot(z(g), f, q));
-          add(entry(e, kFf, q), dot(f, f, q));
+          F zf, ff;
+          dots(z(g), f, q, &zf, &ff);
+          add(entry(e, kZf, q), zf);
+          add(entry(e, kFf, q), ff);
         }
         if (plan.reads_mass)
           add(entry(e, kMass, q),
@@ -529,9 +559,17 @@ class Tile {
     }
   }
 
+  // Whether an output can differ from Z. (With a blend, and in `joint`, rounding alone can do that.)
+  bool acts() {
+    if (rule.blend != 1.f || rule.combine == Combine::joint) return true;
+    for (int64_t i = 0; i < entries * NQ; ++i)
+      if (any(load(entry(i / NQ, kG, i % NQ)) != 0.f)) return true;
+    return false;
+  }
+
   // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.
   void mix() {
-    F a[NQ] = {}, norm_y[NQ] = {}, norm_z[NQ] = {};
+    F a[NQ], norm_y[NQ] = {}, norm_z[NQ] = {};
     if (rule.combine == Combine::separate) subtract(a);
     for (int64_t g = 0; g < plan.group; ++g) {
       if (rule.combine == Combine::joint) share(g, a);
@@ -549,18 +587,11 @@ class Tile {
                               root ? sqrt(norm_z[q]) : norm_z[q], &limited[q]);
     }
     const float rest = 1.f - rule.blend;
-    const bool scaled = rule.norm != Norm::none || rest != 0.f;
-    for (int64_t g = 0; g < plan.group; ++g) {
-      if (scaled)
-        for (int64_t d = 0; d < p.dim; ++d)
-          for (int q = 0; q < NQ; ++q) {
-            float* at = vec(y(g), d, q);
-            const F full = load(at) * factor[q];
-            store(at, rest == 0.f ? full
-                                  : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q))));
-          }
-      write(g, y(g));
-    }
+    for (int64_t g = 0; g < plan.group; ++g)
+      write(g, [&](int64_t d, int q) {
+        const F full = load(vec(y(g), d, q)) * factor[q];
+        return rest == 0.f ? full : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q)));
+      });
     if (plan.row_partials)
       for (int64_t lane = 0; lane < count; ++lane)
         plan.row_partials[task.index * kRowColumns + 2] += limited[lane / W][lane % W];
@@ -604,37 +635,54 @@ class Tile {
     }
   }
 
-  // y = a z + sum b x for one head.
+  // y = a z + sum b x for one head, up to four entries in a pass.
   void combine(int64_t g, const F* a) {
+    for (int q = 0; q < NQ; ++q) {
+      add_entries(g, 0, q, z(g), a[q]);
+      for (int64_t e = 4; e < entries; e += 4) add_entries(g, e, q, y(g), splat(1.f));
+    }
+  }
+  void add_entries(int64_t g, int64_t e, int q, const float* from, F a) {
+    switch (std::min<int64_t>(entries - e, 4)) {
+      case 1: return add_entries<1>(g, e, q, from, a);
+      case 2: return add_entries<2>(g, e, q, from, a);
+      case 3: return add_entries<3>(g, e, q, from, a);
+      case 4: return add_entries<4>(g, e, q, from, a);
+    }
+  }
+  template <int E>
+  void add_entries(int64_t g, int64_t e, int q, const float* from, F a) {
     const bool fixed = rule.direction == Direction::fixed;
     const float* updates = p.update ? p.update : p.direction;
+    F b[E];
+    const float* from_entry[E];
+    for (int i = 0; i < E; ++i) {
+      b[i] = load(entry(e + i, kB, q));
+      from_entry[i] = fixed ? updates + (live[e + i].concept_index * p.heads + task.first_head + g) * p.dim
+                            : x(g, e + i);
+    }
     for (int64_t d = 0; d < p.dim; ++d) {
-      F yd[NQ];
-      for (int q = 0; q < NQ; ++q) yd[q] = a[q] * load(vec(z(g), d, q));
-      for (int64_t e = 0; e < entries; ++e) {
-        const int64_t h = live[e].concept_index * p.heads + task.first_head + g;
-        for (int q = 0; q < NQ; ++q) {
-          const F xd = fixed ? splat(updates[h * p.dim + d]) : load(vec(x(g, e), d, q));
-          yd[q] = fma(load(entry(e, kB, q)), xd, yd[q]);
-        }
-      }
-      for (int q = 0; q < NQ; ++q) store(vec(y(g), d, q), yd[q]);
+      F sum = a * load(from + (d * NQ + q) * W);
+      for (int i = 0; i < E; ++i)
+        sum = fma(b[i], fixed ? splat(from_entry[i][d]) : load(from_entry[i] + (d * NQ + q) * W), sum);
+      store(vec(y(g), d, q), sum);
     }
   }
 
-  void write(int64_t g, const float* o) {
-    store_outputs<Storage, NQ>(p, task.batch, task.first_head + g, task.first_query, count, o);
+  template <class Output>
+  void write(int64_t g, Output output) {
+    store_outputs<Storage, NQ>(p, task, task.first_head + g, count, output);
     if (!plan.row_partials) return;
     double* row = plan.row_partials + task.index * kRowColumns;
     const float limit = overflow(p.dtype);
     for (int q = 0; q < NQ; ++q) {
       const F change = sum([&](int64_t d, F part) {
-        const F moved = load(o + (d * NQ + q) * W) - load(vec(z(g), d, q));
+        const F moved = output(d, q) - load(vec(z(g), d, q));
         return fma(moved, moved, part);
       });
       const F energy = dot(z(g), z(g), q);
       const F nonfinite = sum([&](int64_t d, F part) {
-        const I fine = abs(load(o + (d * NQ + q) * W)) < limit;
+        const I fine = abs(output(d, q)) < limit;
         return part + select(fine, F{}, splat(1.f));
       });
       for (int i = 0; i < W && q * W + i < count; ++i) {

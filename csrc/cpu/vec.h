@@ -43,6 +43,12 @@ FN_INLINE F as_float(I x) { return (F)x; }
 FN_INLINE I as_int(F x) { return (I)x; }
 FN_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 
+FN_INLINE bool any(I mask) {
+  int32_t found = 0;
+  for (int i = 0; i < W; ++i) found |= mask[i];
+  return found != 0;
+}
+
 #if defined(__AVX512F__)
 FN_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 FN_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
