@@ -7,6 +7,7 @@
 #include "kernel.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 // after vec.h, whose F and functions it uses
@@ -28,8 +29,9 @@ constexpr int kTile = 2 * W;
 // it, chains of 32 up to 1.03, chains of 16 less than 1.
 constexpr int64_t kChain = 16;
 
-// c[r][q] = scale[q] * sum_k a[k * lda + r] b[k][q] for ROWS rows and NQ vectors of queries.
-template <int ROWS, int NQ>
+// c[r][q] = scale[q] * sum_k a[k * lda + r] b[k][q] for ROWS rows and NQ vectors of queries; without
+// scale, 1.
+template <class Op, int ROWS, int NQ>
 FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const float* b,
                              const F* scale, float* c) {
   int64_t begin = 0;
@@ -42,7 +44,7 @@ FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const f
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
         const F y = splat(a[r]);
-        for (int q = 0; q < NQ; ++q) sum[r][q] = fma(y, x[q], sum[r][q]);
+        for (int q = 0; q < NQ; ++q) sum[r][q] = Op::apply(y, x[q], sum[r][q]);
       }
     }
 #pragma GCC unroll 8
@@ -56,39 +58,39 @@ FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const f
   } while (begin < depth);
 }
 
-template <int NQ>
+template <class Op, int NQ>
 void multiply_rest(int64_t rows, const float* a, int64_t lda, int64_t depth, const float* b,
                    const F* scale, float* c) {
   switch (rows) {
-    case 1: return multiply_step<1, NQ>(a, lda, depth, b, scale, c);
-    case 2: return multiply_step<2, NQ>(a, lda, depth, b, scale, c);
-    case 3: return multiply_step<3, NQ>(a, lda, depth, b, scale, c);
-    case 4: return multiply_step<4, NQ>(a, lda, depth, b, scale, c);
-    case 5: return multiply_step<5, NQ>(a, lda, depth, b, scale, c);
-    case 6: return multiply_step<6, NQ>(a, lda, depth, b, scale, c);
-    case 7: return multiply_step<7, NQ>(a, lda, depth, b, scale, c);
+    case 1: return multiply_step<Op, 1, NQ>(a, lda, depth, b, scale, c);
+    case 2: return multiply_step<Op, 2, NQ>(a, lda, depth, b, scale, c);
+    case 3: return multiply_step<Op, 3, NQ>(a, lda, depth, b, scale, c);
+    case 4: return multiply_step<Op, 4, NQ>(a, lda, depth, b, scale, c);
+    case 5: return multiply_step<Op, 5, NQ>(a, lda, depth, b, scale, c);
+    case 6: return multiply_step<Op, 6, NQ>(a, lda, depth, b, scale, c);
+    case 7: return multiply_step<Op, 7, NQ>(a, lda, depth, b, scale, c);
   }
 }
 
 // The same for any number of rows; a block of kRows rows starts every `block` floats of a.
-template <int NQ>
+template <class Op, int NQ>
 void multiply(int64_t rows, const float* a, int64_t block, int64_t lda, int64_t depth,
               const float* b, const F* scale, float* c) {
   for (int64_t r = 0; r < rows; r += kStep) {
     const float* from = a + r / kRows * block + r % kRows;
     float* to = c + r * NQ * W;
     if (rows - r >= kStep)
-      multiply_step<kStep, NQ>(from, lda, depth, b, scale, to);
+      multiply_step<Op, kStep, NQ>(from, lda, depth, b, scale, to);
     else
-      multiply_rest<NQ>(rows - r, from, lda, depth, b, scale, to);
+      multiply_rest<Op, NQ>(rows - r, from, lda, depth, b, scale, to);
   }
 }
 
 // ---- rows in memory <-> [channel][lane] ---------------------------------------------------------
 
-// x[channel][lane] * factor of W rows; channels are `stride` floats apart.
+// x[channel][lane] of W rows; channels are `stride` floats apart.
 template <class Storage>
-FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float factor, float* x, int64_t stride) {
+FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float* x, int64_t stride) {
   constexpr int kPer = Storage::kPerWord;
   for (int64_t d = 0; d < dim; d += 4 * kPer) {
     U words[4];
@@ -97,7 +99,7 @@ FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float factor,
     for (int i = 0; i < 4; ++i) {
       F channels[kPer];
       Storage::unpack(words[i], channels);
-      for (int k = 0; k < kPer; ++k) store(x + (d + i * kPer + k) * stride, channels[k] * factor);
+      for (int k = 0; k < kPer; ++k) store(x + (d + i * kPer + k) * stride, channels[k]);
     }
   }
 }
@@ -118,17 +120,26 @@ FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, Cha
   }
 }
 
+// How queries and keys are held for Q K^T: as floats, or as words of two bfloat16, which pass through
+// as if each were a float.
+template <class Storage>
+struct Scored {
+  static constexpr bool pairs = kPairs && std::is_same_v<Storage, BFloat16>;
+  using Op = std::conditional_t<pairs, PairProduct, Product>;
+  using Elements = std::conditional_t<pairs, Float32, Storage>;
+  static constexpr int64_t depth(int64_t dim) { return pairs ? dim / 2 : dim; }
+};
+
 // ---- packing ----------------------------------------------------------------------------------
 
-// Rows `rows` of data, times factor, in blocks [D][kRows].
+// Rows `rows` of data in blocks [dim][kRows].
 template <class Storage>
-void pack_blocks(const char* data, int64_t row_stride, const int64_t* rows, int64_t count, int64_t dim,
-                 float factor, float* blocks) {
+void pack_blocks(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
+                 float* blocks) {
   for (int64_t i = 0; i < count; i += W) {
     const char* row[W];  // beyond the last row its copies, which are never read
-    for (int j = 0; j < W; ++j)
-      row[j] = data + rows[i + j < count ? i + j : count - 1] * row_stride * sizeof(typename Storage::T);
-    load_rows<Storage>(row, dim, factor, blocks + i / kRows * dim * kRows + i % kRows, kRows);
+    for (int j = 0; j < W; ++j) row[j] = data + rows[i + j < count ? i + j : count - 1] * row_bytes;
+    load_rows<Storage>(row, dim, blocks + i / kRows * dim * kRows + i % kRows, kRows);
   }
 }
 
@@ -150,6 +161,17 @@ void pack_plain(const char* data, int64_t row_stride, const int64_t* rows, int64
   }
 }
 
+// Keys of one head for Q K^T, values of one head for P V, values as keys for `retrieve`.
+template <class Storage>
+void pack_tokens(const Strided& key, const Strided& value, int64_t dim, const int64_t* rows, int64_t count,
+                 const float* weight, Pack& pack) {
+  constexpr int64_t kSize = sizeof(typename Storage::T);
+  using Keys = Scored<Storage>;
+  pack_blocks<typename Keys::Elements>(key.data, key.row * kSize, rows, count, Keys::depth(dim), pack.key);
+  pack_plain<Storage>(value.data, value.row, rows, count, dim, weight, pack.value);
+  if (pack.memory) pack_blocks<Storage>(value.data, value.row * kSize, rows, count, dim, pack.memory);
+}
+
 template <class Work>
 void with_storage(Dtype dtype, const Work& work) {
   switch (dtype) {
@@ -159,7 +181,11 @@ void with_storage(Dtype dtype, const Work& work) {
   }
 }
 
-int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+// The rows of one head.
+Strided head(const Problem& p, const Strided& t, int64_t b, int64_t h) {
+  const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
+  return {t.data + (b * t.batch + h * t.head) * size, 0, 0, t.row};
+}
 
 // A bias in base-2 logits. The lowest float is a number, not a mask, and must not become -inf.
 FN_INLINE float base2(float bias) {
@@ -180,13 +206,9 @@ void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
     rows[count++] = j;
   }
   pack.count = count;
-  const auto at = [&](const Strided& t) {
-    return t.data + (b * t.batch + h * t.head) * bytes(p.dtype);
-  };
   with_storage(p.dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    pack_blocks<Storage>(at(p.key), p.key.row, rows, count, p.dim, p.scale * kLog2e, pack.key);
-    pack_plain<Storage>(at(p.value), p.value.row, rows, count, p.dim, nullptr, pack.value);
+    pack_tokens<decltype(storage)>(head(p, p.key, b, h), head(p, p.value, b, h), p.dim, rows, count, nullptr,
+                                   pack);
   });
 }
 
@@ -202,15 +224,9 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
     rows[count++] = j;
   }
   pack.count = count;
-  const char* key = p.concept_key.data + h * p.concept_key.head * bytes(p.dtype);
-  const char* value = p.concept_value.data + h * p.concept_value.head * bytes(p.dtype);
-  const float inverse = p.rule.temperature > 0.f ? 1.f / p.rule.temperature : p.scale;
   with_storage(p.dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    pack_blocks<Storage>(key, p.concept_key.row, rows, count, p.dim, p.scale * kLog2e, pack.key);
-    pack_plain<Storage>(value, p.concept_value.row, rows, count, p.dim, p.token_weight, pack.value);
-    if (pack.memory)
-      pack_blocks<Storage>(value, p.concept_value.row, rows, count, p.dim, inverse * kLog2e, pack.memory);
+    pack_tokens<decltype(storage)>(head(p, p.concept_key, 0, h), head(p, p.concept_value, 0, h), p.dim, rows,
+                                   count, p.token_weight, pack);
   });
 }
 
@@ -228,7 +244,7 @@ FN_INLINE void load_queries(const Problem& p, const Task& task, int64_t h, int64
       const int64_t lane = v * W + i < count ? v * W + i : count - 1;
       row[i] = base + lane * p.query.row * kSize;
     }
-    load_rows<Storage>(row, p.dim, 1.f, q + v * W, NQ * W);
+    load_rows<typename Scored<Storage>::Elements>(row, Scored<Storage>::depth(p.dim), q + v * W, NQ * W);
   }
 }
 
@@ -283,22 +299,19 @@ FN_INLINE void softmax(float* s, int64_t n, F* top, F* mass) {
   for (int q = 0; q < NQ; ++q) top[q] = highest[0][q], mass[q] = total[q];
 }
 
-// Attention of x[d][lane] to n packed tokens: out[d][lane], with scratch s[n][lane].
-template <int NQ, class AddBias>
-FN_INLINE void attend(const float* keys, const float* values, int64_t n, int64_t dim,
-                      const float* x, AddBias add_bias, float* s, float* out, F* top, F* mass) {
-  multiply<NQ>(n, keys, dim * kRows, kRows, dim, x, nullptr, s);
-  add_bias();
+// Logits s[n][lane] -> out[d][lane], the mean of n packed values with the softmax of the logits.
+template <int NQ>
+FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, float* s, float* out, F* top, F* mass) {
   softmax<NQ>(s, n, top, mass);
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
-  if (n >= dim) return multiply<NQ>(dim, values, kRows, dim, n, s, inverse, out);
+  if (n >= dim) return multiply<Product, NQ>(dim, values, kRows, dim, n, s, inverse, out);
   for (int64_t j = 0; j < n; ++j)  // fewer weights than channels: normalize these
     for (int q = 0; q < NQ; ++q) {
       float* at = s + (j * NQ + q) * W;
       store(at, load(at) * inverse[q]);
     }
-  multiply<NQ>(dim, values, kRows, dim, n, s, nullptr, out);
+  multiply<Product, NQ>(dim, values, kRows, dim, n, s, nullptr, out);
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
@@ -397,16 +410,30 @@ class Tile {
     return vec(s.mass, g * (1 + entries) + segment, q);
   }
 
-  // Attention of x to a pack with `add_bias` on the logits; tops and masses of `segment` are kept.
+  // Attention of the queries to a pack with `add_bias` on the logits; tops and masses of `segment` are kept.
   template <class AddBias>
-  void attend_pack(const Pack& pack, const float* x, int64_t g, int64_t segment, AddBias add_bias,
-                   float* out) {
-    F top_[NQ], mass_[NQ];
-    attend<NQ>(pack.key, pack.value, pack.count, p.dim, x, add_bias, s.scores, out, top_, mass_);
+  void attend(const Pack& pack, int64_t g, int64_t segment, AddBias add_bias, float* out) {
+    using Keys = Scored<Storage>;
+    const int64_t depth = Keys::depth(p.dim);
+    F scale[NQ], top_[NQ], mass_[NQ];
+    for (int q = 0; q < NQ; ++q) scale[q] = splat(p.scale * kLog2e);
+    multiply<typename Keys::Op, NQ>(pack.count, pack.key, depth * kRows, kRows, depth, s.query, scale, s.scores);
+    add_bias();
+    mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
     for (int q = 0; q < NQ; ++q) {
       store(top(g, segment, q), top_[q]);
       store(mass(g, segment, q), mass_[q]);
     }
+  }
+
+  // Attention of Z to the values of a pack, for `retrieve`.
+  void recall(const Pack& pack, int64_t g, float* out) {
+    F scale[NQ], top_[NQ], mass_[NQ];
+    const float inverse = rule.temperature > 0.f ? 1.f / rule.temperature : p.scale;
+    for (int q = 0; q < NQ; ++q) scale[q] = splat(inverse * kLog2e);
+    multiply<Product, NQ>(pack.count, pack.memory, p.dim * kRows, kRows, p.dim, z(g), scale, s.scores);
+    add_token_bias(pack);
+    mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
   }
 
   void add_token_bias(const Pack& pack) {
@@ -425,9 +452,9 @@ class Tile {
     else if (next)
       prefetch<Storage, 0>(p.query, *next, next->first_head, std::min(L, p.queries - next->first_query), p.dim);
     if (p.key_bias && p.bias_query != 0)
-      attend_pack(pack, s.query, g, 0, [&] { add_query_bias(h, pack.count); }, z(g));
+      attend(pack, g, 0, [&] { add_query_bias(h, pack.count); }, z(g));
     else
-      attend_pack(pack, s.query, g, 0, [&] { add_token_bias(pack); }, z(g));
+      attend(pack, g, 0, [&] { add_token_bias(pack); }, z(g));
     if (entries == 0) return;
     if (g == 0) {
       std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
@@ -494,7 +521,7 @@ class Tile {
       const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
       const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
       float* f = f_is_x ? x(g, e) : s.feature;
-      attend_pack(pack, s.query, g, 1 + e, [&] { add_token_bias(pack); }, f);
+      attend(pack, g, 1 + e, [&] { add_token_bias(pack); }, f);
       for (int q = 0; q < NQ; ++q) {
         if (plan.reads_moments) {
           F zf, ff;
@@ -507,11 +534,7 @@ class Tile {
               mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
                          load(mass(g, 1 + e, q)), live[e].numbers));
       }
-      if (rule.direction == Direction::retrieve) {
-        F top_[NQ], mass_[NQ];
-        attend<NQ>(pack.memory, pack.value, pack.count, p.dim, z(g), [&] { add_token_bias(pack); },
-                   s.scores, x(g, e), top_, mass_);
-      }
+      if (rule.direction == Direction::retrieve) recall(pack, g, x(g, e));
     }
     if (plan.reads_direction) {
       const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;

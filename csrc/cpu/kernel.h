@@ -20,7 +20,7 @@ constexpr int kRowColumns = 4;     // sum |O-Z|^2, sum |Z|^2, count limited, cou
 constexpr float kLowest = -3e38f;  // stands for the top of an empty or fully masked softmax
 
 // Keys and values of one segment and head, masked tokens left out, in the layout of the products:
-// keys [ceil(n/16)][D][16] times scale * log2(e), values [n][D], bias [n] times log2(e).
+// keys [ceil(n/16)][D][16], values [n][D], bias [n] times log2(e).
 struct Pack {
   float *key, *value, *bias;  // bias: null if there is none
   float* memory;              // `retrieve` only: unweighted values, laid out like keys

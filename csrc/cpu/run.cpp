@@ -31,6 +31,9 @@ FASTNEGATE_DECLARE(portable)
 FASTNEGATE_DECLARE(avx2)
 FASTNEGATE_DECLARE(avx512)
 #endif
+#if defined(FASTNEGATE_AVX512BF16)
+FASTNEGATE_DECLARE(avx512bf16)
+#endif
 
 namespace {
 
@@ -46,6 +49,9 @@ std::vector<Level> find_levels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(FASTNEGATE_AVX512BF16)
+  all.push_back({&avx512bf16::isa, avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
   all.push_back({&avx512::isa, avx512});
   all.push_back({&avx2::isa, avx2});
 #endif

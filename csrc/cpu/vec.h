@@ -32,7 +32,13 @@ typedef int32_t I __attribute__((vector_size(W * 4)));
 typedef uint32_t U __attribute__((vector_size(W * 4)));
 typedef uint16_t H __attribute__((vector_size(W * 2)));
 
-FN_INLINE F splat(float x) { return x - F{}; }  // exact, -0 included, so one broadcast is left of it
+#if defined(__AVX512F__)
+FN_INLINE F splat(float x) { return (F)_mm512_set1_ps(x); }
+#elif defined(__AVX2__)
+FN_INLINE F splat(float x) { return (F)_mm256_set1_ps(x); }
+#else
+FN_INLINE F splat(float x) { return x - F{}; }  // exact, -0 included, so that a broadcast remains
+#endif
 FN_INLINE F load(const float* p) {
   F x;
   std::memcpy(&x, p, sizeof(F));
@@ -72,6 +78,22 @@ FN_INLINE F sqrt(F a) {
   for (int i = 0; i < W; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;
 }
+#endif
+
+// c + a b per lane. A PairProduct takes words of two bfloat16 and sums both products, in float32.
+struct Product {
+  static FN_INLINE F apply(F a, F b, F c) { return fma(a, b, c); }
+};
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+struct PairProduct {
+  static FN_INLINE F apply(F a, F b, F c) {
+    return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#else
+constexpr bool kPairs = false;
+using PairProduct = Product;
 #endif
 
 // The exponent e of a positive x = m 2^e, 1 <= m < 2.
