@@ -72,6 +72,10 @@ void run(const std::array<uintptr_t, 17>& addresses, const std::array<int64_t, 9
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastnegate; called by fastnegate.backends.";
   m.def("run_cpu", &run);
+  m.def("tiling", [](const std::string& isa, const std::array<int64_t, 6>& sizes, int threads) {
+    const CpuTiling t = tiling(isa, sizes, threads);
+    return py::make_tuple(t.queries, t.heads);
+  }, "(queries of a tile, heads of a unit of work) for sizes B, H, N, M, T, D.");
   m.def("fma_peak", &fma_peak, py::call_guard<py::gil_scoped_release>(),
         "Floating-point operations per second of register-only multiply-adds.");
   m.def("is_forked", &is_forked, "Whether the kernel is limited to one thread by a fork.");

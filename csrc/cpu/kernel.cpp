@@ -477,7 +477,7 @@ class Tile {
   // Sum over the channels of a head in eight chains: D is a multiple of 8, a multiply-add takes 4
   // cycles, and chains keep the rounding of long sums down.
   template <class Term>
-  FN_INLINE F sum(Term term) {
+  FN_INLINE F over_channels(Term term) {
     F part[8] = {};
     for (int64_t d = 0; d < p.dim; d += 8)
 #pragma GCC unroll 8
@@ -490,7 +490,7 @@ class Tile {
   }
 
   F dot(const float* a, const float* b, int q) {
-    return sum([&](int64_t d, F part) {
+    return over_channels([&](int64_t d, F part) {
       return fma(load(a + (d * NQ + q) * W), load(b + (d * NQ + q) * W), part);
     });
   }
@@ -511,7 +511,7 @@ class Tile {
   // sum |x|^p over the channels of a head.
   F power(const float* x, int q) {
     if (rule.norm_order == 2) return dot(x, x, q);
-    return sum([&](int64_t d, F part) { return part + abs(load(x + (d * NQ + q) * W)); });
+    return over_channels([&](int64_t d, F part) { return part + abs(load(x + (d * NQ + q) * W)); });
   }
 
   // Feature of entry e in head g, and what it adds to the inner products over the scope.
@@ -539,7 +539,7 @@ class Tile {
     if (plan.reads_direction) {
       const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;
       for (int q = 0; q < NQ; ++q)
-        add(entry(e, kAlong, q), sum([&](int64_t d, F part) {
+        add(entry(e, kAlong, q), over_channels([&](int64_t d, F part) {
               return fma(splat(u[d]), load(vec(z(g), d, q)), part);
             }));
     }
@@ -616,8 +616,8 @@ class Tile {
         return rest == 0.f ? full : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q)));
       });
     if (plan.row_partials)
-      for (int64_t lane = 0; lane < count; ++lane)
-        plan.row_partials[task.index * kRowColumns + 2] += limited[lane / W][lane % W];
+      for (int q = 0; q < NQ; ++q)
+        plan.row_partials[task.index * kRowColumns + 2] += sum(present(q, limited[q]));
   }
 
   // `separate`: Y = Z - sum strength g (x X + z Z).
@@ -699,21 +699,25 @@ class Tile {
     double* row = plan.row_partials + task.index * kRowColumns;
     const float limit = overflow(p.dtype);
     for (int q = 0; q < NQ; ++q) {
-      const F change = sum([&](int64_t d, F part) {
-        const F moved = output(d, q) - load(vec(z(g), d, q));
-        return fma(moved, moved, part);
-      });
-      const F energy = dot(z(g), z(g), q);
-      const F nonfinite = sum([&](int64_t d, F part) {
-        const I fine = abs(output(d, q)) < limit;
-        return part + select(fine, F{}, splat(1.f));
-      });
-      for (int i = 0; i < W && q * W + i < count; ++i) {
-        row[0] += change[i];
-        row[1] += energy[i];
-        row[3] += nonfinite[i];
-      }
+      F change[8] = {}, energy[8] = {};
+      I finite = {};
+      for (int64_t d = 0; d < p.dim; d += 8)
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 8; ++i) {
+          const F o = output(d + i, q), zd = load(vec(z(g), d + i, q)), moved = o - zd;
+          change[i] = fma(moved, moved, change[i]);
+          energy[i] = fma(zd, zd, energy[i]);
+          finite -= abs(o) < limit;  // true is -1
+        }
+      row[0] += sum(present(q, tree(change)));
+      row[1] += sum(present(q, tree(energy)));
+      row[3] += sum(present(q, static_cast<float>(p.dim) - __builtin_convertvector(finite, F)));
     }
+  }
+
+  // x where lanes are queries, else 0: the copies of the last query do not count.
+  F present(int q, F x, float absent = 0.f) {
+    return select(lane_numbers() < static_cast<float>(count - q * W), x, splat(absent));
   }
 
   void report_gates() {
@@ -721,14 +725,17 @@ class Tile {
     for (int64_t e = 0; e < entries; ++e) {
       double* out = plan.entry_partials + (task.index * plan.most_live + e) * kEntryColumns;
       float* heat = plan.gates + (live[e].entry * groups + group) * p.queries + task.first_query;
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const float g = entry(e, kG, 0)[lane], r = entry(e, kR, 0)[lane];
-        out[0] = lane == 0 || g > out[0] ? g : out[0];
-        out[1] += g;
-        out[2] += g > p.report_level;
-        out[3] += entry(e, kMass, 0)[lane] / static_cast<float>(plan.group);
-        out[4] = lane == 0 || r > out[4] ? r : out[4];
-        heat[lane] = g;
+      out[0] = out[4] = -INFINITY;
+      for (int q = 0; q < NQ; ++q) {
+        const F g = load(entry(e, kG, q)), r = load(entry(e, kR, q));
+        const F counted = select(g > p.report_level, splat(1.f), F{});
+        out[0] = std::max<double>(out[0], largest(present(q, g, -INFINITY)));
+        out[1] += sum(present(q, g));
+        out[2] += sum(present(q, counted));
+        out[3] += sum(present(q, load(entry(e, kMass, q)))) / static_cast<double>(plan.group);
+        out[4] = std::max<double>(out[4], largest(present(q, r, -INFINITY)));
+        const int64_t left = count - q * W < W ? count - q * W : W;
+        std::memcpy(heat + q * W, &g, left * sizeof(float));
       }
     }
   }

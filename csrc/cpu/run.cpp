@@ -17,7 +17,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "fastnegate/tile.h"
 #include "kernel.h"
 
 namespace fastnegate {
@@ -26,7 +25,11 @@ namespace fastnegate {
   namespace name {               \
   extern const Isa isa;          \
   }
+#if defined(FASTNEGATE_NEON)
+FASTNEGATE_DECLARE(neon)
+#else
 FASTNEGATE_DECLARE(portable)
+#endif
 #if defined(FASTNEGATE_X86)
 FASTNEGATE_DECLARE(avx2)
 FASTNEGATE_DECLARE(avx512)
@@ -55,7 +58,11 @@ std::vector<Level> find_levels() {
   all.push_back({&avx512::isa, avx512});
   all.push_back({&avx2::isa, avx2});
 #endif
+#if defined(FASTNEGATE_NEON)
+  all.push_back({&neon::isa, true});  // part of every AArch64
+#else
   all.push_back({&portable::isa, true});
+#endif
   return all;
 }
 
@@ -122,9 +129,7 @@ struct Workspace {
   std::vector<Span> spans;
   std::vector<Pack> prompts, concepts;
   std::vector<double> entry_partials, row_partials;
-  std::vector<float> gates;
-  Buffer packed;
-  int64_t head_bytes = 0;  // packed keys and values of one head, prompt and concepts
+  Buffer gates, packed;
 };
 
 Span span_of(const Problem& p, int64_t concept_index) {
@@ -176,7 +181,6 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   const int64_t m = p.keys, t = p.longest;
   const int64_t prompt = blocks(m) + m * p.dim + (bias ? m : 0);
   const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + t * p.dim + (p.token_bias ? t : 0);
-  w.head_bytes = 4 * (prompt + static_cast<int64_t>(w.concepts.empty() ? 0 : w.spans.size()) * concept_size);
   w.packed = allocate(static_cast<int64_t>(w.prompts.size()) * prompt +
                       static_cast<int64_t>(w.concepts.size()) * concept_size);
   float* at = w.packed.get();
@@ -215,12 +219,12 @@ void reduce(const Problem& p, const Workspace& w, int64_t tasks_per_row) {
       float* out = p.entry_table + w.live[i].entry * kEntryColumns;
       for (int c = 0; c < kEntryColumns; ++c)
         out[c] = static_cast<float>(c == 0 || c == 4 ? total[c] : total[c] / gates);
-      for (int64_t n = 0; n < p.queries; ++n) {
-        double sum = 0;
-        for (int64_t g = 0; g < groups; ++g)
-          sum += w.gates[(w.live[i].entry * groups + g) * p.queries + n];
-        p.heat[w.live[i].entry * p.queries + n] = static_cast<float>(sum / static_cast<double>(groups));
+      float* heat = p.heat + w.live[i].entry * p.queries;
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* gate = w.gates.get() + (w.live[i].entry * groups + g) * p.queries;
+        for (int64_t n = 0; n < p.queries; ++n) heat[n] += gate[n];
       }
+      for (int64_t n = 0; n < p.queries; ++n) heat[n] *= 1.f / static_cast<float>(groups);
     }
     double total[kRowColumns] = {};
     for (int64_t t = 0; t < tasks_per_row; ++t)
@@ -276,16 +280,16 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   plan.group = p.rule.scope == Scope::feature ? p.heads : 1;
 
   const int64_t groups = plan.group ? p.heads / plan.group : 0;
-  const CpuTiling tiling = cpu_tiling({p.batch, p.heads, p.queries, w.head_bytes, isa.lanes, threads});
+  const CpuTiling tiling = cpu_tiling({p.batch, p.heads, p.queries, p.keys, p.tokens, p.dim, isa.lanes, threads});
   const int64_t tiles = ceil_div(p.queries, tiling.queries);
   const int64_t tasks = p.batch * groups * tiles;
   if (with_statistics) {
     w.entry_partials.resize(tasks * plan.most_live * kEntryColumns);
     w.row_partials.resize(tasks * kRowColumns);
-    w.gates.resize(p.entries * groups * p.queries);
+    w.gates = allocate(p.entries * groups * p.queries);
     plan.entry_partials = w.entry_partials.data();
     plan.row_partials = w.row_partials.data();
-    plan.gates = w.gates.data();
+    plan.gates = w.gates.get();
   }
 
   const auto prompts = static_cast<int64_t>(w.prompts.size());
@@ -319,6 +323,10 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
     });
   }
   if (with_statistics) reduce(p, w, groups * tiles);
+}
+
+CpuTiling tiling(const std::string& isa_name, const std::array<int64_t, 6>& s, int threads) {
+  return cpu_tiling({s[0], s[1], s[2], s[3], s[4], s[5], find(isa_name).lanes, threads});
 }
 
 double fma_peak(const std::string& isa_name, int threads, double seconds) {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "fastnegate/problem.h"
+#include "fastnegate/tile.h"
 
 namespace fastnegate {
 
@@ -21,6 +23,9 @@ bool is_forked();
 // The result does not depend on the number of threads. Throws std::invalid_argument for sizes that
 // the kernel does not take.
 void run_cpu(const Problem& problem, const std::string& isa, int threads);
+
+// How run_cpu cuts a problem of these sizes: B, H, N, M, T, D.
+CpuTiling tiling(const std::string& isa, const std::array<int64_t, 6>& sizes, int threads);
 
 // Floating-point operations per second of register-only multiply-adds, the best of some seconds: what
 // benchmarks take a share of.

@@ -50,9 +50,13 @@ FN_INLINE I as_int(F x) { return (I)x; }
 FN_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 
 FN_INLINE bool any(I mask) {
+#if defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
   int32_t found = 0;
   for (int i = 0; i < W; ++i) found |= mask[i];
   return found != 0;
+#endif
 }
 
 #if defined(__AVX512F__)
@@ -67,7 +71,7 @@ FN_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 FN_INLINE F sqrt(F a) { return (F)_mm256_sqrt_ps((__m256)a); }
 #elif defined(__aarch64__)
 FN_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-FN_INLINE F max(F a, F b) { return a > b ? a : b; }
+FN_INLINE F max(F a, F b) { return a > b ? a : b; }  // not FMAX: b if either is NaN, as on x86
 FN_INLINE F min(F a, F b) { return a < b ? a : b; }
 FN_INLINE F sqrt(F a) { return (F)vsqrtq_f32((float32x4_t)a); }
 #else
@@ -95,6 +99,30 @@ struct PairProduct {
 constexpr bool kPairs = false;
 using PairProduct = Product;
 #endif
+
+// Over the lanes. Pairs of halves, so that the order does not depend on the compiler.
+template <class Fold>
+FN_INLINE float fold(F x, Fold f) {
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = f(x[i], x[i + n]);
+  return x[0];
+}
+#if defined(__AVX512F__)
+FN_INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
+FN_INLINE float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
+FN_INLINE float sum(F x) {
+  return fold(x, [](float a, float b) { return a + b; });
+}
+FN_INLINE float largest(F x) {
+  return fold(x, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
+FN_INLINE F lane_numbers() {
+  F x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(i);
+  return x;
+}
 
 // The exponent e of a positive x = m 2^e, 1 <= m < 2.
 FN_INLINE F exponent(F x) { return __builtin_convertvector((as_int(x) >> 23) - 127, F); }
@@ -284,8 +312,18 @@ FN_INLINE void scatter(U r, char* p) {
   std::memcpy(p, &r, sizeof(U));
 }
 FN_INLINE void transpose(U (&r)[4]) {
+#if defined(__aarch64__)
+  const auto lo = [](U a, U b) { return (uint64x2_t)vzip1q_u32((uint32x4_t)a, (uint32x4_t)b); };
+  const auto hi = [](U a, U b) { return (uint64x2_t)vzip2q_u32((uint32x4_t)a, (uint32x4_t)b); };
+  const uint64x2_t a = lo(r[0], r[1]), b = hi(r[0], r[1]), c = lo(r[2], r[3]), d = hi(r[2], r[3]);
+  r[0] = (U)vzip1q_u64(a, c);
+  r[1] = (U)vzip2q_u64(a, c);
+  r[2] = (U)vzip1q_u64(b, d);
+  r[3] = (U)vzip2q_u64(b, d);
+#else
   const U a = r[0], b = r[1], c = r[2], d = r[3];
   for (int i = 0; i < 4; ++i) r[i] = U{a[i], b[i], c[i], d[i]};
+#endif
 }
 #endif
 

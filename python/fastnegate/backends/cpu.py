@@ -66,8 +66,14 @@ def supports(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """One line for `explain`."""
-    threads = "1 thread (forked child)" if _C.is_forked() else f"{torch.get_num_threads()} threads"
-    return f"instruction set {instruction_set()}, {threads}"
+    batch, heads, queries, keys, dim = problem.sizes
+    tokens = problem.concepts.tokens if problem.concepts is not None else 0
+    threads = 1 if _C.is_forked() else torch.get_num_threads()
+    tile, together = _C.tiling(instruction_set(), [batch, heads, queries, keys, tokens, dim], threads)
+    return (
+        f"instruction set {instruction_set()}, {threads} thread{'s' * (threads != 1)}"
+        f"{' (forked child)' * _C.is_forked()}, tiles of {tile} queries, {together} heads at a time"
+    )
 
 
 def run(problem: Problem) -> Tensor:
