@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _compile(command: Sequence[str | Path], cache: Path) -> None:
     done = subprocess.run(
         command,
-        env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)},
+        env={"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache), **os.environ},
         capture_output=True,
         text=True,
     )
@@ -70,6 +70,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     if GCC is not None:
         compiler, cache = [GCC, "-fopenmp"], folder
     else:
+        # Zig builds its C++ library first: two minutes, unless ZIG_GLOBAL_CACHE_DIR holds it.
         (folder / "omp.h").write_text("inline int omp_get_thread_num() { return 0; }\n")
         compiler, cache = [*ZIG, f"-I{folder}", "-Wno-unknown-pragmas"], request.getfixturevalue("zig_cache")
     sources = [ROOT / "tests/cross_main.cpp", ROOT / "csrc/cpu/run.cpp", ROOT / "csrc/cpu/kernel.cpp"]
@@ -90,9 +91,7 @@ class Emulator:
         rows = [queries, keys, keys, queries, tokens, tokens]
         batches = [batch] * 4 + [1] * 2
         element = 4 if dtype == 0 else 2
-        extents = [
-            element * _extent((b, heads, n, dim), (*s, 1)) for b, n, s in zip(batches, rows, strides)
-        ]
+        extents = [element * _extent((b, heads, n, dim), (*s, 1)) for b, n, s in zip(batches, rows, strides)]
         extents.append(4 * _extent((batch, heads, queries, keys), bias_strides))
         floats = [tokens, tokens, *[concepts * heads * dim] * 2, concepts]
         floats += [entries + 2 * concepts + batch + 1, 8 * entries, 5 * entries, entries * queries, 3 * batch]

@@ -29,16 +29,16 @@ constexpr int kTile = 2 * W;
 // it, chains of 32 up to 1.03, chains of 16 less than 1.
 constexpr int64_t kChain = 16;
 
-// c[r][q] = scale[q] * sum_k a[k * lda + r] b[k][q] for ROWS rows and NQ vectors of queries; without
-// scale, 1.
+// c[r][q] = scale[q] * sum_k a[k][r] b[k][q] for ROWS rows and NQ vectors of queries; a[k] starts kRows
+// floats after a[k - 1]. Without scale, 1.
 template <class Op, int ROWS, int NQ>
-FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const float* b,
+FN_INLINE void multiply_step(const float* a, int64_t depth, const float* b,
                              const F* scale, float* c) {
   int64_t begin = 0;
   do {
     const int64_t end = depth - begin < kChain ? depth : begin + kChain;
     F sum[ROWS][NQ] = {};
-    for (int64_t k = begin; k < end; ++k, a += lda, b += NQ * W) {
+    for (int64_t k = begin; k < end; ++k, a += kRows, b += NQ * W) {
       F x[NQ];
       for (int q = 0; q < NQ; ++q) x[q] = load(b + q * W);
 #pragma GCC unroll 8
@@ -59,30 +59,29 @@ FN_INLINE void multiply_step(const float* a, int64_t lda, int64_t depth, const f
 }
 
 template <class Op, int NQ>
-void multiply_rest(int64_t rows, const float* a, int64_t lda, int64_t depth, const float* b,
+void multiply_rest(int64_t rows, const float* a, int64_t depth, const float* b,
                    const F* scale, float* c) {
   switch (rows) {
-    case 1: return multiply_step<Op, 1, NQ>(a, lda, depth, b, scale, c);
-    case 2: return multiply_step<Op, 2, NQ>(a, lda, depth, b, scale, c);
-    case 3: return multiply_step<Op, 3, NQ>(a, lda, depth, b, scale, c);
-    case 4: return multiply_step<Op, 4, NQ>(a, lda, depth, b, scale, c);
-    case 5: return multiply_step<Op, 5, NQ>(a, lda, depth, b, scale, c);
-    case 6: return multiply_step<Op, 6, NQ>(a, lda, depth, b, scale, c);
-    case 7: return multiply_step<Op, 7, NQ>(a, lda, depth, b, scale, c);
+    case 1: return multiply_step<Op, 1, NQ>(a, depth, b, scale, c);
+    case 2: return multiply_step<Op, 2, NQ>(a, depth, b, scale, c);
+    case 3: return multiply_step<Op, 3, NQ>(a, depth, b, scale, c);
+    case 4: return multiply_step<Op, 4, NQ>(a, depth, b, scale, c);
+    case 5: return multiply_step<Op, 5, NQ>(a, depth, b, scale, c);
+    case 6: return multiply_step<Op, 6, NQ>(a, depth, b, scale, c);
+    case 7: return multiply_step<Op, 7, NQ>(a, depth, b, scale, c);
   }
 }
 
-// The same for any number of rows; a block of kRows rows starts every `block` floats of a.
+// The same for any number of rows in blocks a[rows / kRows][depth][kRows].
 template <class Op, int NQ>
-void multiply(int64_t rows, const float* a, int64_t block, int64_t lda, int64_t depth,
-              const float* b, const F* scale, float* c) {
+void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const F* scale, float* c) {
   for (int64_t r = 0; r < rows; r += kStep) {
-    const float* from = a + r / kRows * block + r % kRows;
+    const float* from = a + r / kRows * depth * kRows + r % kRows;
     float* to = c + r * NQ * W;
     if (rows - r >= kStep)
-      multiply_step<Op, kStep, NQ>(from, lda, depth, b, scale, to);
+      multiply_step<Op, kStep, NQ>(from, depth, b, scale, to);
     else
-      multiply_rest<Op, NQ>(rows - r, from, lda, depth, b, scale, to);
+      multiply_rest<Op, NQ>(rows - r, from, depth, b, scale, to);
   }
 }
 
@@ -143,21 +142,23 @@ void pack_blocks(const char* data, int64_t row_bytes, const int64_t* rows, int64
   }
 }
 
-// The same rows as [row][D], times weight.
+// Channels of the same rows, times weight, in blocks [count][kRows].
 template <class Storage>
-void pack_plain(const char* data, int64_t row_stride, const int64_t* rows, int64_t count, int64_t dim,
-                const float* weight, float* plain) {
+void pack_channels(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
+                   const float* weight, float* blocks) {
   using T = typename Storage::T;
-  for (int64_t i = 0; i < count; ++i, plain += dim) {
-    const T* row = reinterpret_cast<const T*>(data) + rows[i] * row_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = reinterpret_cast<const T*>(data + rows[i] * row_bytes);
     const float w = weight ? weight[rows[i]] : 1.f;
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) store(plain + d, Storage::load(row + d) * w);
-    if (d == dim) continue;
-    alignas(64) T part[W] = {};
-    std::memcpy(part, row + d, (dim - d) * sizeof(T));
-    const F last = Storage::load(part) * w;
-    std::memcpy(plain + d, &last, (dim - d) * sizeof(float));
+    for (int64_t d = 0; d < dim; d += W) {
+      const T* from = row + d;
+      alignas(64) T part[W] = {};
+      if (dim - d < W) {
+        std::memcpy(part, from, (dim - d) * sizeof(T));
+        from = part;
+      }
+      store(blocks + (d / kRows * count + i) * kRows + d % kRows, Storage::load(from) * w);
+    }
   }
 }
 
@@ -168,7 +169,7 @@ void pack_tokens(const Strided& key, const Strided& value, int64_t dim, const in
   constexpr int64_t kSize = sizeof(typename Storage::T);
   using Keys = Scored<Storage>;
   pack_blocks<typename Keys::Elements>(key.data, key.row * kSize, rows, count, Keys::depth(dim), pack.key);
-  pack_plain<Storage>(value.data, value.row, rows, count, dim, weight, pack.value);
+  pack_channels<Storage>(value.data, value.row * kSize, rows, count, dim, weight, pack.value);
   if (pack.memory) pack_blocks<Storage>(value.data, value.row * kSize, rows, count, dim, pack.memory);
 }
 
@@ -305,13 +306,13 @@ FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, float* s,
   softmax<NQ>(s, n, top, mass);
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
-  if (n >= dim) return multiply<Product, NQ>(dim, values, kRows, dim, n, s, inverse, out);
+  if (n >= dim) return multiply<Product, NQ>(dim, values, n, s, inverse, out);
   for (int64_t j = 0; j < n; ++j)  // fewer weights than channels: normalize these
     for (int q = 0; q < NQ; ++q) {
       float* at = s + (j * NQ + q) * W;
       store(at, load(at) * inverse[q]);
     }
-  multiply<Product, NQ>(dim, values, kRows, dim, n, s, nullptr, out);
+  multiply<Product, NQ>(dim, values, n, s, nullptr, out);
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ class Tile {
     const int64_t depth = Keys::depth(p.dim);
     F scale[NQ], top_[NQ], mass_[NQ];
     for (int q = 0; q < NQ; ++q) scale[q] = splat(p.scale * kLog2e);
-    multiply<typename Keys::Op, NQ>(pack.count, pack.key, depth * kRows, kRows, depth, s.query, scale, s.scores);
+    multiply<typename Keys::Op, NQ>(pack.count, pack.key, depth, s.query, scale, s.scores);
     add_bias();
     mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
     for (int q = 0; q < NQ; ++q) {
@@ -431,7 +432,7 @@ class Tile {
     F scale[NQ], top_[NQ], mass_[NQ];
     const float inverse = rule.temperature > 0.f ? 1.f / rule.temperature : p.scale;
     for (int q = 0; q < NQ; ++q) scale[q] = splat(inverse * kLog2e);
-    multiply<Product, NQ>(pack.count, pack.memory, p.dim * kRows, kRows, p.dim, z(g), scale, s.scores);
+    multiply<Product, NQ>(pack.count, pack.memory, p.dim, z(g), scale, s.scores);
     add_token_bias(pack);
     mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
   }

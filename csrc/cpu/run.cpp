@@ -175,25 +175,26 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   w.plan.prompt_batch_stride = shared ? 0 : p.heads;
   w.prompts.resize((shared ? std::min<int64_t>(p.batch, 1) : p.batch) * p.heads);
   w.concepts.resize(w.plan.reads_tokens ? w.spans.size() * p.heads : 0);
-  const auto blocks = [&](int64_t n) { return (n + kRows - 1) / kRows * kRows * p.dim; };
+  const auto blocks = [&](int64_t n) { return ceil_div(n, kRows) * kRows * p.dim; };
+  const auto channels = [&](int64_t n) { return ceil_div(p.dim, kRows) * kRows * n; };
   const bool bias = p.key_bias && p.bias_query == 0;
   const bool retrieve = p.rule.direction == Direction::retrieve;
   const int64_t m = p.keys, t = p.longest;
-  const int64_t prompt = blocks(m) + m * p.dim + (bias ? m : 0);
-  const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + t * p.dim + (p.token_bias ? t : 0);
+  const int64_t prompt = blocks(m) + channels(m) + (bias ? m : 0);
+  const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + channels(t) + (p.token_bias ? t : 0);
   w.packed = allocate(static_cast<int64_t>(w.prompts.size()) * prompt +
                       static_cast<int64_t>(w.concepts.size()) * concept_size);
   float* at = w.packed.get();
   const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
   for (Pack& pack : w.prompts) {
     pack.key = take(blocks(m));
-    pack.value = take(m * p.dim);
+    pack.value = take(channels(m));
     pack.bias = bias ? take(m) : nullptr;
     pack.memory = nullptr;
   }
   for (Pack& pack : w.concepts) {
     pack.key = take(blocks(t));
-    pack.value = take(t * p.dim);
+    pack.value = take(channels(t));
     pack.bias = p.token_bias ? take(t) : nullptr;
     pack.memory = retrieve ? take(blocks(t)) : nullptr;
   }
