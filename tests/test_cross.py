@@ -24,34 +24,24 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 FLAGS += ["-DFASTNEGATE_NEON", "-DFASTNEGATE_ISA=neon", '-DFASTNEGATE_ISA_NAME="neon"']
 FLAGS += [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
-ZIG = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-g0"]
 GCC = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _compile(command: Sequence[str | Path], cache: Path) -> None:
-    done = subprocess.run(
-        command,
-        env={"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache), **os.environ},
-        capture_output=True,
-        text=True,
-    )
+def _compile(command: Sequence[str | Path], **environment: str) -> None:
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.fixture(scope="session")
-def zig_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("ziglang") is None:
-        pytest.skip("no cross-compiler: the package ziglang is not installed")
-    return tmp_path_factory.mktemp("zig")
-
-
-def test_inner_products_are_vector_multiply_adds(zig_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no cross-compiler: ziglang is missing")
+def test_inner_products_are_vector_multiply_adds(tmp_path: Path) -> None:
     assembly = tmp_path / "kernel.s"
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-g0"]
     strict = ["-Werror", "-Wno-unused-command-line-argument"]  # zig passes -c beside -S
-    _compile([*ZIG, *FLAGS, *strict, "-S", ROOT / "csrc/cpu/kernel.cpp", "-o", assembly], zig_cache)
+    caches = {f"ZIG_{kind}_CACHE_DIR": str(tmp_path) for kind in ("GLOBAL", "LOCAL")}
+    _compile([*zig, *FLAGS, *strict, "-S", ROOT / "csrc/cpu/kernel.cpp", "-o", assembly], **caches)
     code = assembly.read_text()
     assert not re.search(r"\bbl?\s+fmaf?\b", code)
     # A step of `multiply` is one block that jumps back to itself: 8 keys times 2 vectors of queries.
@@ -62,20 +52,14 @@ def test_inner_products_are_vector_multiply_adds(zig_cache: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[str]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs the kernel for AArch64 on a file."""
-    if QEMU is None:
-        pytest.skip("cannot run AArch64 code: neither qemu-aarch64 nor qemu-aarch64-static is on PATH")
-    folder = tmp_path_factory.mktemp("cross")
-    if GCC is not None:
-        compiler, cache = [GCC, "-fopenmp"], folder
-    else:
-        # Zig builds its C++ library first: two minutes, unless ZIG_GLOBAL_CACHE_DIR holds it.
-        (folder / "omp.h").write_text("inline int omp_get_thread_num() { return 0; }\n")
-        compiler, cache = [*ZIG, f"-I{folder}", "-Wno-unknown-pragmas"], request.getfixturevalue("zig_cache")
+    if QEMU is None or GCC is None:
+        pytest.skip("running AArch64 code needs qemu-aarch64 (or -static) and aarch64-linux-gnu-g++ on PATH")
+    program = tmp_path_factory.mktemp("cross") / "cross_main"
     sources = [ROOT / "tests/cross_main.cpp", ROOT / "csrc/cpu/run.cpp", ROOT / "csrc/cpu/kernel.cpp"]
-    _compile([*compiler, *FLAGS, "-static", *sources, "-o", folder / "cross_main"], cache)
-    return [QEMU, "-cpu", "cortex-a53", str(folder / "cross_main"), "neon"]  # ARMv8.0, the baseline
+    _compile([GCC, "-fopenmp", *FLAGS, "-static", *sources, "-o", program])
+    return [QEMU, "-cpu", "cortex-a53", str(program), "neon"]  # ARMv8.0, the baseline
 
 
 class Emulator:
