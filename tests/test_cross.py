@@ -35,7 +35,7 @@ def _compile(command: Sequence[str | Path], **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no cross-compiler: ziglang is missing")
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed")
 def test_inner_products_are_vector_multiply_adds(tmp_path: Path) -> None:
     assembly = tmp_path / "kernel.s"
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-g0"]
