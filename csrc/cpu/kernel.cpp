@@ -593,6 +593,7 @@ class Tile {
 
   // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.
   void mix() {
+    const bool root = rule.norm_order == 2, known = root && plan.reads_moments;  // |Z|^2 is <Z,Z>
     F a[NQ], norm_y[NQ] = {}, norm_z[NQ] = {};
     if (rule.combine == Combine::separate) subtract(a);
     for (int64_t g = 0; g < plan.group; ++g) {
@@ -601,15 +602,13 @@ class Tile {
       if (rule.norm == Norm::none) continue;
       for (int q = 0; q < NQ; ++q) {
         norm_y[q] = norm_y[q] + power(y(g), q);
-        norm_z[q] = norm_z[q] + power(z(g), q);
+        norm_z[q] = known ? load(vec(s.zz, 0, q)) : norm_z[q] + power(z(g), q);
       }
     }
     F factor[NQ], limited[NQ];
-    for (int q = 0; q < NQ; ++q) {
-      const bool root = rule.norm_order == 2;
+    for (int q = 0; q < NQ; ++q)
       factor[q] = norm_factor(rule, root ? sqrt(norm_y[q]) : norm_y[q],
                               root ? sqrt(norm_z[q]) : norm_z[q], &limited[q]);
-    }
     const float rest = 1.f - rule.blend;
     for (int64_t g = 0; g < plan.group; ++g)
       write(g, [&](int64_t d, int q) {
