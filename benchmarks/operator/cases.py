@@ -29,8 +29,8 @@ class Layer:
     batch: int = 2
 
 
-# SD1.5 512x512: 5, 5, 5 and 1 layers of each size; SDXL 1024x1024: 10 and 60; PixArt 1024x1024: 28;
-# Wan 2.1 1.3B 480p: 30, with 4096 of its 32,760 queries.
+# SD1.5 512x512: 5, 5, 5 and 1 layers of each size, and one size of 1024x1024; SDXL 1024x1024: 10 and 60;
+# PixArt 1024x1024: 28; Wan 2.1 1.3B 480p: 30, with 4096 of its 32,760 queries.
 LAYERS = {
     layer.name: layer
     for layer in (
@@ -38,6 +38,7 @@ LAYERS = {
         Layer("sd15-32", 8, 1024, 80),
         Layer("sd15-16", 8, 256, 160),
         Layer("sd15-8", 8, 64, 160),
+        Layer("sd15-1k-32", 8, 1024, 160),
         Layer("sdxl-64", 10, 4096, 64),
         Layer("sdxl-32", 20, 1024, 64),
         Layer("pixart-64", 16, 4096, 72, keys=120),

@@ -698,21 +698,26 @@ class Tile {
     if (!plan.row_partials) return;
     double* row = plan.row_partials + task.index * kRowColumns;
     const float limit = overflow(p.dtype);
+    const bool known = entries > 0 && plan.reads_moments && plan.group == 1;  // |Z|^2 is <Z,Z>
+    F change = {}, energy = {}, nonfinite = {};
     for (int q = 0; q < NQ; ++q) {
-      F change[8] = {}, energy[8] = {};
+      F moved[8] = {}, held[8] = {};
       I finite = {};
       for (int64_t d = 0; d < p.dim; d += 8)
 #pragma GCC unroll 8
         for (int64_t i = 0; i < 8; ++i) {
-          const F o = output(d + i, q), zd = load(vec(z(g), d + i, q)), moved = o - zd;
-          change[i] = fma(moved, moved, change[i]);
-          energy[i] = fma(zd, zd, energy[i]);
+          const F o = output(d + i, q), zd = load(vec(z(g), d + i, q)), by = o - zd;
+          moved[i] = fma(by, by, moved[i]);
+          if (!known) held[i] = fma(zd, zd, held[i]);
           finite -= abs(o) < limit;  // true is -1
         }
-      row[0] += sum(present(q, tree(change)));
-      row[1] += sum(present(q, tree(energy)));
-      row[3] += sum(present(q, static_cast<float>(p.dim) - __builtin_convertvector(finite, F)));
+      change = change + present(q, tree(moved));
+      energy = energy + present(q, known ? load(vec(s.zz, 0, q)) : tree(held));
+      nonfinite = nonfinite + present(q, static_cast<float>(p.dim) - __builtin_convertvector(finite, F));
     }
+    row[0] += sum(change);
+    row[1] += sum(energy);
+    row[3] += sum(nonfinite);
   }
 
   // x where lanes are queries, else 0: the copies of the last query do not count.
@@ -725,18 +730,24 @@ class Tile {
     for (int64_t e = 0; e < entries; ++e) {
       double* out = plan.entry_partials + (task.index * plan.most_live + e) * kEntryColumns;
       float* heat = plan.gates + (live[e].entry * groups + group) * p.queries + task.first_query;
-      out[0] = out[4] = -INFINITY;
+      F top_g = splat(-INFINITY), top_r = top_g, total = {}, counted = {}, share = {};
       for (int q = 0; q < NQ; ++q) {
         const F g = load(entry(e, kG, q)), r = load(entry(e, kR, q));
-        const F counted = select(g > p.report_level, splat(1.f), F{});
-        out[0] = std::max<double>(out[0], largest(present(q, g, -INFINITY)));
-        out[1] += sum(present(q, g));
-        out[2] += sum(present(q, counted));
-        out[3] += sum(present(q, load(entry(e, kMass, q)))) / static_cast<double>(plan.group);
-        out[4] = std::max<double>(out[4], largest(present(q, r, -INFINITY)));
-        const int64_t left = count - q * W < W ? count - q * W : W;
-        std::memcpy(heat + q * W, &g, left * sizeof(float));
+        top_g = max(present(q, g, -INFINITY), top_g);
+        top_r = max(present(q, r, -INFINITY), top_r);
+        total = total + present(q, g);
+        counted = counted + present(q, select(g > p.report_level, splat(1.f), F{}));
+        share = share + present(q, load(entry(e, kMass, q)));
+        if (count >= (q + 1) * W)
+          store(heat + q * W, g);
+        else
+          std::memcpy(heat + q * W, &g, (count - q * W) * sizeof(float));
       }
+      out[0] = largest(top_g);
+      out[1] = sum(total);
+      out[2] = sum(counted);
+      out[3] = sum(share) / static_cast<double>(plan.group);
+      out[4] = largest(top_r);
     }
   }
 };

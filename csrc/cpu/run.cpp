@@ -128,7 +128,8 @@ struct Workspace {
   std::vector<int64_t> live_begin;
   std::vector<Span> spans;
   std::vector<Pack> prompts, concepts;
-  std::vector<double> entry_partials, row_partials;
+  std::unique_ptr<double[]> entry_partials;
+  std::vector<double> row_partials;
   Buffer gates, packed;
 };
 
@@ -200,41 +201,40 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   }
 }
 
-// Fixed-order sums of the partial results of tasks, which are numbered row by row.
-void reduce(const Problem& p, const Workspace& w, int64_t tasks_per_row) {
+// Sums of the partial results of tasks, which are numbered row by row, in their order.
+void reduce_entry(const Problem& p, const Workspace& w, int64_t groups, int64_t tiles, int64_t i) {
   const Plan& plan = w.plan;
-  const int64_t groups = p.heads / std::max<int64_t>(plan.group, 1);
-  const double gates = static_cast<double>(groups * p.queries);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t first = b * tasks_per_row;
-    for (int64_t i = w.live_begin[b]; i < w.live_begin[b + 1] && tasks_per_row > 0; ++i) {
-      double total[kEntryColumns] = {};
-      for (int64_t t = 0; t < tasks_per_row; ++t) {
-        const double* part =
-            &w.entry_partials[((first + t) * plan.most_live + i - w.live_begin[b]) * kEntryColumns];
-        for (int c = 0; c < kEntryColumns; ++c) {
-          const bool highest = c == 0 || c == 4;
-          total[c] = highest ? (t ? std::max(total[c], part[c]) : part[c]) : total[c] + part[c];
-        }
-      }
-      float* out = p.entry_table + w.live[i].entry * kEntryColumns;
-      for (int c = 0; c < kEntryColumns; ++c)
-        out[c] = static_cast<float>(c == 0 || c == 4 ? total[c] : total[c] / gates);
-      float* heat = p.heat + w.live[i].entry * p.queries;
-      for (int64_t g = 0; g < groups; ++g) {
-        const float* gate = w.gates.get() + (w.live[i].entry * groups + g) * p.queries;
-        for (int64_t n = 0; n < p.queries; ++n) heat[n] += gate[n];
-      }
-      for (int64_t n = 0; n < p.queries; ++n) heat[n] *= 1.f / static_cast<float>(groups);
-    }
-    double total[kRowColumns] = {};
-    for (int64_t t = 0; t < tasks_per_row; ++t)
-      for (int c = 0; c < kRowColumns; ++c) total[c] += w.row_partials[(first + t) * kRowColumns + c];
-    float* row = p.row_table + b * 3;
-    row[0] = static_cast<float>(total[1] < 1e-30 ? 0. : total[0] / total[1]);
-    row[1] = static_cast<float>(gates > 0 ? total[2] / gates : 0.);
-    row[2] = static_cast<float>(total[3]);
+  const int64_t b = std::upper_bound(w.live_begin.begin(), w.live_begin.end(), i) - w.live_begin.begin() - 1;
+  const int64_t tasks = groups * tiles;
+  const double* part = &w.entry_partials[(b * tasks * plan.most_live + i - w.live_begin[b]) * kEntryColumns];
+  double total[kEntryColumns] = {part[0], 0, 0, 0, part[4]};
+  for (int64_t t = 0; t < tasks; ++t, part += plan.most_live * kEntryColumns) {
+    total[0] = std::max(total[0], part[0]);
+    total[4] = std::max(total[4], part[4]);
+    for (int c = 1; c < 4; ++c) total[c] += part[c];
   }
+  const int64_t entry = w.live[i].entry;
+  float* out = p.entry_table + entry * kEntryColumns;
+  const double gates = static_cast<double>(groups * p.queries);
+  for (int c = 0; c < kEntryColumns; ++c)
+    out[c] = static_cast<float>(c == 0 || c == 4 ? total[c] : total[c] / gates);
+  float* heat = p.heat + entry * p.queries;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* gate = w.gates.get() + (entry * groups + g) * p.queries;
+    for (int64_t n = 0; n < p.queries; ++n) heat[n] += gate[n];
+  }
+  for (int64_t n = 0; n < p.queries; ++n) heat[n] *= 1.f / static_cast<float>(groups);
+}
+
+void reduce_row(const Problem& p, const Workspace& w, int64_t groups, int64_t tiles, int64_t b) {
+  double total[kRowColumns] = {};
+  for (int64_t t = b * groups * tiles; t < (b + 1) * groups * tiles; ++t)
+    for (int c = 0; c < kRowColumns; ++c) total[c] += w.row_partials[t * kRowColumns + c];
+  const double gates = static_cast<double>(groups * p.queries);
+  float* row = p.row_table + b * 3;
+  row[0] = static_cast<float>(total[1] < 1e-30 ? 0. : total[0] / total[1]);
+  row[1] = static_cast<float>(gates > 0 ? total[2] / gates : 0.);
+  row[2] = static_cast<float>(total[3]);
 }
 
 }  // namespace
@@ -285,10 +285,10 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   const int64_t tiles = ceil_div(p.queries, tiling.queries);
   const int64_t tasks = p.batch * groups * tiles;
   if (with_statistics) {
-    w.entry_partials.resize(tasks * plan.most_live * kEntryColumns);
+    w.entry_partials.reset(new double[tasks * plan.most_live * kEntryColumns]);  // written before read
     w.row_partials.resize(tasks * kRowColumns);
     w.gates = allocate(p.entries * groups * p.queries);
-    plan.entry_partials = w.entry_partials.data();
+    plan.entry_partials = w.entry_partials.get();
     plan.row_partials = w.row_partials.data();
     plan.gates = w.gates.get();
   }
@@ -323,7 +323,12 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
       }
     });
   }
-  if (with_statistics) reduce(p, w, groups * tiles);
+  if (with_statistics) {
+    const auto entries = tasks > 0 ? static_cast<int64_t>(w.live.size()) : 0;
+    parallel(entries + p.batch, threads, [&](int64_t i, int) {
+      i < entries ? reduce_entry(p, w, groups, tiles, i) : reduce_row(p, w, groups, tiles, i - entries);
+    });
+  }
 }
 
 CpuTiling tiling(const std::string& isa_name, const std::array<int64_t, 6>& s, int threads) {

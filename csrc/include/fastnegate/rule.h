@@ -61,10 +61,10 @@ FN_INLINE Pull pull(const Rule& rule, const Moments& m) {
 
 // Mass of segment e relative to the prompt's; tops are base-2 logits.
 FN_INLINE F mass_share(F top, F mass, F entry_top, F entry_mass, const Numbers& n) {
-  const F biased = entry_top - n.logit_bias * kLog2e;
-  const F highest = max(top, biased);
-  const F ours = entry_mass * exp2(biased - highest);
-  return divide(ours, fma(mass, exp2(top - highest), ours));
+  const F gap = entry_top - n.logit_bias * kLog2e - top;
+  const F less = exp2(min(gap, splat(0.f) - gap)), one = splat(1.f);  // the higher of both weighs 1
+  const F ours = entry_mass * select(gap < 0.f, less, one);
+  return divide(ours, fma(mass, select(gap < 0.f, one, less), ours));
 }
 
 // Factor on Y from the norms of Y and Z over the scope; `limited` is 1 where `limit` acted.
