@@ -455,6 +455,40 @@ def test_16_a_fading_schedule_ends_at_plain_attention(backend: str, rule: Rule, 
 # ---- corrupt data --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["key", "value"])
+@every_rule
+@every_backend
+def test_a_nan_in_a_concept_shows_and_stays_there(backend: str, rule: Rule, where: str) -> None:
+    """Fails closed: a concept that cannot be measured must not pass as one that is absent."""
+    problem = make_problem(rule=rule, rows=[[0, 1], [1], [2, 0]], extras=rule.reads_direction, queries=70)
+    broken = getattr(problem.concepts, where).clone()
+    broken[1, 0, 3] = torch.nan  # of concept 0, in the first head
+    problem = with_concepts(problem, **{where: broken})
+    expected = run(problem, "reference").isnan()
+    assert expected[[0, 2]].any() and not expected[1].any() or rule.direction == "fixed"
+    output, statistics = run_with_statistics(problem, backend)
+    assert output.isnan()[expected].all() and not output[1].isnan().any()
+    assert torch.equal(statistics.nonfinite, output.isnan().sum((1, 2, 3)).float())
+    for at in (0, 33, 69):
+        one = dataclasses.replace(problem, query=problem.query[:, :, at : at + 1])
+        same = run(one, backend)[:, :, 0]
+        assert torch.equal(same.nan_to_num(), output[:, :, at].nan_to_num())
+        assert torch.equal(same.isnan(), output[:, :, at].isnan())
+
+
+@every_backend
+def test_entries_of_a_bank_without_concepts_do_not_exist(backend: str) -> None:
+    problem = make_problem(rows="same")
+    tokens = problem.concepts
+    rows = tokens.index[-problem.sizes[0] - 1 :]
+    empty = dataclasses.replace(
+        tokens, concepts=0, index=torch.cat([tokens.index[: tokens.entries], rows]),
+        direction=None, update=None, offset=None,
+    )  # fmt: skip
+    output = run(dataclasses.replace(problem, concepts=empty), backend)
+    assert torch.equal(output, run(plain(problem), backend))
+
+
 @pytest.mark.parametrize("wrong", [-(2**31), -1, 1000, 2**31 - 1])
 @every_backend
 def test_a_corrupt_index_never_leaves_the_arrays(backend: str, wrong: int) -> None:

@@ -15,7 +15,7 @@
 
 namespace fastnegate::FASTNEGATE_ISA {
 namespace {
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if FASTNEGATE_LANES == 16 || defined(__aarch64__)
 constexpr int kStep = 8;  // rows per register tile: 8 x 2 of 32 registers
 #else
 constexpr int kStep = 4;  // 4 x 2 of 16 registers
@@ -65,16 +65,24 @@ void multiply_rest(int64_t rows, const float* a, int64_t depth, const float* b,
     case 1: return multiply_step<Op, 1, NQ>(a, depth, b, scale, c);
     case 2: return multiply_step<Op, 2, NQ>(a, depth, b, scale, c);
     case 3: return multiply_step<Op, 3, NQ>(a, depth, b, scale, c);
-    case 4: return multiply_step<Op, 4, NQ>(a, depth, b, scale, c);
-    case 5: return multiply_step<Op, 5, NQ>(a, depth, b, scale, c);
-    case 6: return multiply_step<Op, 6, NQ>(a, depth, b, scale, c);
-    case 7: return multiply_step<Op, 7, NQ>(a, depth, b, scale, c);
   }
+  if constexpr (kStep == 8) switch (rows) {
+      case 4: return multiply_step<Op, 4, NQ>(a, depth, b, scale, c);
+      case 5: return multiply_step<Op, 5, NQ>(a, depth, b, scale, c);
+      case 6: return multiply_step<Op, 6, NQ>(a, depth, b, scale, c);
+      case 7: return multiply_step<Op, 7, NQ>(a, depth, b, scale, c);
+    }
 }
 
-// The same for any number of rows in blocks a[rows / kRows][depth][kRows].
-template <class Op, int NQ>
-void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const F* scale, float* c) {
+struct Nothing {
+  void operator()() const {}
+};
+
+// The same for any number of rows in blocks a[rows / kRows][depth][kRows], with something done between
+// steps.
+template <class Op, int NQ, class Between = Nothing>
+void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const F* scale, float* c,
+              Between between = {}) {
   for (int64_t r = 0; r < rows; r += kStep) {
     const float* from = a + r / kRows * depth * kRows + r % kRows;
     float* to = c + r * NQ * W;
@@ -82,6 +90,7 @@ void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const
       multiply_step<Op, kStep, NQ>(from, depth, b, scale, to);
     else
       multiply_rest<Op, NQ>(rows - r, from, depth, b, scale, to);
+    between();
   }
 }
 
@@ -249,15 +258,27 @@ FN_INLINE void load_queries(const Problem& p, const Task& task, int64_t h, int64
   }
 }
 
-// Fetches what a tile reads or writes into the cache while another one is computed: the rows of one
-// head lie too far apart in [B, N, H, D] memory for the hardware to do it.
-template <class Storage, int kWrite>
-FN_INLINE void prefetch(const Strided& t, const Task& task, int64_t head, int64_t count, int64_t dim) {
-  constexpr int64_t kSize = sizeof(typename Storage::T), kLine = 64;
-  const char* row = t.data + (task.batch * t.batch + head * t.head + task.first_query * t.row) * kSize;
-  for (int64_t i = 0; i < count; ++i, row += t.row * kSize)
-    for (int64_t at = 0; at < dim * kSize; at += kLine) __builtin_prefetch(row + at, kWrite);
-}
+// Fetches rows of one head into the cache, some at a time between steps of other work: they lie too far
+// apart in [B, N, H, D] memory for the hardware to foresee, and all at once they are more lines than a
+// core can wait for (D = 64: 4 % of the time).
+template <int kWrite>
+class Fetch {
+ public:
+  Fetch(const Strided& t, int64_t size, int64_t dim, const Task& task, int64_t head, int64_t rows)
+      : row(t.data + (task.batch * t.batch + head * t.head + task.first_query * t.row) * size),
+        stride(t.row * size), bytes(dim * size), left(rows) {}
+
+  bool some() {  // whether there was anything left
+    const bool any = left > 0;
+    for (int i = 0; i < 4 && left > 0; ++i, --left, row += stride)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, kWrite);
+    return any;
+  }
+
+ private:
+  const char* row;
+  int64_t stride, bytes, left;
+};
 
 // Channel d of the v-th vector of queries is output(d, v).
 template <class Storage, int NQ, class Output>
@@ -273,25 +294,30 @@ FN_INLINE void store_outputs(const Problem& p, const Task& task, int64_t h, int6
 
 // ---- one segment ------------------------------------------------------------------------------
 
-// Logits [n][lane] in base 2 -> weights 2^(s - top), their top and their sum. Two chains of each
-// query's maxima and short chains of its sum: latency in the one case, rounding in the other.
+// s[n][lane], logits in base 2 once multiplied by `scale` -> weights 2^(scale s - top), their top and
+// their sum. The product is not rounded on its own, which matters where logits are large (`retrieve`).
+// Two chains of each query's maxima and short chains of its sum: for latency, and for rounding.
 template <int NQ>
-FN_INLINE void softmax(float* s, int64_t n, F* top, F* mass) {
+FN_INLINE void softmax(float* s, int64_t n, float scale, F* top, F* mass) {
   F highest[2][NQ], total[NQ] = {};
   for (int q = 0; q < NQ; ++q) highest[0][q] = highest[1][q] = splat(kLowest);
   const auto raise = [&](int64_t j, int chain) {  // a NaN leaves the top alone
-    for (int q = 0; q < NQ; ++q) highest[chain][q] = max(load(s + (j * NQ + q) * W), highest[chain][q]);
+    for (int q = 0; q < NQ; ++q) highest[chain][q] = max(load(s + (j * NQ + q) * W) * scale, highest[chain][q]);
   };
   int64_t j = 0;
   for (; j + 2 <= n; j += 2) raise(j, 0), raise(j + 1, 1);
   if (j < n) raise(j, 0);
-  for (int q = 0; q < NQ; ++q) highest[0][q] = max(highest[0][q], highest[1][q]);
+  F less[NQ];
+  for (int q = 0; q < NQ; ++q) {
+    highest[0][q] = max(highest[0][q], highest[1][q]);
+    less[q] = splat(0.f) - highest[0][q];
+  }
   for (int64_t begin = 0; begin < n; begin += 8) {
     F sum[NQ] = {};
     for (j = begin; j < n && j < begin + 8; ++j)
       for (int q = 0; q < NQ; ++q) {
         float* at = s + (j * NQ + q) * W;
-        const F w = exp2(load(at) - highest[0][q]);
+        const F w = exp2(fma(load(at), splat(scale), less[q]));
         store(at, w);
         sum[q] = sum[q] + w;
       }
@@ -300,19 +326,21 @@ FN_INLINE void softmax(float* s, int64_t n, F* top, F* mass) {
   for (int q = 0; q < NQ; ++q) top[q] = highest[0][q], mass[q] = total[q];
 }
 
-// Logits s[n][lane] -> out[d][lane], the mean of n packed values with the softmax of the logits.
-template <int NQ>
-FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, float* s, float* out, F* top, F* mass) {
-  softmax<NQ>(s, n, top, mass);
+// Logits scale s[n][lane] -> out[d][lane], the mean of n packed values with the softmax of the logits.
+// `exact`: divided by the mass at the end, with one rounding, though weights may be fewer than channels.
+template <int NQ, class Between = Nothing>
+FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, bool exact, float scale, float* s,
+                          float* out, F* top, F* mass, Between between = {}) {
+  softmax<NQ>(s, n, scale, top, mass);
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
-  if (n >= dim) return multiply<Product, NQ>(dim, values, n, s, inverse, out);
-  for (int64_t j = 0; j < n; ++j)  // fewer weights than channels: normalize these
+  if (exact || n >= dim) return multiply<Product, NQ>(dim, values, n, s, inverse, out, between);
+  for (int64_t j = 0; j < n; ++j)
     for (int q = 0; q < NQ; ++q) {
       float* at = s + (j * NQ + q) * W;
       store(at, load(at) * inverse[q]);
     }
-  multiply<Product, NQ>(dim, values, n, s, nullptr, out);
+  multiply<Product, NQ>(dim, values, n, s, nullptr, out, between);
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
@@ -374,15 +402,14 @@ class Tile {
       attend_prompt(g);
       for (int64_t e = 0; e < entries; ++e) measure(g, e);
     }
-    if (entries > 0) {
-      open_gates();
-      if (plan.entry_partials) report_gates();
-    }
-    if (entries > 0 && acts())
-      mix();
-    else
+    if (entries == 0) {
       for (int64_t g = 0; g < plan.group; ++g)
         write(g, [&](int64_t d, int q) { return load(vec(z(g), d, q)); });
+      return;
+    }
+    open_gates();
+    if (plan.entry_partials) report_gates();
+    mix();
   }
 
  private:
@@ -411,16 +438,15 @@ class Tile {
     return vec(s.mass, g * (1 + entries) + segment, q);
   }
 
-  // Attention of the queries to a pack with `add_bias` on the logits; tops and masses of `segment` are kept.
-  template <class AddBias>
-  void attend(const Pack& pack, int64_t g, int64_t segment, AddBias add_bias, float* out) {
+  // Attention of the queries to a pack; tops and masses of `segment` are kept. add_bias(scale) may add to
+  // the logits after scaling them, and returns the scale that is left.
+  template <class AddBias, class Between = Nothing>
+  void attend(const Pack& pack, int64_t g, int64_t segment, AddBias add_bias, float* out, Between between = {}) {
     using Keys = Scored<Storage>;
-    const int64_t depth = Keys::depth(p.dim);
-    F scale[NQ], top_[NQ], mass_[NQ];
-    for (int q = 0; q < NQ; ++q) scale[q] = splat(p.scale * kLog2e);
-    multiply<typename Keys::Op, NQ>(pack.count, pack.key, depth, s.query, scale, s.scores);
-    add_bias();
-    mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
+    F top_[NQ], mass_[NQ];
+    multiply<typename Keys::Op, NQ>(pack.count, pack.key, Keys::depth(p.dim), s.query, nullptr, s.scores, between);
+    const float scale = add_bias(p.scale * kLog2e);
+    mean_value<NQ>(pack.value, pack.count, p.dim, segment == 0, scale, s.scores, out, top_, mass_, between);
     for (int q = 0; q < NQ; ++q) {
       store(top(g, segment, q), top_[q]);
       store(mass(g, segment, q), mass_[q]);
@@ -429,33 +455,40 @@ class Tile {
 
   // Attention of Z to the values of a pack, for `retrieve`.
   void recall(const Pack& pack, int64_t g, float* out) {
-    F scale[NQ], top_[NQ], mass_[NQ];
+    F top_[NQ], mass_[NQ];
     const float inverse = rule.temperature > 0.f ? 1.f / rule.temperature : p.scale;
-    for (int q = 0; q < NQ; ++q) scale[q] = splat(inverse * kLog2e);
-    multiply<Product, NQ>(pack.count, pack.memory, p.dim, z(g), scale, s.scores);
-    add_token_bias(pack);
-    mean_value<NQ>(pack.value, pack.count, p.dim, s.scores, out, top_, mass_);
+    multiply<Product, NQ>(pack.count, pack.memory, p.dim, z(g), nullptr, s.scores);
+    const float scale = add_token_bias(pack, inverse * kLog2e);
+    mean_value<NQ>(pack.value, pack.count, p.dim, true, scale, s.scores, out, top_, mass_);
   }
 
-  void add_token_bias(const Pack& pack) {
-    if (!pack.bias) return;
+  float add_token_bias(const Pack& pack, float scale) {
+    if (!pack.bias) return scale;
     for (int64_t j = 0; j < pack.count; ++j)
-      for (int q = 0; q < NQ; ++q) add(vec(s.scores, j, q), splat(pack.bias[j]));
+      for (int q = 0; q < NQ; ++q) {
+        float* at = vec(s.scores, j, q);
+        store(at, fma(load(at), splat(scale), splat(pack.bias[j])));
+      }
+    return 1.f;
   }
 
   void attend_prompt(int64_t g) {
     const int64_t h = task.first_head + g;
     const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
     load_queries<Storage, NQ>(p, task, h, count, s.query);
-    prefetch<Storage, 1>(p.out, task, h, count, p.dim);
-    if (g + 1 < plan.group)
-      prefetch<Storage, 0>(p.query, task, h + 1, count, p.dim);
-    else if (next)
-      prefetch<Storage, 0>(p.query, *next, next->first_head, std::min(L, p.queries - next->first_query), p.dim);
+    // Meanwhile: what is written at the end of this head, and what is read for the next one.
+    constexpr int64_t kSize = sizeof(typename Storage::T);
+    const bool last = g + 1 == plan.group;
+    const Task& after = last && next ? *next : task;
+    const int64_t rows = last && !next ? 0 : std::min(L, p.queries - after.first_query);
+    Fetch<1> output(p.out, kSize, p.dim, task, h, count);
+    Fetch<0> query(p.query, kSize, p.dim, after, last ? after.first_head : h + 1, rows);
+    const auto fetch = [&] { return output.some() || query.some(); };
     if (p.key_bias && p.bias_query != 0)
-      attend(pack, g, 0, [&] { add_query_bias(h, pack.count); }, z(g));
+      attend(pack, g, 0, [&](float scale) { return add_query_bias(h, pack.count, scale); }, z(g), fetch);
     else
-      attend(pack, g, 0, [&] { add_token_bias(pack); }, z(g));
+      attend(pack, g, 0, [&](float scale) { return add_token_bias(pack, scale); }, z(g), fetch);
+    while (fetch()) {}
     if (entries == 0) return;
     if (g == 0) {
       std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
@@ -466,13 +499,19 @@ class Tile {
   }
 
   // The [N, M] form of key_bias is read where it is needed: rare, so not tuned.
-  void add_query_bias(int64_t h, int64_t keys) {
+  float add_query_bias(int64_t h, int64_t keys, float scale) {
     const float* bias = p.key_bias + task.batch * p.bias_batch + h * p.bias_head;
     for (int64_t j = 0; j < keys; ++j)
-      for (int64_t lane = 0; lane < L; ++lane) {
-        const int64_t n = task.first_query + (lane < count ? lane : count - 1);
-        s.scores[j * L + lane] += base2(bias[n * p.bias_query + j * p.bias_key]);
+      for (int q = 0; q < NQ; ++q) {
+        F added;
+        for (int i = 0; i < W; ++i) {
+          const int64_t n = task.first_query + std::min<int64_t>(q * W + i, count - 1);
+          added[i] = base2(bias[n * p.bias_query + j * p.bias_key]);
+        }
+        float* at = vec(s.scores, j, q);
+        store(at, fma(load(at), splat(scale), added));
       }
+    return 1.f;
   }
 
   // Sum over the channels of a head in eight chains: D is a multiple of 8, a multiply-add takes 4
@@ -522,7 +561,7 @@ class Tile {
       const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
       const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
       float* f = f_is_x ? x(g, e) : s.feature;
-      attend(pack, g, 1 + e, [&] { add_token_bias(pack); }, f);
+      attend(pack, g, 1 + e, [&](float scale) { return add_token_bias(pack, scale); }, f);
       for (int q = 0; q < NQ; ++q) {
         if (plan.reads_moments) {
           F zf, ff;
@@ -562,6 +601,13 @@ class Tile {
       }
     if (rule.select == Select::max)
       for (int q = 0; q < NQ; ++q) keep_largest(q);
+    // A similarity that is NaN, from a concept that holds one, must show in the output. min and max lose it,
+    // and the query would come out as if the gate were closed.
+    for (int64_t i = 0; i < entries * NQ; ++i) {
+      const F r = load(entry(i / NQ, kR, i % NQ));
+      float* g = entry(i / NQ, kG, i % NQ);
+      store(g, select(r == r, load(g), r));
+    }
   }
 
   // Zero every gate but the largest; ties: larger r, then lower concept, then lower entry.
@@ -581,14 +627,6 @@ class Tile {
       float* g = entry(e, kG, q);
       store(g, select(best == static_cast<float>(e), load(g), F{}));
     }
-  }
-
-  // Whether an output can differ from Z. (With a blend, and in `joint`, rounding alone can do that.)
-  bool acts() {
-    if (rule.blend != 1.f || rule.combine == Combine::joint) return true;
-    for (int64_t i = 0; i < entries * NQ; ++i)
-      if (any(load(entry(i / NQ, kG, i % NQ)) != 0.f)) return true;
-    return false;
   }
 
   // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.

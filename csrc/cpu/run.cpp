@@ -49,7 +49,8 @@ std::vector<Level> find_levels() {
   std::vector<Level> all;
 #if defined(FASTNEGATE_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(FASTNEGATE_AVX512BF16)
@@ -82,11 +83,11 @@ const Isa& find(const std::string& name) {
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Calls work(i, thread) for i in [0, count). Exceptions must not leave `work`.
+// Calls work(i, thread) for i in [0, count). Exceptions must not leave `work`. The team is always
+// `threads` strong: libgomp ends and restarts threads when its size changes (torch's ParallelOpenMP.h).
 template <class Work>
 void parallel(int64_t count, int threads, const Work& work) {
-  threads = static_cast<int>(std::min<int64_t>(threads, count));
-  if (threads <= 1 || forked) {
+  if (threads <= 1 || count <= 1 || forked) {
     for (int64_t i = 0; i < count; ++i) work(i, 0);
     return;
   }
@@ -151,8 +152,9 @@ void find_live(const Problem& p, Workspace& w) {
   std::vector<int64_t> slot(p.concepts, -1);
   w.live_begin.push_back(0);
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t begin = rows ? clamp(rows[b], p.entries) : 0;
-    const int64_t end = rows ? clamp(rows[b + 1], p.entries) : 0;
+    const bool any = rows && p.concepts > 0;
+    const int64_t begin = any ? clamp(rows[b], p.entries) : 0;
+    const int64_t end = any ? clamp(rows[b + 1], p.entries) : 0;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t c = clamp(p.index[e], p.concepts - 1);
       const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
@@ -308,8 +310,7 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
     const int64_t together = std::max<int64_t>(1, tiling.heads / plan.group);
     const int64_t units_per_row = ceil_div(groups, together) * tiles;
     const int64_t units = p.batch * units_per_row;
-    const auto workers = std::max<int64_t>(1, std::min<int64_t>(threads, units));
-    const Buffer scratch = allocate(per_thread * workers);
+    const Buffer scratch = allocate(per_thread * std::max(threads, 1));  // idle threads touch none of theirs
     parallel(units, threads, [&](int64_t i, int thread) {
       const int64_t b = i / units_per_row, first = i % units_per_row / tiles * together, tile = i % tiles;
       const int64_t last = std::min(first + together, groups) - 1;
@@ -345,7 +346,7 @@ double fma_peak(const std::string& isa_name, int threads, double seconds) {
   double best = 0;
   for (const double end = now() + seconds; now() < end;) {
     const double start = now();
-    parallel(threads, threads, [&](int64_t i, int) { done[i] = isa.multiply_adds(1 << 16); });
+    parallel(threads, threads, [&](int64_t i, int) { done[i] = isa.multiply_adds(1 << 20); });
     best = std::max(best, static_cast<double>(std::accumulate(done.begin(), done.end(), int64_t{0})) / (now() - start));
   }
   return best;

@@ -2,14 +2,18 @@
 // The vector type of the CPU kernel: W floats, one per query. Included once per instruction set, in
 // that set's namespace (FASTNEGATE_ISA), so that code compiled for one never runs on another.
 //
-// Plain operators are those of GCC/Clang vector types. Multiply-add is always spelled `fma`: the
+// The build says how wide W is (FASTNEGATE_LANES), not the compiler's macros: flags of the user's, such
+// as -march=native, must not turn one level into another.
+//
+// Plain operators are those of GCC/Clang vector types, which with the few functions below are all that
+// the kernel needs: less than a dependency on a vector library, which pip cannot bring. Multiply-add is always spelled `fma`: the
 // files are compiled with -ffp-contract=off, so that every lane of every tile rounds alike.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if FASTNEGATE_LANES >= 8
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -19,22 +23,16 @@
 
 namespace fastnegate::FASTNEGATE_ISA {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+constexpr int W = FASTNEGATE_LANES;
 
 typedef float F __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
 typedef uint32_t U __attribute__((vector_size(W * 4)));
 typedef uint16_t H __attribute__((vector_size(W * 2)));
 
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
 FN_INLINE F splat(float x) { return (F)_mm512_set1_ps(x); }
-#elif defined(__AVX2__)
+#elif FASTNEGATE_LANES == 8
 FN_INLINE F splat(float x) { return (F)_mm256_set1_ps(x); }
 #else
 FN_INLINE F splat(float x) { return x - F{}; }  // exact, -0 included, so that a broadcast remains
@@ -49,22 +47,12 @@ FN_INLINE F as_float(I x) { return (F)x; }
 FN_INLINE I as_int(F x) { return (I)x; }
 FN_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 
-FN_INLINE bool any(I mask) {
-#if defined(__aarch64__)
-  return vmaxvq_u32((uint32x4_t)mask) != 0;
-#else
-  int32_t found = 0;
-  for (int i = 0; i < W; ++i) found |= mask[i];
-  return found != 0;
-#endif
-}
-
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
 FN_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 FN_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
 FN_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 FN_INLINE F sqrt(F a) { return (F)_mm512_sqrt_ps((__m512)a); }
-#elif defined(__AVX2__)
+#elif FASTNEGATE_LANES == 8
 FN_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 FN_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
 FN_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
@@ -88,7 +76,7 @@ FN_INLINE F sqrt(F a) {
 struct Product {
   static FN_INLINE F apply(F a, F b, F c) { return fma(a, b, c); }
 };
-#if defined(__AVX512BF16__)
+#if defined(FASTNEGATE_PAIRS)
 constexpr bool kPairs = true;
 struct PairProduct {
   static FN_INLINE F apply(F a, F b, F c) {
@@ -107,7 +95,7 @@ FN_INLINE float fold(F x, Fold f) {
     for (int i = 0; i < n; ++i) x[i] = f(x[i], x[i + n]);
   return x[0];
 }
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
 FN_INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
 FN_INLINE float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
@@ -129,9 +117,8 @@ FN_INLINE F exponent(F x) { return __builtin_convertvector((as_int(x) >> 23) - 1
 FN_INLINE F abs(F x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // 2^x for x <= 127. n = round(x), a minimax polynomial of degree 6 for 2^(x-n) on [-.5, .5]
-// (relative error 2.0e-9 before rounding) and an exponent shift. Below -126 the result is 0 or, with
-// AVX-512, may be subnormal; at -inf and the lowest float it is 0, so that a masked logit weighs
-// exactly nothing. NaN stays NaN.
+// (relative error 2.0e-9 before rounding) and an exponent shift. Below -126 the result is 0 (-inf
+// included), so a masked logit weighs exactly nothing. NaN stays NaN.
 FN_INLINE F exp2_fraction(F f) {
   F p = splat(1.535336182e-4f);
   p = fma(p, f, splat(1.339887445e-3f));
@@ -142,11 +129,11 @@ FN_INLINE F exp2_fraction(F f) {
   return fma(p, f, splat(1.f));
 }
 
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
 FN_INLINE F exp2(F x) {  // 10 instructions of the 18 that it takes without rounding and scaling ones
-  const F clamped = max(splat(-160.f), x);
-  const F n = (F)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (F)_mm512_scalef_ps((__m512)exp2_fraction(clamped - n), (__m512)n);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (F)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction(x - n), (__m512)n);
 }
 #else
 FN_INLINE F exp2(F x) {
@@ -213,7 +200,7 @@ struct Float16 {
   static FN_INLINE U pack(const F* x) { return narrow(x[0]) | narrow(x[1]) << 16; }
 
  private:  // a half in the low bits of each word <-> float
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
   static FN_INLINE F widen(U h) {
     return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h));
   }
@@ -221,7 +208,7 @@ struct Float16 {
     return (U)_mm512_cvtepu16_epi32(
         _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-#elif defined(__AVX2__)  // every CPU with AVX2 has F16C
+#elif FASTNEGATE_LANES == 8
   static FN_INLINE F widen(U h) {
     const __m128i low = _mm256_castsi256_si128((__m256i)h), high = _mm256_extracti128_si256((__m256i)h, 1);
     return (F)_mm256_cvtph_ps(_mm_packus_epi32(low, high));
@@ -262,7 +249,7 @@ struct Float16 {
 // Four words of each of W rows: in memory 16 bytes of every row, in registers row 4 l + i in the
 // l-th 128 bits of r[i]. transpose() turns that into word i of row r in lane r of r[i], and back: 8
 // shuffles for 4 W words, where a W x W transposition takes 4 log2(W) for as many.
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
 FN_INLINE U gather(const char* a, const char* b, const char* c, const char* d) {
   const auto at = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
   __m512i r = _mm512_castsi128_si512(at(a));
@@ -283,7 +270,7 @@ FN_INLINE void transpose(U (&r)[4]) {
   r[2] = (U)_mm512_unpacklo_epi64(b, d);
   r[3] = (U)_mm512_unpackhi_epi64(b, d);
 }
-#elif defined(__AVX2__)
+#elif FASTNEGATE_LANES == 8
 FN_INLINE U gather(const char* a, const char* b) {
   const auto at = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
   return (U)_mm256_inserti128_si256(_mm256_castsi128_si256(at(a)), at(b), 1);
@@ -331,9 +318,9 @@ FN_INLINE void transpose(U (&r)[4]) {
 FN_INLINE void load_words(const char* const (&row)[W], int64_t offset, U (&r)[4]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
     r[i] = gather(row[i] + offset, row[4 + i] + offset, row[8 + i] + offset, row[12 + i] + offset);
-#elif defined(__AVX2__)
+#elif FASTNEGATE_LANES == 8
     r[i] = gather(row[i] + offset, row[4 + i] + offset);
 #else
     r[i] = gather(row[i] + offset);
@@ -347,10 +334,10 @@ FN_INLINE void store_words(char* const (&row)[W], int64_t offset, int64_t count,
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     if (i < count) scatter<0>(r[i], row[i] + offset);
-#if defined(__AVX2__)
+#if FASTNEGATE_LANES >= 8
     if (4 + i < count) scatter<1>(r[i], row[4 + i] + offset);
 #endif
-#if defined(__AVX512F__)
+#if FASTNEGATE_LANES == 16
     if (8 + i < count) scatter<2>(r[i], row[8 + i] + offset);
     if (12 + i < count) scatter<3>(r[i], row[12 + i] + offset);
 #endif

@@ -174,7 +174,9 @@ def _existing(tokens: ConceptTokens, rule: Rule, b: int) -> list[tuple[int, int,
     index = tokens.index.tolist()
     entries, concepts = tokens.entries, tokens.concepts
     rows = index[entries + 2 * concepts :]
-    found = []
+    found: list[tuple[int, int, int, int]] = []
+    if concepts == 0:
+        return found
     for e in range(max(rows[b], 0), min(rows[b + 1], entries)):
         c = min(max(index[e], 0), concepts - 1)
         begin = min(max(index[entries + c], 0), tokens.tokens)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scalars of one query -> coefficients: the only C++ copy of the mixing maths.
 //
-// Included inside the namespace of an instruction set (or of the device), which provides F, the
+// Opens the namespace of an instruction set (or of the device), which has to provide F, the
 // type of one scalar per query, and its functions: operators, splat, select, fma, min, max, sqrt,
 // divide (0 where the divisor is below 1e-30) and exp2. Modes are uniform branches.
 #pragma once
