@@ -190,9 +190,7 @@ def test_bit_fields() -> None:
         expected = [extract(*field, kind == "s32") for field in fields]
         same_bits(evaluate(f"bfe.{kind} %y, %x0, %x1, %x2;", INTEGERS, begin, length), modulo(expected))
     expected = [insert(a, b, at, n) for (a, at, n), b in zip(fields, O)]
-    same_bits(
-        evaluate("bfi.b32 %y, %x0, %x1, %x2, %x3;", INTEGERS, OTHERS, begin, length), modulo(expected)
-    )
+    same_bits(evaluate("bfi.b32 %y, %x0, %x1, %x2, %x3;", INTEGERS, OTHERS, begin, length), modulo(expected))
 
 
 def test_bits() -> None:
@@ -962,9 +960,11 @@ def test_fused_kernel(options: dict, simulated) -> None:
 
     problem = make_problem(**{"batch": 2, "heads": 1, "queries": 65, "keys": 77, **options})
     written = {"out.data", "moments", "norms"}
-    with simulated(outputs=written, undefined=written) as device:
-        output = backend.run(problem)
-    Judge(problem).check(output, "ptx")
+    with simulated(outputs=written | {"trace.entries", "trace.rows"}, undefined=written) as device:
+        output, statistics = backend.run_with_statistics(problem)
+    judge = Judge(problem)
+    judge.check(output, "ptx")
+    judge.check_statistics(statistics, "ptx")
     total = device.launches[-1].result.total
     compulsory = output.numel() * output.element_size()
     assert total.written["out.data"].bytes == total.read["query.data"].bytes == compulsory

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .machine import Cta, Lanes
 
 
-def elementwise(form: Form, kind: str, function: Callable, sources: list[Read], target=0) -> Step:
-    write = form.write(target, kind)
+def elementwise(form: Form, kind: str, function: Callable, sources: list[Read]) -> Step:
+    """`function` of the numbers of all threads, written to the first operand."""
+    write = form.write(0, kind)
     if len(sources) == 1:
         (a,) = sources
         return lambda cta, lanes: write(cta, lanes, function(a(cta)))
@@ -32,18 +33,15 @@ def float_options(form: Form, kind: str, function: Callable) -> Callable:
     """`.ftz` and `.sat` around a function."""
     if not is_float(kind):
         return function
-    saturate = form.has("sat")
-    if form.has("ftz"):
-        plain = function
-        flushed = values.flush if kind == "f32" else lambda x: x  # halves: at least the result is right
+    flush, saturate = form.has("ftz"), form.has("sat")
+    if flush and kind != "f32":
+        raise form.unknown()
 
-        def function(*arguments):
-            return flushed(plain(*map(flushed, arguments)))
+    def with_options(*arguments: np.ndarray) -> np.ndarray:
+        result = values.flush(function(*map(values.flush, arguments))) if flush else function(*arguments)
+        return np.nan_to_num(np.clip(result, 0, 1)) if saturate else result
 
-    if not saturate:
-        return function
-    unclipped = function
-    return lambda *arguments: np.nan_to_num(np.clip(unclipped(*arguments), 0, 1))
+    return with_options if flush or saturate else function
 
 
 def _arithmetic(function: Callable, *modifiers: str) -> Callable[[Form], Step]:
@@ -138,15 +136,10 @@ def _mad(form: Form) -> Step:
 
         def function(a, b, c):
             total = values.fused(a, b, c)
-            return np.maximum(total, 0) if relu else total
+            total = np.maximum(total, 0) if relu else total
+            return total.astype(np.float32) if kind == "f32" else total
 
         sources = [form.read(i, kind) for i in (1, 2, 3)]
-        if kind == "f32":
-            inner = function
-
-            def function(a, b, c):
-                return inner(a, b, c).astype(np.float32)
-
         return elementwise(form, kind, float_options(form, kind, function), sources)
     result, product = _integer_product(form, kind)
     sources = [form.read(1, kind), form.read(2, kind), form.read(3, result)]
@@ -155,15 +148,15 @@ def _mad(form: Form) -> Step:
 
 def _integer_product(form: Form, kind: str) -> tuple[str, Callable]:
     """The type of .lo, .hi or .wide, and the function."""
-    form_of = form.one_of("lo", "hi", "wide")
-    if form_of == "lo":
+    part = form.one_of("lo", "hi", "wide")
+    if part == "lo":
         return kind, np.multiply
     bits = 8 * size_of(kind)
     wide = f"{kind[0]}{2 * bits}"
     if bits == 64:
         return kind, lambda a, b: _each(lambda x, y: x * y >> 64, 64)(a, b).view(a.dtype)
     dtype = values.NUMBERS[wide]
-    if form_of == "wide":
+    if part == "wide":
         return wide, lambda a, b: a.astype(dtype) * b.astype(dtype)
     return kind, lambda a, b: (a.astype(dtype) * b.astype(dtype) >> dtype.type(bits)).astype(a.dtype)
 

@@ -211,7 +211,7 @@ def bind(instruction: Instruction, launch: Launch) -> Bound:
         raise form.unknown()
     try:
         step = TABLE[opcode](form)
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
         raise form.unknown() from error
     form.finish()
     kind = "warp" if hasattr(step, "members") else "plain"

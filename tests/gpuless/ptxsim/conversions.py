@@ -49,18 +49,16 @@ def _cvt(form: Form) -> Step:
             raise form.unknown()
         flush = form.has("ftz")
         function = _float_to_integer(integral, values.NUMBERS[target], flush)
+    elif target == "bf16":
+        raise form.unknown()  # two roundings, as it is done here
     else:
         if is_float(target):
             form.has("rn")
-        if form.has("sat"):
-            raise form.unknown()
-        dtype = values.NUMBERS.get(target, np.dtype(np.float32))
+        dtype = values.NUMBERS[target]
 
         def function(x):
             return x.astype(dtype)
 
-        if target == "bf16":
-            raise form.unknown()
     return elementwise(form, target, function, [form.read(1, source)])
 
 
@@ -92,7 +90,6 @@ def _float_to_integer(integral: Callable, dtype: np.dtype, flush: bool) -> Calla
 def _cvta(form: Form) -> Step:
     """Generic addresses are those of global memory, and a window for shared memory."""
     kind = form.kind()
-    to, space = form.has("to"), form.one_of("global", "shared")
-    form.has("::cta")
-    shift = np.uint64(SHARED_WINDOW if space == "shared" else 0)
+    to, space = form.has("to"), form.one_of("global", "shared", "shared::cta")
+    shift = np.uint64(0 if space == "global" else SHARED_WINDOW)
     return elementwise(form, kind, lambda x: x - shift if to else x + shift, [form.read(1, kind)])

@@ -38,7 +38,8 @@ class SimulatedDevice:
 
     Args:
         outputs: names of arguments that the kernel may write ("out.data" of a tuple `out`), by default
-            all. They must be written before they are read if they are in `undefined`.
+            all. They must be written before they are read if they are in `undefined`. Arguments that
+            are views of one tensor count as the first of them.
         change: applied to every program before it runs, for mutations.
         limit: as of `ptxsim.run`.
     """

@@ -98,7 +98,6 @@ class Cta:
         self.counts = Counts()
         self.shared = SharedMemory(launch.shared_size, self.counts)
         self.registers = list(launch.poison)
-        self.exited = np.zeros(self.threads, bool)
         self.copies: list[Copy] = []
         self.committed = np.zeros(self.threads, np.int64)
         self.fronts: dict[int, Lanes] = {}  # where threads are that can go on
@@ -162,12 +161,10 @@ class Cta:
 
     def _stop(self, place: int, bound: Bound, lanes: Lanes) -> None:
         """At a point where threads end or wait for each other."""
-        if bound.kind == "exit":
-            self.exited |= lanes.mask
-        elif bound.kind == "barrier":
+        if bound.kind == "barrier":
             there = self.at_barrier.get(place)
             self.at_barrier[place] = lanes if there is None else there | lanes
-        else:
+        elif bound.kind == "warp":
             if place in self.waiting:
                 lanes |= self.waiting.pop(place)
             complete = self._complete_warps(bound, lanes)
