@@ -465,7 +465,7 @@ def test_a_nan_in_a_concept_shows_and_stays_there(backend: str, rule: Rule, wher
     broken[1, 0, 3] = torch.nan  # of concept 0, in the first head
     problem = with_concepts(problem, **{where: broken})
     expected = run(problem, "reference").isnan()
-    assert expected[[0, 2]].any() and not expected[1].any() or rule.direction == "fixed"
+    assert expected[[0, 2]].any() or rule.direction == "fixed"  # which reads no tokens
     output, statistics = run_with_statistics(problem, backend)
     assert output.isnan()[expected].all() and not output[1].isnan().any()
     assert torch.equal(statistics.nonfinite, output.isnan().sum((1, 2, 3)).float())
