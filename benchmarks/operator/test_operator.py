@@ -60,7 +60,7 @@ def _run(case: Case, benchmark: Any, machine: dict[str, Any], *, with_compile: b
     interleave({"fused": fused(case), **calls}, WARM, warm=0)  # compiles, too
     others = Rounds(calls)
     before = fma_peak()
-    # In each round the baselines in changing order, then the fused call (`fastnegate bench` shuffles that, too).
+    # A round: the baselines in changing order, then this call (which `fastnegate bench` shuffles, too).
     benchmark.pedantic(fused(case), setup=others.run, rounds=ROUNDS, warmup_rounds=1)
     if benchmark.disabled:
         return
