@@ -401,6 +401,7 @@ class Tile {
     for (int64_t g = 0; g < plan.group; ++g) {
       attend_prompt(g);
       for (int64_t e = 0; e < entries; ++e) measure(g, e);
+      if (plan.reads_mass && plan.reads_tokens) weigh(g);
     }
     if (entries == 0) {
       for (int64_t g = 0; g < plan.group; ++g)
@@ -569,10 +570,6 @@ class Tile {
           add(entry(e, kZf, q), zf);
           add(entry(e, kFf, q), ff);
         }
-        if (plan.reads_mass)
-          add(entry(e, kMass, q),
-              mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
-                         load(mass(g, 1 + e, q)), live[e].numbers));
       }
       if (rule.direction == Direction::retrieve) recall(pack, g, x(g, e));
     }
@@ -583,6 +580,14 @@ class Tile {
               return fma(splat(u[d]), load(vec(z(g), d, q)), part);
             }));
     }
+  }
+
+  // The entries' shares of mass, all in one loop: each is one long chain of latencies.
+  void weigh(int64_t g) {
+    for (int64_t e = 0; e < entries; ++e)
+      for (int q = 0; q < NQ; ++q)
+        add(entry(e, kMass, q), mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
+                                           load(mass(g, 1 + e, q)), live[e].numbers));
   }
 
   Moments moments(int64_t e, int q) {
