@@ -391,8 +391,8 @@ def test_11_limit_limits(
 @every_backend
 def test_12_extreme_inputs_never_give_nan(backend: str, rule: Rule, dtype: torch.dtype) -> None:
     largest = 65504.0 if dtype == torch.float16 else 1e15
-    for rows in ("same", "mixed"):
-        problem = make_problem(dtype=dtype, rule=rule, rows=rows, mask="additive")
+    for rows, mask in (("same", "additive"), ("mixed", "additive"), ("same", "none")):
+        problem = make_problem(dtype=dtype, rule=rule, rows=rows, mask=mask, extras=mask != "none")
         tokens = problem.concepts
         for grow in (torch.sign, lambda t: t / t.abs().amax()):
             extreme = dataclasses.replace(
@@ -405,6 +405,19 @@ def test_12_extreme_inputs_never_give_nan(backend: str, rule: Rule, dtype: torch
             output, statistics = run_with_statistics(extreme, backend)
             assert not output.isnan().any()
             assert not any(t.isnan().any() for t in statistics)
+
+
+@pytest.mark.parametrize("scale", [1e9, -1e9])
+@every_dtype
+@every_backend
+def test_12_a_far_highest_logit_takes_all(backend: str, dtype: torch.dtype, scale: float) -> None:
+    problem = dataclasses.replace(plain(make_problem(dtype=dtype)), scale=scale)
+    logits = problem.query.double() @ problem.key.double().mT * scale
+    first, second = logits.topk(2).values.unbind(-1)
+    winner = logits.argmax(-1, keepdim=True).expand_as(problem.query)
+    far = (first - second > 1e4) & (first > 1e9)  # a float32 logit of that size is off by some hundreds
+    assert far.double().mean() > 0.9
+    assert torch.equal(run(problem, backend)[far], problem.value.gather(2, winner)[far])
 
 
 @pytest.mark.parametrize("power", [-10, -1, 3, 10])

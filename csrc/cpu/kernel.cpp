@@ -295,35 +295,36 @@ FN_INLINE void store_outputs(const Problem& p, const Task& task, int64_t h, int6
 // ---- one segment ------------------------------------------------------------------------------
 
 // s[n][lane], logits in base 2 once multiplied by `scale` -> weights 2^(scale s - top), their top and
-// their sum. The product is not rounded on its own, which matters where logits are large (`retrieve`).
-// Two chains of each query's maxima and short chains of its sum: for latency, and for rounding.
+// their sum. The top is subtracted before scaling: it weighs exactly 1 however large it is, and the
+// weights that matter are the most exact. Two chains of each query's maxima and short chains of its sum:
+// for latency, and for rounding.
 template <int NQ>
 FN_INLINE void softmax(float* s, int64_t n, float scale, F* top, F* mass) {
+  if (scale < 0.f) {  // the lowest score is the highest logit
+    for (int64_t i = 0; i < n * NQ; ++i) store(s + i * W, -load(s + i * W));
+    scale = -scale;
+  }
   F highest[2][NQ], total[NQ] = {};
   for (int q = 0; q < NQ; ++q) highest[0][q] = highest[1][q] = splat(kLowest);
   const auto raise = [&](int64_t j, int chain) {  // a NaN leaves the top alone
-    for (int q = 0; q < NQ; ++q) highest[chain][q] = max(load(s + (j * NQ + q) * W) * scale, highest[chain][q]);
+    for (int q = 0; q < NQ; ++q) highest[chain][q] = max(load(s + (j * NQ + q) * W), highest[chain][q]);
   };
   int64_t j = 0;
   for (; j + 2 <= n; j += 2) raise(j, 0), raise(j + 1, 1);
   if (j < n) raise(j, 0);
-  F less[NQ];
-  for (int q = 0; q < NQ; ++q) {
-    highest[0][q] = max(highest[0][q], highest[1][q]);
-    less[q] = splat(0.f) - highest[0][q];
-  }
+  for (int q = 0; q < NQ; ++q) highest[0][q] = max(highest[0][q], highest[1][q]);
   for (int64_t begin = 0; begin < n; begin += 8) {
     F sum[NQ] = {};
     for (j = begin; j < n && j < begin + 8; ++j)
       for (int q = 0; q < NQ; ++q) {
         float* at = s + (j * NQ + q) * W;
-        const F w = exp2(fma(load(at), splat(scale), less[q]));
+        const F w = exp2((load(at) - highest[0][q]) * scale);
         store(at, w);
         sum[q] = sum[q] + w;
       }
     for (int q = 0; q < NQ; ++q) total[q] = total[q] + sum[q];
   }
-  for (int q = 0; q < NQ; ++q) top[q] = highest[0][q], mass[q] = total[q];
+  for (int q = 0; q < NQ; ++q) top[q] = highest[0][q] * scale, mass[q] = total[q];
 }
 
 // Logits scale s[n][lane] -> out[d][lane], the mean of n packed values with the softmax of the logits.
@@ -563,13 +564,11 @@ class Tile {
       const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
       float* f = f_is_x ? x(g, e) : s.feature;
       attend(pack, g, 1 + e, [&](float scale) { return add_token_bias(pack, scale); }, f);
-      for (int q = 0; q < NQ; ++q) {
-        if (plan.reads_moments) {
-          F zf, ff;
-          dots(z(g), f, q, &zf, &ff);
-          add(entry(e, kZf, q), zf);
-          add(entry(e, kFf, q), ff);
-        }
+      for (int q = 0; plan.reads_moments && q < NQ; ++q) {
+        F zf, ff;
+        dots(z(g), f, q, &zf, &ff);
+        add(entry(e, kZf, q), zf);
+        add(entry(e, kFf, q), ff);
       }
       if (rule.direction == Direction::retrieve) recall(pack, g, x(g, e));
     }
