@@ -351,7 +351,7 @@ class Judge:
         concepts = self.problem.concepts
         assert all(t.dtype == torch.float32 for t in actual)
         nudged = [
-            reference.evaluate(self.problem, nudge=Nudge(threshold)).statistics
+            reference.evaluate(self.problem, nudge=Nudge(threshold)).tables.named
             for threshold in (self.delta, -self.delta)
             if concepts is not None and self.problem.rule.gate != "open"
         ]
@@ -365,7 +365,7 @@ class Judge:
             near_entry, near_heat = torch.zeros(0), torch.zeros(0, self.near.shape[2])
         queries = max(self.near.shape[2], 1)
         for name, value, truth, *sides in zip(
-            Statistics._fields, actual, self.nominal.statistics, *(n for n in nudged)
+            Statistics._fields, actual, self.nominal.tables.named, *(n for n in nudged)
         ):
             value = value.double()
             assert value.shape == truth.shape and value.isfinite().all(), f"{label}: {name}"

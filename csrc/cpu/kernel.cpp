@@ -112,7 +112,7 @@ FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float* x, int
   }
 }
 
-// The inverse, for the first `count` rows: channel d is channel(d).
+// The inverse, for the first `count` rows: channel d is channel(d, j), where j counts 4 kPerWord channels.
 template <class Storage, class Channel>
 FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, Channel channel) {
   constexpr int kPer = Storage::kPerWord;
@@ -121,7 +121,7 @@ FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, Cha
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       F channels[kPer];
-      for (int k = 0; k < kPer; ++k) channels[k] = channel(d + i * kPer + k);
+      for (int k = 0; k < kPer; ++k) channels[k] = channel(d + i * kPer + k, i * kPer + k);
       words[i] = Storage::pack(channels);
     }
     store_words(row, d * sizeof(typename Storage::T), count, words);
@@ -280,16 +280,14 @@ class Fetch {
   int64_t stride, bytes, left;
 };
 
-// Channel d of the v-th vector of queries is output(d, v).
-template <class Storage, int NQ, class Output>
-FN_INLINE void store_outputs(const Problem& p, const Task& task, int64_t h, int64_t count, Output output) {
+// Channel d of the v-th vector of queries is channel(d, j), as in store_rows.
+template <class Storage, class Channel>
+FN_INLINE void store_outputs(const Problem& p, const Task& task, int64_t h, int64_t count, int v, Channel channel) {
   constexpr int64_t kSize = sizeof(typename Storage::T);
   char* base = p.out.data + (task.batch * p.out.batch + h * p.out.head + task.first_query * p.out.row) * kSize;
-  for (int v = 0; v < NQ; ++v) {
-    char* row[W];
-    for (int i = 0; i < W; ++i) row[i] = base + (v * W + i) * p.out.row * kSize;
-    store_rows<Storage>(row, count - v * W, p.dim, [&](int64_t d) { return output(d, v); });
-  }
+  char* row[W];
+  for (int i = 0; i < W; ++i) row[i] = base + (v * W + i) * p.out.row * kSize;
+  store_rows<Storage>(row, count - v * W, p.dim, channel);
 }
 
 // ---- one segment ------------------------------------------------------------------------------
@@ -734,29 +732,32 @@ class Tile {
     }
   }
 
+  // Stores output(d, q) as O and, with statistics, sums on the way what it is and how it differs from Z.
   template <class Output>
   void write(int64_t g, Output output) {
-    store_outputs<Storage, NQ>(p, task, task.first_head + g, count, output);
-    if (!plan.row_partials) return;
-    double* row = plan.row_partials + task.index * kRowColumns;
+    const int64_t h = task.first_head + g;
+    if (!plan.row_partials) {
+      for (int q = 0; q < NQ; ++q)
+        store_outputs<Storage>(p, task, h, count, q, [&](int64_t d, int) { return output(d, q); });
+      return;
+    }
     const float limit = overflow(p.dtype);
-    const bool known = entries > 0 && plan.reads_moments && plan.group == 1;  // |Z|^2 is <Z,Z>
     F change = {}, energy = {}, nonfinite = {};
     for (int q = 0; q < NQ; ++q) {
       F moved[8] = {}, held[8] = {};
       I finite = {};
-      for (int64_t d = 0; d < p.dim; d += 8)
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < 8; ++i) {
-          const F o = output(d + i, q), zd = load(vec(z(g), d + i, q)), by = o - zd;
-          moved[i] = fma(by, by, moved[i]);
-          if (!known) held[i] = fma(zd, zd, held[i]);
-          finite -= abs(o) < limit;  // true is -1
-        }
+      store_outputs<Storage>(p, task, h, count, q, [&](int64_t d, int j) {
+        const F o = output(d, q), zd = load(vec(z(g), d, q)), by = o - zd;
+        moved[j] = fma(by, by, moved[j]);
+        held[j] = fma(zd, zd, held[j]);
+        finite -= abs(o) < limit;  // true is -1
+        return o;
+      });
       change = change + present(q, tree(moved));
-      energy = energy + present(q, known ? load(vec(s.zz, 0, q)) : tree(held));
+      energy = energy + present(q, tree(held));
       nonfinite = nonfinite + present(q, static_cast<float>(p.dim) - __builtin_convertvector(finite, F));
     }
+    double* row = plan.row_partials + task.index * kRowColumns;
     row[0] += sum(change);
     row[1] += sum(energy);
     row[3] += sum(nonfinite);

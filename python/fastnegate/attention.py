@@ -77,8 +77,10 @@ def negated_attention_with_statistics(
     problem = _problem(query, key, value, concepts, rule, scale, key_bias)
     chosen = _choose(problem, backend)
     if _direct(problem, chosen):
-        return reference.run_with_statistics(problem)
-    return ops.run_with_statistics(problem, chosen)
+        output, tables = reference.run_with_statistics(problem)
+    else:
+        output, tables = ops.run_with_statistics(problem, chosen)
+    return output, tables.named
 
 
 def check_backend(backend: str) -> None:

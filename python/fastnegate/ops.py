@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import load
-from .problem import Problem, Statistics
+from .problem import Problem, Tables
 from .rule import Rule
 from .tokens import ConceptTokens
 
@@ -22,7 +22,7 @@ _ARGUMENTS = (
 )
 _library = torch.library.Library("fastnegate", "DEF")
 _library.define(f"negated_attention({_ARGUMENTS}) -> Tensor")
-_library.define(f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, {', '.join(['Tensor'] * 9)})")
+_library.define(f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def _problem(
@@ -74,9 +74,8 @@ def _run(*args: object) -> Tensor:
 
 def _run_with_statistics(*args: object) -> tuple[Tensor, ...]:
     module = load(args[-1])  # type: ignore[arg-type]
-    output, stats = module.run_with_statistics(_problem(*args))  # type: ignore[arg-type]
-    # The others are columns of two tables, and outputs must not alias.
-    return output, *(t if t is stats.heat else t.clone() for t in stats)
+    output, tables = module.run_with_statistics(_problem(*args))  # type: ignore[arg-type]
+    return output, *tables
 
 
 def _fake(*args: object) -> Tensor:
@@ -90,12 +89,8 @@ def _fake_with_statistics(*args: object) -> tuple[Tensor, ...]:
     numbers: Tensor | None = args[7]  # type: ignore[assignment]
     entries = 0 if numbers is None else numbers.shape[0]
 
-    def table(*shape: int) -> Tensor:
-        return query.new_empty(shape, dtype=torch.float32)
-
-    per_entry = [table(entries) for _ in range(5)]
-    per_row = [table(query.shape[0]) for _ in range(3)]
-    return _fake(*args), *per_entry, table(entries, query.shape[2]), *per_row
+    shapes = ((entries, 5), (entries, query.shape[2]), (query.shape[0], 3))
+    return _fake(*args), *(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 for _name, _impl, _meta in (
@@ -130,7 +125,7 @@ def run(problem: Problem, backend: str) -> Tensor:
     return result
 
 
-def run_with_statistics(problem: Problem, backend: str) -> tuple[Tensor, Statistics]:
+def run_with_statistics(problem: Problem, backend: str) -> tuple[Tensor, Tables]:
     op = torch.ops.fastnegate.negated_attention_with_statistics.default
-    output, *stats = op(*_flat(problem, backend))
-    return output, Statistics._make(stats)
+    output, *tables = op(*_flat(problem, backend))
+    return output, Tables._make(tables)

@@ -60,6 +60,13 @@ class Statistics(NamedTuple):
     nonfinite: Tensor
 
 
-def statistics(entries: Tensor, heat: Tensor, rows: Tensor) -> Statistics:
-    """Name the columns of the tables that backends fill: entries [E, 5], heat [E, N], rows [B, 3]."""
-    return Statistics._make([*entries.unbind(1), heat, *rows.unbind(1)])
+class Tables(NamedTuple):
+    """What backends fill: `Statistics` with its columns per entry [E, 5] and per row [B, 3] together."""
+
+    entries: Tensor
+    heat: Tensor
+    rows: Tensor
+
+    @property
+    def named(self) -> Statistics:
+        return Statistics._make([*self.entries.unbind(1), self.heat, *self.rows.unbind(1)])

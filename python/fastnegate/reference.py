@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import GATE_REPORT_LEVEL, Problem, Statistics, statistics
+from .problem import GATE_REPORT_LEVEL, Problem, Tables
 from .rule import Rule
 from .tokens import NUMBERS, ConceptTokens
 
@@ -62,7 +62,7 @@ class Evaluation(NamedTuple):
     `Nudge.delta` of where the output jumps."""
 
     output: Tensor
-    statistics: Statistics
+    tables: Tables
     magnitude: Tensor
     near_jump: Tensor
 
@@ -82,9 +82,9 @@ def run(problem: Problem) -> Tensor:
     return _as_stored(evaluate(problem).output, problem)
 
 
-def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
+def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     result = evaluate(problem)
-    return _as_stored(result.output, problem), Statistics._make(t.float() for t in result.statistics)
+    return _as_stored(result.output, problem), Tables._make(t.float() for t in result.tables)
 
 
 def _as_stored(output: Tensor, problem: Problem) -> Tensor:
@@ -138,11 +138,11 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
         outputs.append(output)
         magnitudes.append(magnitude.detach().amax(-1) if magnitude.shape[-1] else magnitude.sum(-1))
         jumps.append(near)
-    named = statistics(entry_table, heat, row_table)
+    tables = Tables(entry_table, heat, row_table)
     if not batch:
         none = problem.query.new_zeros(0, heads, queries)
-        return Evaluation(problem.query.to(dtype), named, none, none.bool())
-    return Evaluation(torch.stack(outputs), named, torch.stack(magnitudes), torch.stack(jumps))
+        return Evaluation(problem.query.to(dtype), tables, none, none.bool())
+    return Evaluation(torch.stack(outputs), tables, torch.stack(magnitudes), torch.stack(jumps))
 
 
 def _segment(

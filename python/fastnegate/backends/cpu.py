@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import GATE_REPORT_LEVEL, Problem, Statistics, statistics
+from ..problem import GATE_REPORT_LEVEL, Problem, Tables
 
 # torch is imported above, so its OpenMP runtime is loaded before the extension asks for one.
 _C: Any = None
@@ -80,15 +80,14 @@ def run(problem: Problem) -> Tensor:
     return _run(problem, None)
 
 
-def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
+def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     batch, _, queries, _, _ = problem.sizes
     entries = problem.concepts.entries if problem.concepts is not None else 0
-    tables = (torch.zeros(entries, 5), torch.zeros(entries, queries), torch.zeros(batch, 3))
-    output = _run(problem, tables)
-    return output, statistics(*tables)
+    tables = Tables(torch.zeros(entries, 5), torch.zeros(entries, queries), torch.zeros(batch, 3))
+    return _run(problem, tables), tables
 
 
-def _run(problem: Problem, tables: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+def _run(problem: Problem, tables: Tables | None) -> Tensor:
     query, tokens, rule = problem.query, problem.concepts, problem.rule
     batch, heads, queries, keys, dim = problem.sizes
     out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import GATE_REPORT_LEVEL, Problem, Statistics, statistics
+from ..problem import GATE_REPORT_LEVEL, Problem, Tables
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
 from ..tokens import ConceptTokens
 
@@ -120,7 +120,7 @@ def run(problem: Problem) -> Tensor:
     return _run(problem, None)
 
 
-def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
+def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     batch, heads, queries, _, _ = problem.sizes
     count = problem.concepts.entries if problem.concepts is not None else 0
     made: dict[str, Any] = {"dtype": torch.float32, "device": problem.query.device}
@@ -128,8 +128,8 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
     rows = torch.zeros(4, batch, heads, queries, **made)
     output = _run(problem, (entries, rows))
     if not output.numel():
-        tables = (torch.zeros(count, 5, **made), torch.zeros(count, queries, **made))
-        return output, statistics(*tables, torch.zeros(batch, 3, **made))
+        shapes = ((count, 5), (count, queries), (batch, 3))
+        return output, Tables._make(torch.zeros(shape, **made) for shape in shapes)
     gates, similarity, mass = entries
     both, mean = (1, 2), functools.partial(torch.mean, dtype=torch.float64)
     above = (gates > GATE_REPORT_LEVEL).float()
@@ -138,7 +138,7 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Statistics]:
     moved, energy, limited, nonfinite = rows.sum((2, 3), dtype=torch.float64)
     share = torch.where(energy < 1e-30, 0.0, moved / energy)
     per_row = [share, limited / (heads * queries), nonfinite]
-    return output, statistics(
+    return output, Tables(
         torch.stack([t.float() for t in per_entry], 1),
         mean(gates, 1).float(),
         torch.stack([t.float() for t in per_row], 1),
