@@ -52,20 +52,14 @@ def operator(name: str) -> Callable:
 
 # ---- schema and fake -----------------------------------------------------------------------------
 
+CONCEPT_TENSORS = (
+    "key", "value", "index", "numbers", "token_bias", "token_weight", "direction", "update", "offset",
+)  # fmt: skip
+# Of the operator's arguments, those that may lie anyhow: of `ConceptTokens`, all but the index.
 PERMUTED = (
-    "query",
-    "key",
-    "value",
-    "key_bias",
-    "concept_key",
-    "concept_value",
-    "numbers",
-    "token_bias",
-    "token_weight",
-    "direction",
-    "update",
-    "offset",
-)
+    "query", "key", "value", "key_bias", "concept_key", "concept_value",
+    *(name for name in CONCEPT_TENSORS if name not in ("key", "value", "index")),
+)  # fmt: skip
 
 
 def permuted(t: Tensor) -> Tensor:
@@ -113,18 +107,7 @@ def test_fake_strides_are_real_strides(backend: str, dtype: torch.dtype, argumen
 
 def test_meta_tensors_through_the_public_operator() -> None:
     problem = make_problem(2, 3, 5, 7, 16, rows="same")
-    tensors = (
-        "key",
-        "value",
-        "index",
-        "numbers",
-        "token_bias",
-        "token_weight",
-        "direction",
-        "update",
-        "offset",
-    )
-    concepts = {name: getattr(problem.concepts, name).to("meta") for name in tensors}
+    concepts = {name: getattr(problem.concepts, name).to("meta") for name in CONCEPT_TENSORS}
     query, key, value = (t.to("meta") for t in (problem.query, problem.key, problem.value))
     meta = dataclasses.replace(with_concepts(problem, **concepts), query=query, key=key, value=value)
     for p in (meta, plain(meta)):

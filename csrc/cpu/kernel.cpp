@@ -7,238 +7,17 @@
 #include "kernel.h"
 
 #include <algorithm>
-#include <type_traits>
 
+#include "pack.h"
+#include "product.h"
 #include "vec.h"
 // after vec.h, whose F and functions it uses
 #include "fastnegate/rule.h"
 
 namespace fastnegate::FASTNEGATE_ISA {
 namespace {
-#if FASTNEGATE_LANES == 16 || defined(__aarch64__)
-constexpr int kStep = 8;  // rows per register tile: 8 x 2 of 32 registers
-#else
-constexpr int kStep = 4;  // 4 x 2 of 16 registers
-#endif
+
 constexpr int kTile = 2 * W;
-
-// ---- products ---------------------------------------------------------------------------------
-
-// A float32 sum of n products is off by up to n roundings; cutting it into chains keeps sums within the
-// accuracy budget: over the full grid chains of 64 used up to 1.15 of it, chains of 32 up to 1.03,
-// chains of 16 less than 1 but for short sums, up to 1.09 (D = 16), where chains of 8 use 0.80.
-constexpr int64_t chain(int64_t depth) { return depth <= 32 ? 8 : 16; }
-
-// c[r][q] = scale[q] * sum_k a[k][r] b[k][q] for ROWS rows and NQ vectors of queries; a[k] starts kRows
-// floats after a[k - 1]. Without scale, 1.
-template <class Op, int ROWS, int NQ>
-FN_INLINE void multiply_step(const float* a, int64_t depth, const float* b,
-                             const F* scale, float* c) {
-  int64_t begin = 0;
-  do {
-    const int64_t end = std::min(depth, begin + chain(depth));
-    F sum[ROWS][NQ] = {};
-    for (int64_t k = begin; k < end; ++k, a += kRows, b += NQ * W) {
-      F x[NQ];
-      for (int q = 0; q < NQ; ++q) x[q] = load(b + q * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-        const F y = splat(a[r]);
-        for (int q = 0; q < NQ; ++q) sum[r][q] = Op::apply(y, x[q], sum[r][q]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-      for (int q = 0; q < NQ; ++q) {
-        float* at = c + (r * NQ + q) * W;
-        const F total = begin ? load(at) + sum[r][q] : sum[r][q];
-        store(at, scale && end == depth ? total * scale[q] : total);
-      }
-    begin = end;
-  } while (begin < depth);
-}
-
-template <class Op, int NQ>
-void multiply_rest(int64_t rows, const float* a, int64_t depth, const float* b,
-                   const F* scale, float* c) {
-  switch (rows) {
-    case 1: return multiply_step<Op, 1, NQ>(a, depth, b, scale, c);
-    case 2: return multiply_step<Op, 2, NQ>(a, depth, b, scale, c);
-    case 3: return multiply_step<Op, 3, NQ>(a, depth, b, scale, c);
-  }
-  if constexpr (kStep == 8) switch (rows) {
-      case 4: return multiply_step<Op, 4, NQ>(a, depth, b, scale, c);
-      case 5: return multiply_step<Op, 5, NQ>(a, depth, b, scale, c);
-      case 6: return multiply_step<Op, 6, NQ>(a, depth, b, scale, c);
-      case 7: return multiply_step<Op, 7, NQ>(a, depth, b, scale, c);
-    }
-}
-
-struct Nothing {
-  void operator()() const {}
-};
-
-// The same for any number of rows in blocks a[rows / kRows][depth][kRows], with something done between
-// steps.
-template <class Op, int NQ, class Between = Nothing>
-void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const F* scale, float* c,
-              Between between = {}) {
-  for (int64_t r = 0; r < rows; r += kStep) {
-    const float* from = a + r / kRows * depth * kRows + r % kRows;
-    float* to = c + r * NQ * W;
-    if (rows - r >= kStep)
-      multiply_step<Op, kStep, NQ>(from, depth, b, scale, to);
-    else
-      multiply_rest<Op, NQ>(rows - r, from, depth, b, scale, to);
-    between();
-  }
-}
-
-// ---- rows in memory <-> [channel][lane] ---------------------------------------------------------
-
-// x[channel][lane] of W rows; channels are `stride` floats apart.
-template <class Storage>
-FN_INLINE void load_rows(const char* const (&row)[W], int64_t dim, float* x, int64_t stride) {
-  constexpr int kPer = Storage::kPerWord;
-  for (int64_t d = 0; d < dim; d += 4 * kPer) {
-    U words[4];
-    load_words(row, d * sizeof(typename Storage::T), words);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      F channels[kPer];
-      Storage::unpack(words[i], channels);
-      for (int k = 0; k < kPer; ++k) store(x + (d + i * kPer + k) * stride, channels[k]);
-    }
-  }
-}
-
-// The inverse, for the first `count` rows: channel d is channel(d, j), where j counts 4 kPerWord channels.
-template <class Storage, class Channel>
-FN_INLINE void store_rows(char* const (&row)[W], int64_t count, int64_t dim, Channel channel) {
-  constexpr int kPer = Storage::kPerWord;
-  for (int64_t d = 0; d < dim; d += 4 * kPer) {
-    U words[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      F channels[kPer];
-      for (int k = 0; k < kPer; ++k) channels[k] = channel(d + i * kPer + k, i * kPer + k);
-      words[i] = Storage::pack(channels);
-    }
-    store_words(row, d * sizeof(typename Storage::T), count, words);
-  }
-}
-
-// How queries and keys are held for Q K^T: as floats, or as words of two bfloat16, which pass through
-// as if each were a float.
-template <class Storage>
-struct Scored {
-  static constexpr bool pairs = kPairs && std::is_same_v<Storage, BFloat16>;
-  using Op = std::conditional_t<pairs, PairProduct, Product>;
-  using Elements = std::conditional_t<pairs, Float32, Storage>;
-  static constexpr int64_t depth(int64_t dim) { return pairs ? dim / 2 : dim; }
-};
-
-// ---- packing ----------------------------------------------------------------------------------
-
-// Rows `rows` of data in blocks [dim][kRows].
-template <class Storage>
-void pack_blocks(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
-                 float* blocks) {
-  for (int64_t i = 0; i < count; i += W) {
-    const char* row[W];  // beyond the last row its copies, which are never read
-    for (int j = 0; j < W; ++j) row[j] = data + rows[i + j < count ? i + j : count - 1] * row_bytes;
-    load_rows<Storage>(row, dim, blocks + i / kRows * dim * kRows + i % kRows, kRows);
-  }
-}
-
-// Channels of the same rows, times weight, in blocks [count][kRows].
-template <class Storage>
-void pack_channels(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
-                   const float* weight, float* blocks) {
-  using T = typename Storage::T;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = reinterpret_cast<const T*>(data + rows[i] * row_bytes);
-    const float w = weight ? weight[rows[i]] : 1.f;
-    for (int64_t d = 0; d < dim; d += W) {
-      const T* from = row + d;
-      alignas(64) T part[W] = {};
-      if (dim - d < W) {
-        std::memcpy(part, from, (dim - d) * sizeof(T));
-        from = part;
-      }
-      store(blocks + (d / kRows * count + i) * kRows + d % kRows, Storage::load(from) * w);
-    }
-  }
-}
-
-// Keys of one head for Q K^T, values of one head for P V, values as keys for `retrieve`.
-template <class Storage>
-void pack_tokens(const Strided& key, const Strided& value, int64_t dim, const int64_t* rows, int64_t count,
-                 const float* weight, Pack& pack) {
-  constexpr int64_t kSize = sizeof(typename Storage::T);
-  using Keys = Scored<Storage>;
-  pack_blocks<typename Keys::Elements>(key.data, key.row * kSize, rows, count, Keys::depth(dim), pack.key);
-  pack_channels<Storage>(value.data, value.row * kSize, rows, count, dim, weight, pack.value);
-  if (pack.memory) pack_blocks<Storage>(value.data, value.row * kSize, rows, count, dim, pack.memory);
-}
-
-template <class Work>
-void with_storage(Dtype dtype, const Work& work) {
-  switch (dtype) {
-    case Dtype::float32: return work(Float32{});
-    case Dtype::bfloat16: return work(BFloat16{});
-    case Dtype::float16: return work(Float16{});
-  }
-}
-
-// The rows of one head.
-Strided head(const Problem& p, const Strided& t, int64_t b, int64_t h) {
-  const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
-  return {t.data + (b * t.batch + h * t.head) * size, 0, 0, t.row};
-}
-
-// A bias in base-2 logits. The lowest float is a number, not a mask, and must not become -inf.
-FN_INLINE float base2(float bias) {
-  const float scaled = bias * kLog2e;
-  return scaled < kLowest && bias > -INFINITY ? kLowest : scaled;
-}
-
-void pack_prompt(const Plan& plan, int64_t b, int64_t h) {
-  const Problem& p = *plan.problem;
-  Pack& pack = plan.prompts[b * plan.prompt_batch_stride + h];
-  const float* bias = p.key_bias ? p.key_bias + b * p.bias_batch + h * p.bias_head : nullptr;
-  const bool per_query = p.bias_query != 0;
-  int64_t rows[kMostKeys], count = 0;
-  for (int64_t j = 0; j < p.keys; ++j) {
-    const float x = bias && !per_query ? bias[j * p.bias_key] : 0.f;
-    if (x == -INFINITY) continue;  // absent, whatever its key and value hold
-    if (pack.bias) pack.bias[count] = base2(x);
-    rows[count++] = j;
-  }
-  pack.count = count;
-  with_storage(p.dtype, [&](auto storage) {
-    pack_tokens<decltype(storage)>(head(p, p.key, b, h), head(p, p.value, b, h), p.dim, rows, count, nullptr,
-                                   pack);
-  });
-}
-
-void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
-  const Problem& p = *plan.problem;
-  const Span& span = plan.spans[slot];
-  Pack& pack = plan.concepts[slot * p.heads + h];
-  int64_t rows[kMostKeys], count = 0;
-  for (int64_t j = span.begin; j < span.begin + span.length; ++j) {
-    const float x = p.token_bias ? p.token_bias[j] : 0.f;
-    if (x == -INFINITY) continue;
-    if (pack.bias) pack.bias[count] = base2(x);
-    rows[count++] = j;
-  }
-  pack.count = count;
-  with_storage(p.dtype, [&](auto storage) {
-    pack_tokens<decltype(storage)>(head(p, p.concept_key, 0, h), head(p, p.concept_value, 0, h), p.dim, rows,
-                                   count, p.token_weight, pack);
-  });
-}
 
 // ---- queries in, outputs out ------------------------------------------------------------------
 
@@ -260,7 +39,7 @@ FN_INLINE void load_queries(const Problem& p, const Task& task, int64_t h, int64
 
 // Fetches rows of one head into the cache, some at a time between steps of other work: they lie too far
 // apart in [B, N, H, D] memory for the hardware to foresee, and all at once they are more lines than a
-// core can wait for (D = 64: 4 % of the time).
+// core can wait for. Spread is 5 to 15 % of plain attention faster than in one burst.
 template <int kWrite>
 class Fetch {
  public:
