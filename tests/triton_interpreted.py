@@ -45,9 +45,9 @@ def test_grid(case: dict) -> None:
     problem = make_problem(**{**case, "rule": SUPPORTED[case["rule"]]})
     assert backend.supports(problem) is None
     judge = Judge(problem)
-    output, statistics = backend.run_with_statistics(problem)
+    output, tables = backend.run_with_statistics(problem)
     judge.check(output, "triton")
-    judge.check_statistics(statistics, "triton")
+    judge.check_statistics(tables.named, "triton")
     assert output.transpose(1, 2).is_contiguous()
 
 
@@ -206,6 +206,6 @@ def test_public_operator() -> None:
     output = fn.negated_attention(*call, with_rule(problem).rule, backend="triton")
     assert torch.equal(output, backend.run(problem))
     empty = make_problem(queries=0)
-    output, statistics = backend.run_with_statistics(empty)
+    output, tables = backend.run_with_statistics(empty)
     assert output.shape == empty.query.shape
-    assert all(t.isfinite().all() and not t.any() for t in statistics)
+    assert all(t.isfinite().all() and not t.any() for t in tables)
