@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`negated_attention` in Triton: a program makes a tile of output rows of one head.
+"""`negated_attention` in Triton: a program makes some tiles of output rows of one head, one after the other.
 
-It attends to the prompt (Z), then takes the entries of its batch row one at a time: attention to the
-concept's tokens (F), inner products, gate, coefficients, one update of an accumulator. So one
-softmax is alive at a time, any number of entries fits, and Q is read and O is written once.
+It loads the prompt's keys and values once. For each tile of queries it attends to the prompt (Z), then takes
+the entries of its batch row one by one: attention to the concept's tokens (F), inner products, gate,
+coefficients, one update of an accumulator. So one softmax is alive at a time, any number of entries fits,
+and Q is read and O is written once.
 
 Scope `feature` needs sums over heads before an output exists. The same kernel is then launched once
 per sum: to write the inner products of each head ("moments"), to write the norms of Y and Z of each
 head ("norms"), and for the output, which adds up over the heads what it needs. Q, K and V are read
 again, Z and F are never stored.
 
-Modes are run-time branches on scalars. They are passed as floats because Triton compiles an integer
-argument that happens to be 1 or a multiple of 16 into the kernel, once per value.
+A matrix of text length or head_dim is a tuple of pieces whose sizes are powers of two, as Triton wants
+them: 77 keys are 64 + 16, head_dim 40 is 32 + 8. Padded to 128 and 64 they would cost twice the products.
 
-Compile-time are the shape of a tile (HEAD_DIM, CHANNELS, ROWS, KEYS, TOKENS: Triton needs them to be), GOAL
-(a launch for sums writes no output) and which optional pointers are None.
+Modes are run-time branches on scalars. They are passed as floats because Triton compiles an integer
+argument that happens to be 1 or a multiple of 16 into the kernel, once per value. Compile-time are sizes of
+tiles, GOAL (a launch for sums writes no output) and which optional pointers are None.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ import triton.language as tl
 
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES
 from ..tokens import COLUMNS, NUMBERS
+from . import tiles as _tiles
 
 
 class View(NamedTuple):
@@ -36,7 +39,7 @@ class View(NamedTuple):
 
 
 class Concepts(NamedTuple):
-    """The pointers of `fastnegate.ConceptTokens`; all but key and value are contiguous."""
+    """The pointers of `fastnegate.ConceptTokens` and its sizes; all but key and value are contiguous."""
 
     key: View  # [T, H, D]: `batch` is unused
     value: View
@@ -47,6 +50,10 @@ class Concepts(NamedTuple):
     direction: Any
     update: Any
     offset: Any
+    entries: Any
+    concepts: Any
+    tokens: Any
+    longest: Any
 
 
 class Rule(NamedTuple):
@@ -69,11 +76,31 @@ class Rule(NamedTuple):
     cap: Any
 
 
-class Trace(NamedTuple):
-    """What statistics are made of, float32, cleared before the launch."""
+class Tokens(NamedTuple):
+    """Keys and values of one tile of tokens: tuples over its pieces, and of these over head_dim's."""
 
-    entries: Any  # [3, E, H, N]: gate, similarity, mass
-    rows: Any  # [4, B, H, N]: |O - Z|^2, |Z|^2, whether limited, values of O that are not finite
+    key: Any  # [tokens, channels]
+    value: Any
+    added: Any  # [tokens], to the logits before they are scaled; -inf where there is no token
+    weight: Any  # [tokens], of the values
+
+
+class Attended(NamedTuple):
+    """A softmax and what it selected: tuple [ROWS, channels], top and mass of the logits [ROWS]."""
+
+    out: Any
+    top: Any
+    mass: Any
+
+
+class Entry(NamedTuple):
+    """An entry of the batch row."""
+
+    number: Any
+    concept: Any
+    begin: Any  # of its tokens
+    length: Any
+    exists: Any
 
 
 class Moments(NamedTuple):
@@ -84,6 +111,33 @@ class Moments(NamedTuple):
     ff: Any
     along: Any  # <Z, u>
     mass: Any  # exp(L_e - beta) / (exp L + exp(L_e - beta)), summed over the heads
+
+
+class Mix(NamedTuple):
+    """Y = (1 + moved) Z + removed; for `joint`, removed and weight are relative to 2^level."""
+
+    removed: Any  # tuple [ROWS, channels]
+    moved: Any
+    weight: Any
+    level: Any
+    best_g: Any  # of the entries so far, for `max`
+    best_r: Any
+    best_concept: Any
+    best: Any
+    existing: Any  # entries so far
+
+
+class Place(NamedTuple):
+    """A tile's queries, and where their numbers are in tables of sums [plane, E or B, H, N]."""
+
+    b: Any
+    h: Any
+    n: Any
+    inside: Any
+    own: Any  # offset of the head in [H, N]
+    size: Any  # of [H, N]
+    heads: Any
+    queries: Any
 
 
 def _word(words: tuple[str, ...], word: str) -> tl.constexpr:
@@ -109,6 +163,94 @@ TINY = tl.constexpr(1e-30)
 LOWEST = tl.constexpr(-3e38)
 
 
+# ---- pieces -------------------------------------------------------------------------------------
+
+
+split = triton.constexpr_function(_tiles.split)
+
+
+@triton.constexpr_function
+def pieces(size):
+    return len(split(size))
+
+
+@triton.constexpr_function
+def width(size, i):
+    return split(size)[i]
+
+
+@triton.constexpr_function
+def offset(size, i):
+    return sum(split(size)[:i])
+
+
+@triton.jit
+def inner(x, y):
+    """<x, y> of each row."""
+    products = x[0] * y[0]
+    total = tl.zeros([products.shape[0]], tl.float32)
+    for i in tl.static_range(1, len(x)):
+        if x[i].shape[1] == products.shape[1]:
+            products += x[i] * y[i]  # one sum across the threads, not one each
+        else:
+            total += tl.sum(x[i] * y[i], 1)
+    return total + tl.sum(products, 1)
+
+
+@triton.jit
+def scaled(x, factor):
+    """factor[row] x"""
+    out = ()
+    for i in tl.static_range(len(x)):
+        out = out + (factor[:, None] * x[i],)
+    return out
+
+
+@triton.jit
+def sum_of(a, x, b, y):
+    """a[row] x + b[row] y"""
+    out = ()
+    for i in tl.static_range(len(x)):
+        out = out + (a[:, None] * x[i] + b[:, None] * y[i],)
+    return out
+
+
+@triton.jit
+def rows_at(view, b, h, first, row, ALIGNED: tl.constexpr):
+    """Pointers to rows first + row."""
+    return view.data + (b * view.batch + h * view.head + (first + row).to(tl.int64) * view.row) * ALIGNED
+
+
+@triton.jit
+def load_rows(view, b, h, first, row, keep, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+              ALIGNED: tl.constexpr):  # fmt: skip
+    """Rows first + row of a [B, H, N, D] tensor in pieces, 0 where `keep` is false and in the padding."""
+    out = ()
+    at = rows_at(view, b, h, first, row, ALIGNED)
+    for i in tl.static_range(pieces(PADDED)):
+        channel = offset(PADDED, i) + tl.arange(0, width(PADDED, i))
+        mask = keep[:, None]
+        if offset(PADDED, i) + width(PADDED, i) > HEAD_DIM:
+            mask = mask & (channel < HEAD_DIM)[None, :]
+        out = out + (tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
+def load_vector(vectors, c, h, heads, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr):
+    """Vector of one head of concept c from [C, H, D], in pieces [1, channels]."""
+    out = ()
+    at = vectors + (c.to(tl.int64) * heads + h) * HEAD_DIM
+    for i in tl.static_range(pieces(FEATURES)):
+        channel = offset(FEATURES, i) + tl.arange(0, width(FEATURES, i))
+        mask = channel < HEAD_DIM
+        out = out + (tl.load(at + channel, mask=mask, other=0.0).to(tl.float32)[None, :],)
+    return out
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
 @triton.jit
 def divide(x, y):
     """x / y, and 0 where y < 1e-30: the operator's only epsilon."""
@@ -123,61 +265,110 @@ def finite_top(top):
 
 
 @triton.jit
-def load_rows(view, b, h, row, keep, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    """[rows, CHANNELS] of a [B, H, N, D] tensor, 0 where `keep` is false and in the padding."""
-    channel = tl.arange(0, CHANNELS)
-    at = view.data + b * view.batch + h * view.head + row[:, None] * view.row + channel[None, :]
-    return tl.load(at, mask=keep[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def load_vector(vectors, c, h, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    """Vector of one head of concept c from [C, H, D], [1, CHANNELS]."""
-    channel = tl.arange(0, CHANNELS)
-    at = vectors + (c.to(tl.int64) * heads + h) * HEAD_DIM + channel
-    return tl.load(at, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def attend(q, key, value, bias, bias_stride, weight, b, h, begin, count, factor,
-           HEAD_DIM: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Softmax attention of the tile q to `count` tokens from `begin` on.
-
-    Returns the output, the top and the mass of the base-2 logits (-inf and 0 if there is no token)
-    and the number of tokens that are not masked. Tokens are taken TILE at a time with a running
-    top: text is short, so there are few steps.
-    """
-    top = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    mass = tl.zeros([q.shape[0]], tl.float32)
-    out = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
-    present = 0
-    for start in range(0, count, TILE):
-        place = start + tl.arange(0, TILE)
-        token = begin + place.to(tl.int64)
-        keep = place < count
-        added = tl.zeros([TILE], tl.float32)
+def load_tokens(key, value, bias, bias_stride, weight, b, h, first, count, factor,
+                HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
+                ALIGNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """`count` tokens from `first` on, at most TILE."""
+    keys = ()
+    values = ()
+    biases = ()
+    weights = ()
+    for i in tl.static_range(pieces(TILE)):
+        token = offset(TILE, i) + tl.arange(0, width(TILE, i))
+        keep = token < count
+        added = tl.where(keep, 0.0, float("-inf"))
         if bias is not None:
-            added = tl.load(bias + token * bias_stride, mask=keep, other=float("-inf")).to(tl.float32)
+            at = bias + (first + token).to(tl.int64) * bias_stride
+            added = tl.load(at, mask=keep, other=float("-inf")).to(tl.float32)
             # A masked token is absent: its key and value are not even read, they may hold NaN.
             keep = keep & (added > float("-inf"))
             # Some callers mask with the lowest number, which must not become -inf.
-            added = tl.maximum(added * (LOG2E / factor), LOWEST)
-        k = load_rows(key, b, h, token, keep, HEAD_DIM, q.shape[1])
-        logits = tl.dot(q, k.T, input_precision="ieee") + added[None, :]
-        logits = tl.where(keep[None, :], logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        base = finite_top(higher)
-        # Scaled after the subtraction, the weights of the tokens that matter are the most exact.
-        p = tl.exp2((logits - base[:, None]) * factor)
-        shrink = tl.exp2((top - base) * factor)
-        mass = mass * shrink + tl.sum(p, 1)
+            added = tl.where(keep, tl.maximum(added * (LOG2E / factor), LOWEST), float("-inf"))
+        keys = keys + (load_rows(key, b, h, first, token, keep, HEAD_DIM, CHANNELS, ALIGNED),)
+        values = values + (load_rows(value, b, h, first, token, keep, HEAD_DIM, FEATURES, ALIGNED),)
+        biases = biases + (added,)
         if weight is not None:
-            p *= tl.load(weight + token, mask=keep, other=0.0).to(tl.float32)[None, :]
-        v = load_rows(value, b, h, token, keep, HEAD_DIM, q.shape[1])
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = higher
-        present += tl.sum(keep.to(tl.int32))
-    return out * divide(1.0, mass)[:, None], top * factor, mass, present
+            weights = weights + (tl.load(weight + first + token, mask=keep, other=0.0).to(tl.float32),)
+    return Tokens(keys, values, biases, weights)
+
+
+@triton.jit
+def no_tokens(ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    out = ()
+    for i in tl.static_range(pieces(FEATURES)):
+        out = out + (tl.zeros([ROWS, width(FEATURES, i)], tl.float32),)
+    return Attended(out, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))
+
+
+@triton.jit
+def product(x, y):
+    # In float32 sums of more than 64 products in one chain miss the accuracy budget (head_dim 256: 1.43 of
+    # it). A number here, which means something for float8 only, keeps the compiler from chaining them.
+    separate: tl.constexpr = 64 if x.dtype == tl.float32 else 0
+    return tl.dot(x, y, input_precision="ieee", max_num_imprecise_acc=separate)
+
+
+@triton.jit
+def attend(q, tokens, before, factor, FIRST: tl.constexpr):
+    """`before`, which is empty if FIRST, and the tile of tokens: sums, not yet divided by the mass."""
+    top = before.top
+    logits = ()
+    for j in tl.static_range(len(tokens.key)):
+        s = product(q[0], tokens.key[j][0].T)
+        for i in tl.static_range(1, len(q)):
+            s += product(q[i], tokens.key[j][i].T)
+        s += tokens.added[j][None, :]
+        logits = logits + (s,)
+        top = tl.maximum(top, tl.max(s, 1))
+    base = finite_top(top)
+    mass = before.mass
+    out = before.out
+    if not FIRST:
+        shrink = tl.exp2((before.top - base) * factor)
+        mass = mass * shrink
+        out = scaled(out, shrink)
+    for j in tl.static_range(len(tokens.key)):
+        # Scaled after the subtraction, the weights of the tokens that matter are the most exact.
+        p = tl.exp2((logits[j] - base[:, None]) * factor)
+        mass += tl.sum(p, 1)
+        if len(tokens.weight) > 0:
+            p *= tokens.weight[j][None, :]
+        p = p.to(tokens.value[j][0].dtype)
+        sums = ()
+        for i in tl.static_range(len(out)):
+            sums = sums + (tl.dot(p, tokens.value[j][i], out[i], input_precision="ieee"),)
+        out = sums
+    return Attended(out, top, mass)
+
+
+@triton.jit
+def attended(sums, factor):
+    """Means instead of sums, the top in base-2 logits."""
+    return Attended(scaled(sums.out, divide(1.0, sums.mass)), sums.top * factor, sums.mass)
+
+
+@triton.jit
+def attend_once(q, tokens, factor, FEATURES: tl.constexpr):
+    """Attention to tokens that fit one tile."""
+    return attended(attend(q, tokens, no_tokens(q[0].shape[0], FEATURES), factor, True), factor)
+
+
+@triton.jit
+def attend_by_tiles(q, key, value, bias, bias_stride, weight, b, h, begin, count, factor,
+                    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
+                    ALIGNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Attention to any number of tokens, with a running top."""
+    sums = no_tokens(q[0].shape[0], FEATURES)
+    for done in tl.range(0, count, TILE, disable_licm=True):
+        tokens = load_tokens(
+            key, value, bias, bias_stride, weight, b, h, begin + done, count - done, factor,
+            HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
+        )  # fmt: skip
+        sums = attend(q, tokens, sums, factor, False)
+    return attended(sums, factor)
+
+
+# ---- one entry ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -250,12 +441,138 @@ def pull(rule, m):
 
 
 @triton.jit
-def norm_sum(rule, x):
-    """What adds up over heads to ||x||_1 or ||x||_2^2."""
-    terms = tl.abs(x)
-    if rule.norm_order == 2:
-        terms = x * x
-    return tl.sum(terms, 1)
+def find_entry(concepts, rule, e):
+    # The index is data: whatever it holds, nothing outside the arrays is read.
+    c = tl.minimum(tl.maximum(tl.load(concepts.index + e), 0), concepts.concepts - 1)
+    begin = tl.load(concepts.index + concepts.entries + c)
+    begin = tl.minimum(tl.maximum(begin, 0), concepts.tokens)
+    length = tl.load(concepts.index + concepts.entries + concepts.concepts + c)
+    length = tl.minimum(length, tl.minimum(concepts.longest, concepts.tokens - begin))
+    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE) > 0
+    length = tl.where(active & (rule.reads_tokens == 1), length, 0)
+    present = length
+    if concepts.token_bias is not None:
+        present = 0
+        for first in range(0, length, 128):
+            place = first + tl.arange(0, 128)
+            bias = tl.load(concepts.token_bias + begin + place, mask=place < length, other=float("-inf"))
+            present += tl.sum((bias > float("-inf")).to(tl.int32))
+    return Entry(e, c, begin, length, active & ((present > 0) | (rule.reads_tokens == 0)))
+
+
+@triton.jit
+def attend_entry(q, concepts, entry, h, factor, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
+                 FEATURES: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+                 STREAMED: tl.constexpr):  # fmt: skip
+    """Attention to the concept of an entry."""
+    if STREAMED:
+        return attend_by_tiles(
+            q, concepts.key, concepts.value, concepts.token_bias, 1, concepts.token_weight,
+            0, h, entry.begin, entry.length, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
+        )  # fmt: skip
+    else:
+        tokens = load_tokens(
+            concepts.key, concepts.value, concepts.token_bias, 1, concepts.token_weight,
+            0, h, entry.begin, entry.length, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
+        )  # fmt: skip
+        return attend_once(q, tokens, factor, FEATURES)
+
+
+@triton.jit
+def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
+             GOAL: tl.constexpr, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr):  # fmt: skip
+    """`mix` with the entry, whose attention is f."""
+    e = entry.number
+    row = e * at.size
+    plane = concepts.entries.to(tl.int64) * at.size
+    entry_top = f.top - LOG2E * entry_number(concepts.numbers, e, LOGIT_BIAS, rule.logit_bias)
+    share = mass_share(z.top, z.mass, entry_top, f.mass)
+    along = tl.zeros(share.shape, tl.float32)
+    if concepts.direction is not None:
+        along = inner(
+            z.out, load_vector(concepts.direction, entry.concept, at.h, at.heads, HEAD_DIM, FEATURES)
+        )
+    m = Moments(zz, inner(z.out, f.out), inner(f.out, f.out), along, share)
+    if GOAL == "moments":
+        to = moments + row + at.own + at.n
+        tl.store(to, m.zz, mask=at.inside)
+        tl.store(to + plane, m.zf, mask=at.inside)
+        tl.store(to + 2 * plane, m.ff, mask=at.inside)
+        tl.store(to + 3 * plane, m.along, mask=at.inside)
+        tl.store(to + 4 * plane, m.mass, mask=at.inside)
+        return mix
+    else:
+        in_scope = 1
+        if moments is not None:
+            of = moments + row + at.n
+            m = Moments(
+                over_heads(of, at.inside, at.heads, at.queries),
+                over_heads(of + plane, at.inside, at.heads, at.queries),
+                over_heads(of + 2 * plane, at.inside, at.heads, at.queries),
+                over_heads(of + 3 * plane, at.inside, at.heads, at.queries),
+                over_heads(of + 4 * plane, at.inside, at.heads, at.queries),
+            )
+            in_scope = at.heads
+        if concepts.offset is not None:
+            added = tl.load(concepts.offset + entry.concept).to(tl.float32)
+            m = Moments(m.zz, m.zf, m.ff, m.along + added, m.mass)
+        r = similarity(rule, m, in_scope)
+        g = gate(rule, concepts.numbers, e, r)
+        strength = entry_number(concepts.numbers, e, STRENGTH, rule.strength)
+
+        # This entry's part of (removed, moved, weight, level).
+        x, step = pull(rule, m)
+        amount = g
+        level = tl.zeros(g.shape, tl.float32)
+        if rule.joint == 1:
+            amount = f.mass * g
+            level = tl.where(amount > 0, entry_top, float("-inf"))
+
+        # It is added, or with `max` replaces the part of an entry it beats.
+        best_g = mix.best_g
+        best_r = mix.best_r
+        best_concept = mix.best_concept
+        best = mix.best
+        if rule.largest == 1:
+            tie = (r > best_r) | ((r == best_r) & (entry.concept < best_concept))
+            wins = (g > best_g) | ((g == best_g) & tie)
+            best_g = tl.where(wins, g, best_g)
+            best_r = tl.where(wins, r, best_r)
+            best_concept = tl.where(wins, entry.concept, best_concept)
+            best = tl.where(wins, e, best)
+            old = tl.where(wins, 0.0, 1.0)
+            new = 1 - old
+            level = tl.where(wins, level, mix.level)
+        else:
+            higher = tl.maximum(mix.level, level)
+            old = tl.exp2(mix.level - finite_top(higher))
+            new = tl.exp2(level - finite_top(higher))
+            level = higher
+        feature = f.out
+        if concepts.update is not None:
+            feature = load_vector(concepts.update, entry.concept, at.h, at.heads, HEAD_DIM, FEATURES)
+        if trace is not None:
+            to = trace + row + at.own + at.n
+            tl.store(to, g, mask=at.inside & (rule.largest == 0))
+            tl.store(to + plane, r, mask=at.inside)
+            tl.store(to + 2 * plane, share, mask=at.inside)
+        return Mix(
+            sum_of(old, mix.removed, -(strength * amount * x * new), feature),
+            mix.moved * old - strength * amount * step * new,
+            mix.weight * old + amount * new,
+            level, best_g, best_r, best_concept, best, mix.existing + 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def norm_sum(rule, x, square):
+    """What adds up over heads to ||x||_1 or ||x||_2^2, which is `square`."""
+    total = square
+    if rule.norm_order == 1:
+        total = tl.sum(tl.abs(x[0]), 1)
+        for i in tl.static_range(1, len(x)):
+            total += tl.sum(tl.abs(x[i]), 1)
+    return total
 
 
 @triton.jit
@@ -272,180 +589,167 @@ def norm_factor(rule, sum_y, sum_z):
     return factor, limited
 
 
-# Sizes change from call to call, capacities when concepts are swapped: neither may recompile.
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "entries", "concept_count", "tokens", "longest"])
-def attention(query, key, value, out, key_bias, concepts, rule, moments, norms, trace, factor,
-              heads, queries, keys, entries, concept_count, tokens, longest, GOAL: tl.constexpr,
-              HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
-              ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """The kernel; grid (ceil(N / ROWS), H, B).
+# ---- the kernel ---------------------------------------------------------------------------------
 
-    query, key, value, out, key_bias: `View`s, key_bias (or None) with `row` the stride of its keys.
-    concepts: `Concepts` or None; entries, concept_count, tokens, longest belong to it.
+# Sizes change from call to call, capacities when concepts are swapped: neither may recompile.
+RUN_TIME = (
+    "query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row", "value_batch", "value_head",
+    "value_row", "out_batch", "out_head", "out_row", "bias_batch", "bias_head", "bias_key",
+    "concept_key_head", "concept_key_row", "concept_value_head", "concept_value_row",
+    "heads", "queries", "keys", "entries", "concepts", "tokens", "longest",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def attention(
+    query, key, value, out, key_bias, concept_key, concept_value, index, numbers, token_bias, token_weight,
+    direction, update, offsets, moments, norms, trace_entries, trace_rows,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    out_batch, out_head, out_row, bias_batch, bias_head, bias_key,
+    concept_key_head, concept_key_row, concept_value_head, concept_value_row,
+    heads, queries, keys, entries, concepts, tokens, longest,
+    similarity_of, gate_of, direction_of, joint, largest, norm, norm_order, reads_tokens, norm_limit, blend,
+    strength, logit_bias, threshold, width_of, cap, factor,
+    GOAL: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, KEPT: tl.constexpr, TOKENS: tl.constexpr,
+    STREAMED: tl.constexpr,
+):  # fmt: skip
+    """The kernel; grid (programs, H, B).
+
+    query, key, value, out [B, H, N or M, D] and concept_key, concept_value [T, H, D], with strides in units
+    of ALIGNED elements; key_bias [B, H, M] with strides in elements; index ... offsets: contiguous, as in
+    `fastnegate.ConceptTokens`. Without concepts, concept_key is None and nothing of them is read.
     moments [5, E, H, N], norms [2, B, H, N]: float32, for scope `feature`, else None.
-    trace: `Trace` or None. factor: scale * log2(e). GOAL: "moments", "norms" or "output".
+    trace_entries [3, E, H, N] (gate, similarity, mass), cleared, and trace_rows [4, B, H, N] (|O - Z|^2,
+    |Z|^2, whether limited, values of O that are not finite): float32 for statistics, or None.
+    The rule as in `Rule`; factor: scale * log2(e). GOAL: "moments", "norms" or "output". The sizes of tiles
+    as in `tiles.Tiles`.
     """
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    inside = n < queries
-    # Tables of sums are [plane, E or B, H, N]: size of [H, N], offset in it, size of a plane, offset of b.
-    size = queries.to(tl.int64) * heads
-    own = h * queries + n
-    plane = tl.num_programs(2) * size
-    row = b * size
-
-    q = load_rows(query, b, h, n, inside, HEAD_DIM, CHANNELS)
+    queries_of = View(query, query_batch, query_head, query_row)
+    keys_of = View(key, key_batch, key_head, key_row)
+    values_of = View(value, value_batch, value_head, value_row)
+    rule = Rule(
+        similarity_of, gate_of, direction_of, joint, largest, norm, norm_order, reads_tokens, norm_limit,
+        blend, strength, logit_bias, threshold, width_of, cap,
+    )  # fmt: skip
     bias = None
-    bias_stride = 0
     if key_bias is not None:
-        bias = key_bias.data + b * key_bias.batch + h * key_bias.head
-        bias_stride = key_bias.row
-    z, top, mass, _ = attend(q, key, value, bias, bias_stride, None, b, h, 0, keys, factor, HEAD_DIM, KEYS)
-    o = z
-    limited = tl.zeros([ROWS], tl.int1)
+        bias = key_bias + b * bias_batch + h * bias_head
 
-    if concepts is not None:
-        rows = concepts.index + entries + 2 * concept_count
+    prompt = None
+    if KEPT:
+        prompt = load_tokens(
+            keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
+            HEAD_DIM, CHANNELS, FEATURES, ALIGNED, KEYS,
+        )  # fmt: skip
+
+    text = None
+    first = 0
+    last = 0
+    if concept_key is not None:
+        text = Concepts(
+            View(concept_key, 0, concept_key_head, concept_key_row),
+            View(concept_value, 0, concept_value_head, concept_value_row),
+            index, numbers, token_bias, token_weight, direction, update, offsets,
+            entries, concepts, tokens, longest,
+        )  # fmt: skip
+        rows = index + entries + 2 * concepts
         first = tl.maximum(tl.load(rows + b), 0)
         last = tl.minimum(tl.load(rows + b + 1), entries)
-        entry_plane = entries * size
-        joint = rule.joint == 1
 
-        # Y = (1 + moved) Z + removed, where for `joint` removed and weight are relative to 2^level.
-        removed = tl.zeros([ROWS, CHANNELS], tl.float32)
-        moved = tl.zeros([ROWS], tl.float32)
-        weight = tl.zeros([ROWS], tl.float32)
-        level = tl.zeros([ROWS], tl.float32)
-        if joint:
-            level += float("-inf")
-        best_g = tl.full([ROWS], float("-inf"), tl.float32)
-        best_r = best_g
-        best_concept = tl.zeros([ROWS], tl.int32)
-        best = tl.zeros([ROWS], tl.int64)
-        existing = 0
-
-        for e in range(first, last):
-            # The index is data: whatever it holds, nothing outside the arrays is read.
-            c = tl.minimum(tl.maximum(tl.load(concepts.index + e), 0), concept_count - 1)
-            begin = tl.minimum(tl.maximum(tl.load(concepts.index + entries + c), 0), tokens)
-            length = tl.load(concepts.index + entries + concept_count + c)
-            length = tl.minimum(length, tl.minimum(longest, tokens - begin))
-            active = tl.load(concepts.numbers + e * STRIDE + ACTIVE) > 0
-            length = tl.where(active & (rule.reads_tokens == 1), length, 0)
-            f, entry_top, entry_mass, present = attend(
-                q, concepts.key, concepts.value, concepts.token_bias, 1, concepts.token_weight,
-                0, h, begin, length, factor, HEAD_DIM, TOKENS,
+    size = queries.to(tl.int64) * heads
+    tiles = tl.cdiv(queries, ROWS)
+    begin = tiles * tl.program_id(0) // tl.num_programs(0)
+    end = tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
+    for tile_number in range(begin, end):
+        line = tl.arange(0, ROWS)
+        top_line = tile_number * ROWS
+        n = top_line + line
+        inside = n < queries
+        at = Place(b, h, n, inside, h * queries, size, heads, queries)
+        q = load_rows(queries_of, b, h, top_line, line, inside, HEAD_DIM, CHANNELS, ALIGNED)
+        if KEPT:
+            z = attend_once(q, prompt, factor, FEATURES)
+        else:
+            z = attend_by_tiles(
+                q, keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
+                HEAD_DIM, CHANNELS, FEATURES, ALIGNED, KEYS,
             )  # fmt: skip
-            if active & ((present > 0) | (rule.reads_tokens == 0)):
-                existing += 1
-                entry_row = e * size
-                entry_top -= LOG2E * entry_number(concepts.numbers, e, LOGIT_BIAS, rule.logit_bias)
-                share = mass_share(top, mass, entry_top, entry_mass)
-                along = tl.zeros([ROWS], tl.float32)
-                if concepts.direction is not None:
-                    along = tl.sum(z * load_vector(concepts.direction, c, h, heads, HEAD_DIM, CHANNELS), 1)
-                m = Moments(tl.sum(z * z, 1), tl.sum(z * f, 1), tl.sum(f * f, 1), along, share)
-                if GOAL == "moments":
-                    at = moments + entry_row + own
-                    tl.store(at, m.zz, mask=inside)
-                    tl.store(at + entry_plane, m.zf, mask=inside)
-                    tl.store(at + 2 * entry_plane, m.ff, mask=inside)
-                    tl.store(at + 3 * entry_plane, m.along, mask=inside)
-                    tl.store(at + 4 * entry_plane, m.mass, mask=inside)
-                else:
-                    in_scope = 1
-                    if moments is not None:
-                        at = moments + entry_row + n
-                        m = Moments(
-                            over_heads(at, inside, heads, queries),
-                            over_heads(at + entry_plane, inside, heads, queries),
-                            over_heads(at + 2 * entry_plane, inside, heads, queries),
-                            over_heads(at + 3 * entry_plane, inside, heads, queries),
-                            over_heads(at + 4 * entry_plane, inside, heads, queries),
-                        )
-                        in_scope = heads
-                    if concepts.offset is not None:
-                        offset = tl.load(concepts.offset + c).to(tl.float32)
-                        m = Moments(m.zz, m.zf, m.ff, m.along + offset, m.mass)
-                    r = similarity(rule, m, in_scope)
-                    g = gate(rule, concepts.numbers, e, r)
-                    strength = entry_number(concepts.numbers, e, STRENGTH, rule.strength)
+        o = z.out
+        limited = tl.zeros([ROWS], tl.int1)
 
-                    # This entry's part of (removed, moved, weight, level).
-                    feature = f
-                    if concepts.update is not None:
-                        vector = load_vector(concepts.update, c, h, heads, HEAD_DIM, CHANNELS)
-                        feature = tl.broadcast_to(vector, [ROWS, CHANNELS])
-                    x, step = pull(rule, m)
-                    amount = g
-                    entry_level = tl.zeros([ROWS], tl.float32)
-                    if joint:
-                        amount = entry_mass * g
-                        entry_level = tl.where(amount > 0, entry_top, float("-inf"))
+        if concept_key is not None:
+            nothing = tl.zeros([ROWS], tl.float32)
+            lowest = tl.full([ROWS], float("-inf"), tl.float32)
+            mix = Mix(
+                no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
+                lowest, lowest, tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), 0,
+            )  # fmt: skip
+            zz = inner(z.out, z.out)
+            # As another value q lies in shared memory until an entry wants it, not in registers: without
+            # this, head_dim 80 and more spill.
+            again = ()
+            for i in tl.static_range(len(q)):
+                again = again + ((q[i] + 0.0).to(q[i].dtype),)
+            # Not hoisted: the addresses of the loop's tiles would take more registers than there are.
+            for e in tl.range(first, last, disable_licm=True):
+                entry = find_entry(text, rule, e)
+                if entry.exists:
+                    f = attend_entry(
+                        again, text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS, STREAMED
+                    )
+                    mix = consider(
+                        mix, entry, f, z, zz, text, rule, moments, trace_entries, at, GOAL, HEAD_DIM, FEATURES
+                    )
 
-                    # It is added, or with `max` replaces the part of an entry it beats.
-                    if rule.largest == 1:
-                        tie = (r > best_r) | ((r == best_r) & (c < best_concept))
-                        wins = (g > best_g) | ((g == best_g) & tie)
-                        best_g = tl.where(wins, g, best_g)
-                        best_r = tl.where(wins, r, best_r)
-                        best_concept = tl.where(wins, c, best_concept)
-                        best = tl.where(wins, e, best)
-                        old = tl.where(wins, 0.0, 1.0)
-                        new = 1 - old
-                        level = tl.where(wins, entry_level, level)
-                    else:
-                        higher = tl.maximum(level, entry_level)
-                        old = tl.exp2(level - finite_top(higher))
-                        new = tl.exp2(entry_level - finite_top(higher))
-                        level = higher
-                    removed = removed * old[:, None] - (strength * amount * x * new)[:, None] * feature
-                    moved = moved * old - strength * amount * step * new
-                    weight = weight * old + amount * new
+            if GOAL != "moments":
+                if mix.existing > 0:  # else O = Z to the last bit
+                    keep = 1 + mix.moved
+                    taken = tl.full([ROWS], 1.0, tl.float32)
+                    if joint == 1:
+                        base = finite_top(tl.maximum(z.top, mix.level))
+                        share = z.mass * tl.exp2(z.top - base)
+                        taken = tl.exp2(mix.level - base)
+                        total = share + mix.weight * taken
+                        keep = divide(share, total)
+                        taken = divide(taken, total)
+                    y = sum_of(keep, z.out, taken, mix.removed)
 
-                    if trace is not None:
-                        at = trace.entries + entry_row + own
-                        tl.store(at, g, mask=inside & (rule.largest == 0))
-                        tl.store(at + entry_plane, r, mask=inside)
-                        tl.store(at + 2 * entry_plane, share, mask=inside)
+                    sum_y = norm_sum(rule, y, inner(y, y))
+                    sum_z = norm_sum(rule, z.out, zz)
+                    table = b * size
+                    plane = tl.num_programs(2) * size
+                    if GOAL == "norms":
+                        tl.store(norms + table + at.own + n, sum_y, mask=inside)
+                        tl.store(norms + plane + table + at.own + n, sum_z, mask=inside)
+                    elif norms is not None:
+                        sum_y = over_heads(norms + table + n, inside, heads, queries)
+                        sum_z = over_heads(norms + plane + table + n, inside, heads, queries)
+                    scaling, limited = norm_factor(rule, sum_y, sum_z)
+                    o = sum_of(blend * scaling, y, tl.full([ROWS], 1.0, tl.float32) - blend, z.out)
+                    if trace_entries is not None:
+                        # With `max` only the winner has a gate, and only now is it known.
+                        to = trace_entries + mix.best * size + at.own + n
+                        tl.store(to, mix.best_g, mask=inside & (largest == 1))
 
-        if existing > 0:  # else O = Z to the last bit
-            keep = 1 + moved
-            taken = tl.full([ROWS], 1.0, tl.float32)
-            if joint:
-                base = finite_top(tl.maximum(top, level))
-                prompt = mass * tl.exp2(top - base)
-                taken = tl.exp2(level - base)
-                total = prompt + weight * taken
-                keep = divide(prompt, total)
-                taken = divide(taken, total)
-            y = keep[:, None] * z + taken[:, None] * removed
-
-            sum_y = norm_sum(rule, y)
-            sum_z = norm_sum(rule, z)
-            if GOAL == "norms":
-                tl.store(norms + row + own, sum_y, mask=inside)
-                tl.store(norms + plane + row + own, sum_z, mask=inside)
-            elif norms is not None:
-                sum_y = over_heads(norms + row + n, inside, heads, queries)
-                sum_z = over_heads(norms + plane + row + n, inside, heads, queries)
-            scaling, limited = norm_factor(rule, sum_y, sum_z)
-            o = (rule.blend * scaling)[:, None] * y + (1 - rule.blend) * z
-            if trace is not None:
-                # With `max` only the winner has a gate, and only now is it known.
-                at = trace.entries + best * size + own
-                tl.store(at, best_g, mask=inside & (rule.largest == 1))
-
-    if GOAL == "output":
-        channel = tl.arange(0, CHANNELS)
-        stored = o.to(out.data.dtype.element_ty)
-        at = out.data + b * out.batch + h * out.head + n[:, None] * out.row + channel[None, :]
-        tl.store(at, stored, mask=inside[:, None] & (channel < HEAD_DIM)[None, :])
-        if trace is not None:
-            at = trace.rows + row + own
-            nonfinite = ~(tl.abs(stored.to(tl.float32)) < float("inf"))
-            tl.store(at, tl.sum((o - z) * (o - z), 1), mask=inside)
-            tl.store(at + plane, tl.sum(z * z, 1), mask=inside)
-            tl.store(at + 2 * plane, limited.to(tl.float32), mask=inside)
-            tl.store(at + 3 * plane, tl.sum(nonfinite.to(tl.float32), 1), mask=inside)
+        if GOAL == "output":
+            to = rows_at(View(out, out_batch, out_head, out_row), b, h, top_line, line, ALIGNED)
+            moved = tl.zeros([ROWS], tl.float32)
+            nonfinite = tl.zeros([ROWS], tl.float32)
+            for i in tl.static_range(len(o)):
+                channel = offset(FEATURES, i) + tl.arange(0, width(FEATURES, i))
+                mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
+                stored = o[i].to(out.dtype.element_ty)
+                tl.store(to[:, None] + channel[None, :], stored, mask=mask)
+                if trace_rows is not None:
+                    moved += tl.sum((o[i] - z.out[i]) * (o[i] - z.out[i]), 1)
+                    nonfinite += tl.sum((~(tl.abs(stored.to(tl.float32)) < float("inf"))).to(tl.float32), 1)
+            if trace_rows is not None:
+                to_row = trace_rows + b * size + at.own + n
+                plane_of_rows = tl.num_programs(2) * size
+                tl.store(to_row, moved, mask=inside)
+                tl.store(to_row + plane_of_rows, inner(z.out, z.out), mask=inside)
+                tl.store(to_row + 2 * plane_of_rows, limited.to(tl.float32), mask=inside)
+                tl.store(to_row + 3 * plane_of_rows, nonfinite, mask=inside)

@@ -7,11 +7,13 @@ fits, no loop over queries. Each row of the benchmark cases negates the same con
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cases import Case
 
@@ -36,6 +38,32 @@ def concept_tensors(case: Case) -> list[tuple[Tensor, Tensor]]:
 def sdpa(case: Case) -> Call:
     """Plain attention without any negation: the floor that users know."""
     return lambda: F.scaled_dot_product_attention(case.query, case.key, case.value)
+
+
+def attentions(case: Case) -> dict[str, Call]:
+    """The same floor by each kernel that torch has for GPUs, and by xformers where it is installed. One
+    that cannot run the case says so when it is called."""
+
+    def torch_with(kernel: SDPBackend) -> Call:
+        def call() -> Tensor:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(case.query, case.key, case.value)
+
+        return call
+
+    def xformers() -> Tensor:
+        from xformers.ops import memory_efficient_attention
+
+        # It wants [B, N, H, D].
+        q, k, v = (x.transpose(1, 2) for x in (case.query, case.key, case.value))
+        return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+    found = {
+        "sdpa flash": torch_with(SDPBackend.FLASH_ATTENTION),
+        "sdpa cuDNN": torch_with(SDPBackend.CUDNN_ATTENTION),
+        "sdpa efficient": torch_with(SDPBackend.EFFICIENT_ATTENTION),
+    }
+    return found | ({"xformers": xformers} if importlib.util.find_spec("xformers") else {})
 
 
 def _tail(case: Case, z: Tensor, features: list[Tensor]) -> Tensor:
@@ -107,7 +135,7 @@ def _joint(case: Case, attend: Callable[..., Tensor]) -> Call:
     concepts = concept_tensors(case)
     key = torch.cat([case.key, *(k for k, _ in concepts)], 2)
     value = torch.cat([case.value, *(-case.rule.strength * v for _, v in concepts)], 2)
-    bias = torch.zeros(key.shape[2], dtype=key.dtype)
+    bias = torch.zeros(key.shape[2], dtype=key.dtype, device=key.device)
     bias[case.key.shape[2] :] = -case.rule.logit_bias
     return lambda: attend(case.query, key, value, bias.expand(1, 1, 1, -1))
 

@@ -7,9 +7,10 @@ Tensors lie in memory as the models make them: [B, N, H, D], viewed as [B, H, N,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +139,18 @@ def make(
     kind = "sparse " if sparse else ""
     name = f"{layer.name} {concepts.name} {kind}{rule.name} {str(dtype).removeprefix('torch.')}"
     return Case(name, query, key, value, tokens, rule, threshold)
+
+
+def moved(holder: Any, device: str) -> Any:
+    """A case or a problem with every tensor in it, those of its concepts too, on a device."""
+    changes = {}
+    for field in fields(holder):
+        item = getattr(holder, field.name)
+        if isinstance(item, Tensor):
+            changes[field.name] = item.to(device)
+        elif isinstance(item, ConceptTokens):
+            changes[field.name] = moved(item, device)
+    return replace(holder, **changes)
 
 
 @lru_cache(maxsize=1)

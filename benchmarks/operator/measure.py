@@ -32,13 +32,24 @@ class Ratio:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+Clock = Callable[[Callable[[], object]], float]  # runs a call, returns its seconds
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Seconds that a call takes on this thread."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 class Rounds:
     """Calls that are timed in turn: in each round every call runs once, in changing order, so that noise
     and clock changes meet all of them. `times` holds the seconds of each call in each round."""
 
-    def __init__(self, calls: Mapping[str, Callable[[], object]]) -> None:
+    def __init__(self, calls: Mapping[str, Callable[[], object]], clock: Clock = wall) -> None:
         self.times: dict[str, list[float]] = {name: [] for name in calls}
         self._calls = dict(calls)
+        self._clock = clock
         self._order = random.Random(0)
 
     def run(self) -> None:
@@ -46,16 +57,14 @@ class Rounds:
         names = list(self._calls)
         self._order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
-            self._calls[name]()
-            self.times[name].append(time.perf_counter() - start)
+            self.times[name].append(self._clock(self._calls[name]))
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warm: int = WARM
+    calls: Mapping[str, Callable[[], object]], rounds: int, warm: int = WARM, clock: Clock = wall
 ) -> dict[str, list[float]]:
     """Seconds of each call in each of `rounds` rounds, after some that do not count."""
-    timed = Rounds(calls)
+    timed = Rounds(calls, clock)
     for _ in range(warm + rounds):
         timed.run()
     return {name: times[warm:] for name, times in timed.times.items()}

@@ -282,13 +282,13 @@ def test_fused_kernel(options: dict, simulated) -> None:
     from fastnegate.backends import triton as backend
 
     problem = make_problem(**{"batch": 2, "heads": 1, "queries": 65, "keys": 77, **options})
-    written = {"out.data", "moments", "norms"}
-    with simulated(outputs=written | {"trace.entries", "trace.rows"}, undefined=written) as device:
+    written = {"out", "moments", "norms"}
+    with simulated(outputs=written | {"trace_entries", "trace_rows"}, undefined=written) as device:
         output, tables = backend.run_with_statistics(problem)
     judge = Judge(problem)
     judge.check(output, "ptx")
     judge.check_statistics(tables.named, "ptx")
     total = device.launches[-1].result.total
     compulsory = output.numel() * output.element_size()
-    assert total.written["out.data"].bytes == total.read["query.data"].bytes == compulsory
+    assert total.written["out"].bytes == total.read["query"].bytes == compulsory
     assert total.mma and total.exponentials and total.barriers

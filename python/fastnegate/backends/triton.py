@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,35 +25,6 @@ from ..tokens import ConceptTokens
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 65535  # programs along the second and third axis of a grid
-_TILE_BYTES = 16384  # of keys, and of values: both fit the shared memory of every GPU
-
-
-class Tiles(NamedTuple):
-    """Sizes of one program: queries, prompt keys and concept tokens at a time, padded head_dim."""
-
-    rows: int
-    keys: int
-    tokens: int
-    channels: int
-    warps: int
-
-
-def tiles(dim: int, keys: int, longest: int, itemsize: int) -> Tiles:
-    """Tiles for head_dim, prompt keys, tokens of the longest concept and bytes per element."""
-    channels = _padded(dim)
-    most = min(_TILE_BYTES // (channels * itemsize), 64)
-    return Tiles(
-        rows=min(max(8192 // (channels * itemsize), 16), 64),  # more would spill registers
-        keys=min(_padded(keys), most),
-        tokens=min(_padded(longest), most),
-        channels=channels,
-        warps=4 if channels <= 64 else 8,
-    )
-
-
-def _padded(size: int) -> int:
-    """The next power of two, at least 16: what a Triton matrix product takes."""
-    return 1 << max(size - 1, 15).bit_length()
 
 
 def unavailable() -> str | None:
@@ -108,16 +80,21 @@ def supports(problem: Problem) -> str | None:
 
 def describe(problem: Problem) -> str:
     """One line for `explain`."""
-    t = _tiles(problem)
-    launches = len(_goals(problem.rule)) if problem.concepts is not None else 1
+    launch = _new_launch(problem)
+    t, launches = launch.tiles, len(launch.goals)
     return (
-        f"tiles of {t.rows} queries, {t.keys} keys and {t.tokens} concept tokens, head_dim as "
-        f"{t.channels}, {t.warps} warps, {launches} launch{'es' if launches > 1 else ''}"
+        f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} concept "
+        f"tokens, {t.warps} warps, {launch.grid[0]} programs a head, {launches} launch{'es' * (launches > 1)}"
     )
 
 
 def run(problem: Problem) -> Tensor:
-    return _run(problem, None)
+    return _run(problem, None, _launch(problem, False), _start)
+
+
+def traced(problem: Problem) -> Tensor:
+    """`run` for a compiler: the kernel is a node of its graph."""
+    return _run(problem, None, _new_launch(problem), _trace)
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
@@ -126,7 +103,7 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     made: dict[str, Any] = {"dtype": torch.float32, "device": problem.query.device}
     entries = torch.zeros(3, count, heads, queries, **made)
     rows = torch.zeros(4, batch, heads, queries, **made)
-    output = _run(problem, (entries, rows))
+    output = _run(problem, (entries, rows), _launch(problem, True), _start)
     if not output.numel():
         shapes = ((count, 5), (count, queries), (batch, 3))
         return output, Tables._make(torch.zeros(shape, **made) for shape in shapes)
@@ -145,88 +122,190 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     )
 
 
-def _tiles(problem: Problem) -> Tiles:
-    _, _, _, keys, dim = problem.sizes
-    longest = problem.concepts.longest if problem.concepts is not None else 0
-    return tiles(dim, keys, longest, problem.query.element_size())
+# ---- a launch without its tensors -------------------------------------------------------------------
 
 
-def _goals(rule: Rule) -> list[str]:
-    """The launches: scope `feature` needs sums over heads before the output."""
-    goals = ["output"]
-    if rule.scope == "feature" and rule.norm != "none":
-        goals.insert(0, "norms")
-    if rule.scope == "feature" and (
-        rule.similarity != "one" or rule.direction in ("orthogonal", "projection", "fixed")
-    ):
-        goals.insert(0, "moments")
-    return goals
+class Launch(NamedTuple):
+    """What stays while shapes, strides and rule stay."""
+
+    tiles: Any
+    grid: tuple[int, int, int]
+    goals: tuple[str, ...]  # one kernel each
+    scalars: tuple[int | float, ...]
+    constants: dict[str, Any]  # but GOAL
+    text: tuple[bool, ...]  # which of `_tensors` are read
+    compiled: dict[str, Any]  # by goal, from the first call on
 
 
-def _run(problem: Problem, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-    kernel: Any = importlib.import_module(f"{_KERNELS}.attention")
-    query, tokens, rule = problem.query, problem.concepts, problem.rule
+_launches: dict[Any, Launch] = {}
+_MOST_LAUNCHES = 4096  # a server sees some hundred; of callers with ever new shapes the oldest are forgotten
+
+
+def _launch(problem: Problem, with_statistics: bool) -> Launch:
+    """Made once for calls like this one: it costs more than the launch itself."""
+    tokens = problem.concepts
+    tensors = (problem.query, problem.key, problem.value, problem.key_bias, *_tensors(tokens))
+    key = (
+        tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors),
+        (tokens.entries, tokens.concepts, tokens.longest) if tokens is not None else None,
+        problem.rule, problem.scale, with_statistics, _device(problem.query),
+    )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        if len(_launches) >= _MOST_LAUNCHES:
+            del _launches[next(iter(_launches))]
+        launch = _launches[key] = _new_launch(problem)
+    return launch
+
+
+def _new_launch(problem: Problem) -> Launch:
+    sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
     batch, heads, queries, keys, dim = problem.sizes
+    tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
+    if tokens is not None and (tokens.concepts == 0 or (rule.reads_direction and tokens.direction is None)):
+        tokens = None  # no entry exists
+    strides = [s for x in (problem.query, problem.key, problem.value) for s in x.stride()[:3]]
+    strides += [queries * heads * dim, dim, heads * dim]  # of the output
+    bias, text, sizes = [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]
+    if problem.key_bias is not None:
+        bias = [problem.key_bias.expand(batch, heads, 1, keys).stride(i) for i in (0, 1, 3)]
+    if tokens is not None:
+        text = [x.stride(i) for x in (tokens.key, tokens.value) for i in (1, 0)]
+        sizes = [tokens.entries, tokens.concepts, tokens.tokens, tokens.longest]
+    # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
+    unit = 16 // itemsize
+    aligned = unit if all(s % unit == 0 for s in strides + text) else 1
+    shared_memory, multiprocessors = _device_facts(problem.query)
+    work = sizing.Work(batch, heads, queries, keys, dim, sizes[3], itemsize)
+    t = sizing.tiles(work, shared_memory)
+    return Launch(
+        tiles=t,
+        grid=(sizing.programs(work, t.rows, multiprocessors), heads, batch),
+        goals=_goals(rule) if tokens is not None else ("output",),
+        scalars=(
+            *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
+            heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
+        ),
+        constants={
+            "HEAD_DIM": dim, "CHANNELS": t.channels, "FEATURES": t.features, "ALIGNED": aligned,
+            "ROWS": t.rows, "KEYS": t.keys, "KEPT": t.kept, "TOKENS": t.tokens, "STREAMED": t.streamed,
+        },
+        text=tuple(tokens is not None and read for read in (
+            *[True] * 6, rule.reads_direction, rule.direction == "fixed", rule.reads_direction,
+        )),
+        compiled={},
+    )  # fmt: skip
+
+
+def _goals(rule: Rule) -> tuple[str, ...]:
+    """The kernels: scope `feature` needs sums over heads before the output."""
+    sums = rule.similarity != "one" or rule.direction in ("orthogonal", "projection", "fixed")
+    before = ("moments",) * sums + ("norms",) * (rule.norm != "none")
+    return (*(before if rule.scope == "feature" else ()), "output")
+
+
+def _numbers(rule: Rule) -> tuple[float, ...]:
+    """`Rule` of the kernel: floats, since Triton would compile an integer 0, 1 or 16 in as a constant."""
+    return (
+        float(SIMILARITIES.index(rule.similarity)),
+        float(GATES.index(rule.gate)),
+        float(DIRECTIONS.index(rule.direction)),
+        float(rule.combine == "joint"),
+        float(rule.select == "max"),
+        float(NORMS.index(rule.norm)),
+        float(rule.norm_order),
+        float(rule.reads_tokens),
+        rule.norm_limit,
+        rule.blend,
+        rule.strength,
+        rule.logit_bias,
+        rule.threshold,
+        rule.width or 0.0,
+        rule.cap,
+    )
+
+
+def _device(query: Tensor) -> Any:
+    if query.is_cuda:
+        return query.device.index
+    return None if _interpreted() else _driver().get_current_device()
+
+
+def _driver() -> Any:
+    return importlib.import_module("triton").runtime.driver.active
+
+
+def _device_facts(query: Tensor) -> tuple[int, int]:
+    """Bytes of shared memory for a program, and multiprocessors."""
+    if _interpreted():
+        return 163 * 1024, 4
+    properties = _driver().utils.get_device_properties(_device(query))
+    return properties["max_shared_mem"], properties["multiprocessor_count"]
+
+
+# ---- a launch with its tensors ----------------------------------------------------------------------
+
+
+def _tensors(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
+    if tokens is None:
+        return (None,) * 9
+    return (
+        tokens.key, tokens.value, tokens.index, tokens.numbers, tokens.token_bias, tokens.token_weight,
+        tokens.direction, tokens.direction if tokens.update is None else tokens.update, tokens.offset,
+    )  # fmt: skip
+
+
+def _run(
+    problem: Problem,
+    tables: tuple[Tensor, Tensor] | None,
+    launch: Launch,
+    start: Callable[[Launch, str, tuple[Tensor | None, ...]], None],
+) -> Tensor:
+    """`start` each kernel of the launch. `tables`: for statistics, entries and rows."""
+    query = problem.query
+    batch, heads, queries, _, dim = problem.sizes
     out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
     if not out.numel():
         return out
-    if tokens is not None and (tokens.concepts == 0 or (rule.reads_direction and tokens.direction is None)):
-        tokens = None  # no entry exists
-    goals = _goals(rule) if tokens is not None else ["output"]
-    sizes = (0, 0, 0, 0)
-    if tokens is not None:
-        sizes = (tokens.entries, tokens.concepts, tokens.tokens, tokens.longest)
+    text = [x if read else None for x, read in zip(_tensors(problem.concepts), launch.text)]
+    text[2:] = [None if x is None else x.contiguous() for x in text[2:]]
+    count = problem.concepts.entries if problem.concepts is not None else 0
     table = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    moments = table(5, sizes[0], heads, queries) if "moments" in goals else None
-    norms = table(2, batch, heads, queries) if "norms" in goals else None
-    bias = None
-    if problem.key_bias is not None:
-        strides = problem.key_bias.expand(batch, heads, 1, keys).stride()
-        bias = kernel.View(problem.key_bias, strides[0], strides[1], strides[3])
-    views = [kernel.View(x, *x.stride()[:3]) for x in (query, problem.key, problem.value, out)]
-    packed = _concepts(kernel, tokens, rule) if tokens is not None else None
-    t = _tiles(problem)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        for goal in goals:
-            kernel.attention[-(-queries // t.rows), heads, batch](
-                *views, bias, packed, _rule(kernel, rule), moments, norms if goal != "moments" else None,
-                kernel.Trace(*tables) if tables is not None and goal == "output" else None,
-                problem.scale * math.log2(math.e), heads, queries, keys, *sizes,
-                GOAL=goal, HEAD_DIM=dim, CHANNELS=t.channels, ROWS=t.rows, KEYS=t.keys, TOKENS=t.tokens,
-                num_warps=t.warps,
-                num_stages=1,  # text is short: loops run once or twice, there is nothing to pipeline
-                enable_fp_fusion=False,  # else rounding depends on what the compiler finds around
-            )  # fmt: skip
+    moments = table(5, count, heads, queries) if "moments" in launch.goals else None
+    norms = table(2, batch, heads, queries) if "norms" in launch.goals else None
+    entries, rows = tables if tables is not None else (None, None)
+    for goal in launch.goals:
+        writes_output = goal == "output"
+        start(launch, goal, (
+            query, problem.key, problem.value, out, problem.key_bias, *text,
+            moments, norms if goal != "moments" else None,
+            entries if writes_output and text[0] is not None else None, rows if writes_output else None,
+        ))  # fmt: skip
     return out
 
 
-def _concepts(kernel: Any, tokens: ConceptTokens, rule: Rule) -> Any:
-    """Pointers to what the rule reads."""
-    key, value = (kernel.View(x, 0, x.stride(1), x.stride(0)) for x in (tokens.key, tokens.value))
-    optional = [tokens.token_bias, tokens.token_weight]
-    optional += [tokens.direction, None, tokens.offset] if rule.reads_direction else [None, None, None]
-    if rule.direction == "fixed":
-        optional[3] = tokens.direction if tokens.update is None else tokens.update
-    flat = [x if x is None else x.contiguous() for x in (tokens.index, tokens.numbers, *optional)]
-    return kernel.Concepts(key, value, *flat)
+def _kernel() -> Any:
+    return importlib.import_module(f"{_KERNELS}.attention").attention
 
 
-def _rule(kernel: Any, rule: Rule) -> Any:
-    """The rule as floats: Triton would compile an integer 0, 1 or 16 in as a constant."""
-    return kernel.Rule(
-        similarity=float(SIMILARITIES.index(rule.similarity)),
-        gate=float(GATES.index(rule.gate)),
-        direction=float(DIRECTIONS.index(rule.direction)),
-        joint=float(rule.combine == "joint"),
-        largest=float(rule.select == "max"),
-        norm=float(NORMS.index(rule.norm)),
-        norm_order=float(rule.norm_order),
-        reads_tokens=float(rule.reads_tokens),
-        norm_limit=rule.norm_limit,
-        blend=rule.blend,
-        strength=rule.strength,
-        logit_bias=rule.logit_bias,
-        threshold=rule.threshold,
-        width=rule.width or 0.0,
-        cap=rule.cap,
+def _start(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
+    query = tensors[0]
+    assert query is not None
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        compiled = launch.compiled.get(goal)
+        if compiled is not None:
+            # Triton need not look at the arguments again: what it specialises on is in the key of `launch`.
+            compiled[launch.grid](*tensors, *launch.scalars, goal, *launch.constants.values())
+            return
+        launch.compiled[goal] = _kernel()[launch.grid](
+            *tensors, *launch.scalars, GOAL=goal, **launch.constants,
+            num_warps=launch.tiles.warps,
+            num_stages=1,  # nothing to pipeline: text is short, its loops run once or twice
+            enable_fp_fusion=False,  # else rounding depends on what the compiler finds around
+        )  # fmt: skip
+
+
+def _trace(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
+    torch.library.wrap_triton(_kernel())[launch.grid](
+        *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, num_stages=1
     )

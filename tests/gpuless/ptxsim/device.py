@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets Triton launch kernels on the simulator: `with SimulatedDevice() as device: kernel[grid](...)`.
 
-It takes the place of Triton's driver, so the kernel is specialised, compiled and given its arguments
-as on a GPU of compute capability 8.0. Tensors live on the CPU. Of each one the kernel may touch the
-elements and nothing between or around them.
+A `Device` takes the place of Triton's driver, so kernels are specialised, compiled and given their arguments
+as on a GPU. Tensors live on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +20,58 @@ from triton.backends.compiler import GPUTarget
 from .machine import Result, run
 from .memory import Buffer, GlobalMemory
 from .parse import Program, PtxError, parse
+
+AnyDevice = TypeVar("AnyDevice", bound="Device")
+
+
+class Gpu(NamedTuple):
+    """What Triton and a backend ask of a GPU."""
+
+    target: GPUTarget
+    shared: int  # bytes that a CTA may have
+    multiprocessors: int
+
+
+A100 = Gpu(GPUTarget("cuda", 80, 32), 163 * 1024, 108)
+
+
+class Call(NamedTuple):
+    """What Triton gives a launch besides the kernel."""
+
+    grid: tuple[int, int, int]
+    metadata: Any  # `num_warps`, `shared`, ...
+    constants: dict[str, Any]  # arguments that were compiled in
+    arguments: list[tuple[str, Any]]  # what the compiled kernel takes
+
+
+class Device:
+    """Triton's driver while it is entered. Subclasses say what loading and launching a kernel are."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def __enter__(self: AnyDevice) -> AnyDevice:
+        self._before = triton.runtime.driver._active
+        driver = _Driver(self)
+        triton.runtime.driver.set_active(driver)
+        self._hook = driver.will_load
+        triton.knobs.runtime.kernel_load_start_hook.add(self._hook)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        triton.knobs.runtime.kernel_load_start_hook.remove(self._hook)
+        triton.runtime.driver._active = self._before
+
+    def load(self, name: str, files: dict[str, Path]) -> Any:
+        """The kernel that `launch` gets; Triton asks once for what it compiled, and keeps it.
+
+        Args:
+            files: the compiler's results by extension, such as "ptx".
+        """
+        raise NotImplementedError
+
+    def launch(self, kernel: Any, call: Call) -> None:
+        raise NotImplementedError
 
 
 class Launched(NamedTuple):
@@ -33,8 +84,9 @@ class Launched(NamedTuple):
     result: Result
 
 
-class SimulatedDevice:
-    """Triton's driver while it is entered.
+class SimulatedDevice(Device):
+    """A GPU whose matrix instructions are mma.sync. Of each tensor the kernel may touch the elements and
+    nothing between or around them.
 
     Args:
         outputs: names of arguments that the kernel may write ("out.data" of a tuple `out`), by default
@@ -42,6 +94,7 @@ class SimulatedDevice:
             are views of one tensor count as the first of them.
         change: applied to every program before it runs, for mutations.
         limit: as of `ptxsim.run`.
+        gpu: by default one of compute capability 8.0.
     """
 
     def __init__(
@@ -50,7 +103,9 @@ class SimulatedDevice:
         undefined: Iterable[str] = (),
         change: Callable[[Program], Program] = lambda program: program,
         limit: int = 1_000_000,
+        gpu: Gpu = A100,
     ) -> None:
+        super().__init__(gpu)
         self.outputs = None if outputs is None else set(outputs)
         self.undefined = set(undefined)
         self.change = change
@@ -59,26 +114,19 @@ class SimulatedDevice:
         self.memory = GlobalMemory()
         self.storages: dict[int, tuple[torch.UntypedStorage, Buffer]] = {}
 
-    def __enter__(self) -> SimulatedDevice:
-        self._before = triton.runtime.driver._active
-        driver = _Driver(self)
-        triton.runtime.driver.set_active(driver)
-        self._hook = driver.will_load
-        triton.knobs.runtime.kernel_load_start_hook.add(self._hook)
-        return self
+    def load(self, name: str, files: dict[str, Path]) -> Program:
+        return parse(files["ptx"].read_text(), name)
 
-    def __exit__(self, *error: object) -> None:
-        triton.knobs.runtime.kernel_load_start_hook.remove(self._hook)
-        triton.runtime.driver._active = self._before
-
-    def launch(
-        self, program: Program, grid: tuple, threads: int, shared: int, arguments: list[tuple[str, Any]]
-    ) -> None:
-        packed = [self._address(n, x) if isinstance(x, torch.Tensor) else x for n, x in arguments]
+    def launch(self, program: Program, call: Call) -> None:
+        metadata = call.metadata
+        if metadata.global_scratch_size or metadata.num_ctas != 1:
+            raise PtxError("scratch memory and clusters are not supported")
+        packed = [self._address(n, x) if isinstance(x, torch.Tensor) else x for n, x in call.arguments]
         packed += [0] * (len(program.parameters) - len(packed))  # scratch memory, which nobody asked for
         program = self.change(program)
-        result = run(program, grid, threads, packed, self.memory, shared, self.limit)
-        self.launches.append(Launched(program, grid, threads, shared, result))
+        threads = metadata.num_warps * metadata.warp_size
+        result = run(program, call.grid, threads, packed, self.memory, metadata.shared, self.limit)
+        self.launches.append(Launched(program, call.grid, threads, metadata.shared, result))
 
     def _address(self, name: str, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -113,33 +161,36 @@ def _elements(tensor: torch.Tensor) -> np.ndarray:
 class _Driver:
     launcher_cls: Callable[..., Any]
 
-    def __init__(self, device: SimulatedDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
         self.launcher_cls = _Launcher
+        gpu = device.gpu
         self.utils = SimpleNamespace(
             load_binary=self.load,
             unload_module=lambda module: None,
             get_device_properties=lambda number: {
-                "max_shared_mem": 163 * 1024, "multiprocessor_count": 108, "warpSize": 32,
+                "max_shared_mem": gpu.shared, "multiprocessor_count": gpu.multiprocessors,
+                "warpSize": gpu.target.warp_size,
             },
         )  # fmt: skip
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 80, 32)
+        return self.device.gpu.target
 
     def get_current_device(self) -> str:
-        return "simulated"  # the key of Triton's caches, so that no GPU finds what was compiled here
+        """The key of Triton's caches: what was loaded here is for no other device."""
+        return f"{type(self.device).__name__} {self.device.gpu.target.arch}"
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
     def will_load(self, module, function, name: str, files: dict[str, str], key: str) -> None:
-        """Triton's hook before a kernel is loaded: the only place that knows its PTX."""
-        self.ptx = next(Path(path).read_text() for file, path in files.items() if file.endswith(".ptx"))
+        """Triton's hook before a kernel is loaded: the only place that knows all that was compiled."""
+        self.files = {Path(file).suffix[1:]: Path(path) for file, path in files.items()}
 
     def load(self, name: str, binary: bytes, shared: int, device) -> tuple:
         """Module, function, registers, spilled registers, most threads."""
-        return object(), parse(self.ptx, name), 0, 0, 1024
+        return object(), self.device.load(name, self.files), 0, 0, 1024
 
 
 class _Launcher:
@@ -149,22 +200,23 @@ class _Launcher:
         self.signature = source.signature
         self.metadata = metadata
 
-    def __call__(self, x: int, y: int, z: int, stream, function: Program, *rest: Any) -> None:
-        metadata, (_packed, _launched, _enter, _leave, *arguments) = self.metadata, rest
-        if metadata.global_scratch_size or metadata.num_ctas != 1:
-            raise PtxError("scratch memory and clusters are not supported")
-        flat: list[tuple[str, Any]] = []
-        for (name, kind), value in zip(self.signature.items(), arguments):
-            _flatten(name, kind, value, flat)
-        device = triton.runtime.driver.active.device
-        device.launch(function, (x, y, z), metadata.num_warps * metadata.warp_size, metadata.shared, flat)
+    def __call__(self, x: int, y: int, z: int, stream, function: Any, *rest: Any) -> None:
+        _packed, _launched, _enter, _leave, *values = rest
+        constants: dict[str, Any] = {}
+        arguments: list[tuple[str, Any]] = []
+        for (name, kind), value in zip(self.signature.items(), values):
+            _flatten(name, kind, value, constants, arguments)
+        call = Call((x, y, z), self.metadata, constants, arguments)
+        triton.runtime.driver.active.device.launch(function, call)
 
 
-def _flatten(name: str, kind: Any, value: Any, flat: list[tuple[str, Any]]) -> None:
-    """Arguments without constants, tuples taken apart: what the compiled kernel takes."""
+def _flatten(name: str, kind: Any, value: Any, constants: dict, arguments: list) -> None:
+    """Tuples are taken apart: `out` with a field `data` has "out.data"."""
     if isinstance(kind, tuple):
         fields = getattr(value, "_fields", range(len(kind)))
         for field, inner, item in zip(fields, kind, value):
-            _flatten(f"{name}.{field}", inner, item, flat)
-    elif kind != "constexpr":
-        flat.append((name, float(value) if kind.startswith("fp") else value))
+            _flatten(f"{name}.{field}", inner, item, constants, arguments)
+    elif kind == "constexpr":
+        constants[name] = value
+    else:
+        arguments.append((name, float(value) if kind.startswith("fp") else value))
