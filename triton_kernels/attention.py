@@ -486,8 +486,10 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
     row = e * at.size
     plane = concepts.entries.to(tl.int64) * at.size
     entry_top = f.top - LOG2E * entry_number(concepts.numbers, e, LOGIT_BIAS, rule.logit_bias)
-    share = mass_share(z.top, z.mass, entry_top, f.mass)
-    along = tl.zeros(share.shape, tl.float32)
+    share = tl.zeros(zz.shape, tl.float32)
+    if (rule.similarity == MASS) | (trace is not None):
+        share = mass_share(z.top, z.mass, entry_top, f.mass)
+    along = tl.zeros(zz.shape, tl.float32)
     if concepts.direction is not None:
         along = inner(
             z.out, load_vector(concepts.direction, entry.concept, at.h, at.heads, HEAD_DIM, FEATURES)
