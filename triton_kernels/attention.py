@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`negated_attention` in Triton: a program makes some tiles of output rows of one head, one after the other.
+"""`negated_attention` in Triton: a program makes some tiles of output rows, one after the other.
 
-It loads the prompt's keys and values once. For each tile of queries it attends to the prompt (Z), then takes
-the entries of its batch row one by one: attention to the concept's tokens (F), inner products, gate,
-coefficients, one update of an accumulator. So one softmax is alive at a time, any number of entries fits,
-and Q is read and O is written once.
+It loads the prompt's keys and values once for the tiles of a head. For each tile of queries it attends to the
+prompt (Z), then takes the entries of its batch row one by one: attention to the concept's tokens (F), inner
+products, gate, coefficients, one update of an accumulator. So one softmax is alive at a time, any number of
+entries fits, and Q is read and O is written once.
 
 Scope `feature` needs sums over heads before an output exists. The same kernel is then launched once
 per sum: to write the inner products of each head ("moments"), to write the norms of Y and Z of each
@@ -136,6 +136,7 @@ class Place(NamedTuple):
     inside: Any
     own: Any  # offset of the head in [H, N]
     size: Any  # of [H, N]
+    rows: Any  # size of [B, H, N]
     heads: Any
     queries: Any
 
@@ -161,6 +162,7 @@ STRIDE = tl.constexpr(COLUMNS)
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
 LOWEST = tl.constexpr(-3e38)
+DEPTH = tl.constexpr(16)  # what a matrix instruction sums over
 
 
 # ---- pieces -------------------------------------------------------------------------------------
@@ -265,6 +267,20 @@ def finite_top(top):
 
 
 @triton.jit
+def unmasked(bias, bias_stride, first, token, keep, factor):
+    """Which of the tokens there are, and what is added to their logits before these are scaled."""
+    added = tl.where(keep, 0.0, float("-inf"))
+    if bias is not None:
+        at = bias + (first + token).to(tl.int64) * bias_stride
+        added = tl.load(at, mask=keep, other=float("-inf")).to(tl.float32)
+        # A masked token is absent: its key and value are not even read, they may hold NaN.
+        keep = keep & (added > float("-inf"))
+        # Some callers mask with the lowest number, which must not become -inf.
+        added = tl.where(keep, tl.maximum(added * (LOG2E / factor), LOWEST), float("-inf"))
+    return keep, added
+
+
+@triton.jit
 def load_tokens(key, value, bias, bias_stride, weight, b, h, first, count, factor,
                 HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
                 ALIGNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
@@ -275,21 +291,24 @@ def load_tokens(key, value, bias, bias_stride, weight, b, h, first, count, facto
     weights = ()
     for i in tl.static_range(pieces(TILE)):
         token = offset(TILE, i) + tl.arange(0, width(TILE, i))
-        keep = token < count
-        added = tl.where(keep, 0.0, float("-inf"))
-        if bias is not None:
-            at = bias + (first + token).to(tl.int64) * bias_stride
-            added = tl.load(at, mask=keep, other=float("-inf")).to(tl.float32)
-            # A masked token is absent: its key and value are not even read, they may hold NaN.
-            keep = keep & (added > float("-inf"))
-            # Some callers mask with the lowest number, which must not become -inf.
-            added = tl.where(keep, tl.maximum(added * (LOG2E / factor), LOWEST), float("-inf"))
+        keep, added = unmasked(bias, bias_stride, first, token, token < count, factor)
         keys = keys + (load_rows(key, b, h, first, token, keep, HEAD_DIM, CHANNELS, ALIGNED),)
-        values = values + (load_rows(value, b, h, first, token, keep, HEAD_DIM, FEATURES, ALIGNED),)
         biases = biases + (added,)
         if weight is not None:
             weights = weights + (tl.load(weight + first + token, mask=keep, other=0.0).to(tl.float32),)
+        if width(TILE, i) < DEPTH:
+            token = offset(TILE, i) + tl.arange(0, DEPTH)
+            keep = (token < count) & (token < TILE)
+            keep, _ = unmasked(bias, bias_stride, first, token, keep, factor)
+        values = values + (load_rows(value, b, h, first, token, keep, HEAD_DIM, FEATURES, ALIGNED),)
     return Tokens(keys, values, biases, weights)
+
+
+@triton.jit
+def deep(p):
+    """p [rows, 8] with eight columns of zeros: products sum over 16 at least."""
+    joined = tl.join(p, tl.zeros_like(p))
+    return tl.reshape(tl.permute(joined, (0, 2, 1)), (p.shape[0], 2 * p.shape[1]))
 
 
 @triton.jit
@@ -334,6 +353,8 @@ def attend(q, tokens, before, factor, FIRST: tl.constexpr):
         if len(tokens.weight) > 0:
             p *= tokens.weight[j][None, :]
         p = p.to(tokens.value[j][0].dtype)
+        if p.shape[1] < DEPTH:
+            p = deep(p)
         sums = ()
         for i in tl.static_range(len(out)):
             sums = sums + (tl.dot(p, tokens.value[j][i], out[i], input_precision="ieee"),)
@@ -591,6 +612,62 @@ def norm_factor(rule, sum_y, sum_z):
     return factor, limited
 
 
+# ---- the output ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish(mix, z, zz, rule, norms, at, GOAL: tl.constexpr):
+    """O, and where `limit` acted."""
+    keep = 1 + mix.moved
+    taken = tl.full(keep.shape, 1.0, tl.float32)
+    if rule.joint == 1:
+        base = finite_top(tl.maximum(z.top, mix.level))
+        share = z.mass * tl.exp2(z.top - base)
+        taken = tl.exp2(mix.level - base)
+        total = share + mix.weight * taken
+        keep = divide(share, total)
+        taken = divide(taken, total)
+    y = sum_of(keep, z.out, taken, mix.removed)
+    sum_y = norm_sum(rule, y, inner(y, y))
+    sum_z = norm_sum(rule, z.out, zz)
+    if norms is not None:
+        table = norms + at.b * at.size
+        if GOAL == "norms":
+            tl.store(table + at.own + at.n, sum_y, mask=at.inside)
+            tl.store(table + at.rows + at.own + at.n, sum_z, mask=at.inside)
+        else:
+            sum_y = over_heads(table + at.n, at.inside, at.heads, at.queries)
+            sum_z = over_heads(table + at.rows + at.n, at.inside, at.heads, at.queries)
+    scaling, limited = norm_factor(rule, sum_y, sum_z)
+    rest = tl.full(keep.shape, 1.0, tl.float32) - rule.blend
+    return sum_of(rule.blend * scaling, y, rest, z.out), limited
+
+
+@triton.jit
+def write(out, o, first, row, at, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr, ALIGNED: tl.constexpr):
+    to = rows_at(out, at.b, at.h, first, row, ALIGNED)
+    for i in tl.static_range(len(o)):
+        channel = offset(FEATURES, i) + tl.arange(0, width(FEATURES, i))
+        mask = at.inside[:, None] & (channel < HEAD_DIM)[None, :]
+        tl.store(to[:, None] + channel[None, :], o[i].to(out.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def trace_row(rows, o, z, zz, limited, stored: tl.constexpr, at):
+    """Write |O - Z|^2, |Z|^2, whether limited, values that are not finite once stored."""
+    moved = tl.zeros([o[0].shape[0]], tl.float32)
+    nonfinite = tl.zeros([o[0].shape[0]], tl.float32)
+    for i in tl.static_range(len(o)):
+        moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)
+        finite = tl.abs(o[i].to(stored).to(tl.float32)) < float("inf")
+        nonfinite += tl.sum((~finite).to(tl.float32), 1)
+    to = rows + at.b * at.size + at.own + at.n
+    tl.store(to, moved, mask=at.inside)
+    tl.store(to + at.rows, zz, mask=at.inside)
+    tl.store(to + 2 * at.rows, limited.to(tl.float32), mask=at.inside)
+    tl.store(to + 3 * at.rows, nonfinite, mask=at.inside)
+
+
 # ---- the kernel ---------------------------------------------------------------------------------
 
 # Sizes change from call to call, capacities when concepts are swapped: neither may recompile.
@@ -598,7 +675,7 @@ RUN_TIME = (
     "query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row", "value_batch", "value_head",
     "value_row", "out_batch", "out_head", "out_row", "bias_batch", "bias_head", "bias_key",
     "concept_key_head", "concept_key_row", "concept_value_head", "concept_value_row",
-    "heads", "queries", "keys", "entries", "concepts", "tokens", "longest",
+    "batch", "heads", "queries", "keys", "entries", "concepts", "tokens", "longest",
 )  # fmt: skip
 
 
@@ -609,14 +686,14 @@ def attention(
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     out_batch, out_head, out_row, bias_batch, bias_head, bias_key,
     concept_key_head, concept_key_row, concept_value_head, concept_value_row,
-    heads, queries, keys, entries, concepts, tokens, longest,
+    batch, heads, queries, keys, entries, concepts, tokens, longest,
     similarity_of, gate_of, direction_of, joint, largest, norm, norm_order, reads_tokens, norm_limit, blend,
     strength, logit_bias, threshold, width_of, cap, factor,
     GOAL: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, KEPT: tl.constexpr, TOKENS: tl.constexpr,
     STREAMED: tl.constexpr,
 ):  # fmt: skip
-    """The kernel; grid (programs, H, B).
+    """The kernel; a grid of any number of programs.
 
     query, key, value, out [B, H, N or M, D] and concept_key, concept_value [T, H, D], with strides in units
     of ALIGNED elements; key_bias [B, H, M] with strides in elements; index ... offsets: contiguous, as in
@@ -627,29 +704,15 @@ def attention(
     The rule as in `Rule`; factor: scale * log2(e). GOAL: "moments", "norms" or "output". The sizes of tiles
     as in `tiles.Tiles`.
     """
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
     queries_of = View(query, query_batch, query_head, query_row)
     keys_of = View(key, key_batch, key_head, key_row)
     values_of = View(value, value_batch, value_head, value_row)
+    out_of = View(out, out_batch, out_head, out_row)
     rule = Rule(
         similarity_of, gate_of, direction_of, joint, largest, norm, norm_order, reads_tokens, norm_limit,
         blend, strength, logit_bias, threshold, width_of, cap,
     )  # fmt: skip
-    bias = None
-    if key_bias is not None:
-        bias = key_bias + b * bias_batch + h * bias_head
-
-    prompt = None
-    if KEPT:
-        prompt = load_tokens(
-            keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
-            HEAD_DIM, CHANNELS, FEATURES, ALIGNED, KEYS,
-        )  # fmt: skip
-
     text = None
-    first = 0
-    last = 0
     if concept_key is not None:
         text = Concepts(
             View(concept_key, 0, concept_key_head, concept_key_row),
@@ -657,101 +720,105 @@ def attention(
             index, numbers, token_bias, token_weight, direction, update, offsets,
             entries, concepts, tokens, longest,
         )  # fmt: skip
-        rows = index + entries + 2 * concepts
-        first = tl.maximum(tl.load(rows + b), 0)
-        last = tl.minimum(tl.load(rows + b + 1), entries)
-
     size = queries.to(tl.int64) * heads
-    tiles = tl.cdiv(queries, ROWS)
-    begin = tiles * tl.program_id(0) // tl.num_programs(0)
-    end = tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
-    for tile_number in range(begin, end):
-        line = tl.arange(0, ROWS)
-        top_line = tile_number * ROWS
-        n = top_line + line
-        inside = n < queries
-        at = Place(b, h, n, inside, h * queries, size, heads, queries)
-        q = load_rows(queries_of, b, h, top_line, line, inside, HEAD_DIM, CHANNELS, ALIGNED)
+    # The tiles of all heads, one head after the other, in equal shares: few programs see two heads.
+    tiles = tl.cdiv(queries, ROWS).to(tl.int64)
+    all_tiles = batch * heads * tiles
+    begin = all_tiles * tl.program_id(0) // tl.num_programs(0)
+    end = all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
+    # Nothing is hoisted out of this loop and that of the entries: what is computed from constants and takes
+    # one instruction, such as addresses in shared memory, would take more registers than there are.
+    for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):
+        b = head // heads
+        h = head % heads
+        bias = None
+        if key_bias is not None:
+            bias = key_bias + b * bias_batch + h * bias_head
+        prompt = None
         if KEPT:
-            z = attend_once(q, prompt, factor, FEATURES)
-        else:
-            z = attend_by_tiles(
-                q, keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
+            prompt = load_tokens(
+                keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
                 HEAD_DIM, CHANNELS, FEATURES, ALIGNED, KEYS,
             )  # fmt: skip
-        o = z.out
-        limited = tl.zeros([ROWS], tl.int1)
-
+        first = 0
+        last = 0
         if concept_key is not None:
-            nothing = tl.zeros([ROWS], tl.float32)
-            lowest = tl.full([ROWS], float("-inf"), tl.float32)
-            mix = Mix(
-                no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
-                lowest, lowest, tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), 0,
-            )  # fmt: skip
+            of_row = index + entries + 2 * concepts + b
+            first = tl.maximum(tl.load(of_row), 0)
+            last = tl.minimum(tl.load(of_row + 1), entries)
+        first_tile = tl.maximum(begin - head * tiles, 0).to(tl.int32)
+        last_tile = tl.minimum(end - head * tiles, tiles).to(tl.int32)
+        for tile_number in range(first_tile, last_tile):
+            line = tl.arange(0, ROWS)
+            top_line = tile_number * ROWS
+            n = top_line + line
+            inside = n < queries
+            at = Place(b, h, n, inside, h * queries, size, batch * size, heads, queries)
+            q = load_rows(queries_of, b, h, top_line, line, inside, HEAD_DIM, CHANNELS, ALIGNED)
+            if KEPT:
+                z = attend_once(q, prompt, factor, FEATURES)
+            else:
+                z = attend_by_tiles(
+                    q, keys_of, values_of, bias, bias_key, None, b, h, 0, keys, factor,
+                    HEAD_DIM, CHANNELS, FEATURES, ALIGNED, KEYS,
+                )  # fmt: skip
+            o = z.out
+            limited = tl.zeros([ROWS], tl.int1)
             zz = inner(z.out, z.out)
-            # As another value q lies in shared memory until an entry wants it, not in registers: without
-            # this, head_dim 80 and more spill.
-            again = ()
-            for i in tl.static_range(len(q)):
-                again = again + ((q[i] + 0.0).to(q[i].dtype),)
-            # Not hoisted: the addresses of the loop's tiles would take more registers than there are.
-            for e in tl.range(first, last, disable_licm=True):
-                entry = find_entry(text, rule, e)
-                if entry.exists:
-                    f = attend_entry(
-                        again, text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS, STREAMED
-                    )
-                    mix = consider(
-                        mix, entry, f, z, zz, text, rule, moments, trace_entries, at, GOAL, HEAD_DIM, FEATURES
-                    )
 
-            if GOAL != "moments":
-                if mix.existing > 0:  # else O = Z to the last bit
-                    keep = 1 + mix.moved
-                    taken = tl.full([ROWS], 1.0, tl.float32)
-                    if joint == 1:
-                        base = finite_top(tl.maximum(z.top, mix.level))
-                        share = z.mass * tl.exp2(z.top - base)
-                        taken = tl.exp2(mix.level - base)
-                        total = share + mix.weight * taken
-                        keep = divide(share, total)
-                        taken = divide(taken, total)
-                    y = sum_of(keep, z.out, taken, mix.removed)
+            if concept_key is not None:
+                nothing = tl.zeros([ROWS], tl.float32)
+                lowest = tl.full([ROWS], float("-inf"), tl.float32)
+                mix = Mix(
+                    no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
+                    lowest, lowest, tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), 0,
+                )  # fmt: skip
+                # As another value q lies in shared memory until an entry wants it, not in registers: without
+                # this, head_dim 80 and more spill.
+                again = ()
+                for i in tl.static_range(len(q)):
+                    again = again + ((q[i] + 0.0).to(q[i].dtype),)
+                for e in tl.range(first, last, disable_licm=True):
+                    entry = find_entry(text, rule, e)
+                    if entry.exists:
+                        f = attend_entry(
+                            again,
+                            text,
+                            entry,
+                            h,
+                            factor,
+                            HEAD_DIM,
+                            CHANNELS,
+                            FEATURES,
+                            ALIGNED,
+                            TOKENS,
+                            STREAMED,
+                        )
+                        mix = consider(
+                            mix,
+                            entry,
+                            f,
+                            z,
+                            zz,
+                            text,
+                            rule,
+                            moments,
+                            trace_entries,
+                            at,
+                            GOAL,
+                            HEAD_DIM,
+                            FEATURES,
+                        )
 
-                    sum_y = norm_sum(rule, y, inner(y, y))
-                    sum_z = norm_sum(rule, z.out, zz)
-                    table = b * size
-                    plane = tl.num_programs(2) * size
-                    if GOAL == "norms":
-                        tl.store(norms + table + at.own + n, sum_y, mask=inside)
-                        tl.store(norms + plane + table + at.own + n, sum_z, mask=inside)
-                    elif norms is not None:
-                        sum_y = over_heads(norms + table + n, inside, heads, queries)
-                        sum_z = over_heads(norms + plane + table + n, inside, heads, queries)
-                    scaling, limited = norm_factor(rule, sum_y, sum_z)
-                    o = sum_of(blend * scaling, y, tl.full([ROWS], 1.0, tl.float32) - blend, z.out)
-                    if trace_entries is not None:
-                        # With `max` only the winner has a gate, and only now is it known.
-                        to = trace_entries + mix.best * size + at.own + n
-                        tl.store(to, mix.best_g, mask=inside & (largest == 1))
+                if GOAL != "moments":
+                    if mix.existing > 0:  # else O = Z to the last bit
+                        o, limited = finish(mix, z, zz, rule, norms, at, GOAL)
+                        if trace_entries is not None:
+                            # With `max` only the winner has a gate, and only now is it known.
+                            to = trace_entries + mix.best * size + at.own + n
+                            tl.store(to, mix.best_g, mask=inside & (largest == 1))
 
-        if GOAL == "output":
-            to = rows_at(View(out, out_batch, out_head, out_row), b, h, top_line, line, ALIGNED)
-            moved = tl.zeros([ROWS], tl.float32)
-            nonfinite = tl.zeros([ROWS], tl.float32)
-            for i in tl.static_range(len(o)):
-                channel = offset(FEATURES, i) + tl.arange(0, width(FEATURES, i))
-                mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
-                stored = o[i].to(out.dtype.element_ty)
-                tl.store(to[:, None] + channel[None, :], stored, mask=mask)
+            if GOAL == "output":
                 if trace_rows is not None:
-                    moved += tl.sum((o[i] - z.out[i]) * (o[i] - z.out[i]), 1)
-                    nonfinite += tl.sum((~(tl.abs(stored.to(tl.float32)) < float("inf"))).to(tl.float32), 1)
-            if trace_rows is not None:
-                to_row = trace_rows + b * size + at.own + n
-                plane_of_rows = tl.num_programs(2) * size
-                tl.store(to_row, moved, mask=inside)
-                tl.store(to_row + plane_of_rows, inner(z.out, z.out), mask=inside)
-                tl.store(to_row + 2 * plane_of_rows, limited.to(tl.float32), mask=inside)
-                tl.store(to_row + 3 * plane_of_rows, nonfinite, mask=inside)
+                    trace_row(trace_rows, o, z.out, zz, limited, out.dtype.element_ty, at)
+                write(out_of, o, top_line, line, at, HEAD_DIM, FEATURES, ALIGNED)

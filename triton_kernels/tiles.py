@@ -7,7 +7,10 @@ what ptxas of CUDA 12.9 says for sm_80, checked by tests/gpuless/test_compiled.p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 
 class Work(NamedTuple):
@@ -49,8 +52,9 @@ def up(size: int, unit: int) -> int:
     return max(-(-size // unit), 1) * unit
 
 
-def tiles(work: Work, shared_memory: int) -> Tiles:
-    """Tiles of a problem, on a device with so many bytes of shared memory for a program.
+def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
+    """Tiles of a problem, on a device with so many bytes of shared memory for a program, whose matrix
+    instructions make `columns` columns: 8 on NVIDIA, 16 on AMD.
 
     They depend on M, D, dtype and capacities, not on B, H or N, so that a row's bits do not either.
     """
@@ -63,16 +67,17 @@ def tiles(work: Work, shared_memory: int) -> Tiles:
     # A long prompt is read again for every tile: up to 128, 128 rows are worth some spilled registers, since
     # 32 rows, which spill nothing, read it 4 times as often.
     wide = dim <= 80 or (dim <= 128 and work.keys > 96)
-    rows, warps, columns = (128, 8, 8) if wide else (16, 2 if dim <= 160 else 4, 32)
-    features = up(dim, columns)
+    rows, warps = (128, 8) if wide else (16, 2 if dim <= 160 else 4)
+    features = up(dim, columns if wide else 32)
     # Scores of one tile of keys take keys / 2 registers beside Z, when nothing else is alive.
-    keys = up(work.keys, 16)
+    unit = columns if wide else 16
+    keys = up(work.keys, unit)
     bytes_of_key = (up(dim, 16) + features) * work.itemsize
     queries = 2 * rows * up(dim, 16) * work.itemsize  # Q for the prompt, and again for the entries
     most = 128 if dim <= 80 else 96
     kept = keys <= most and keys * bytes_of_key + queries + 16 * bytes_of_key <= shared_memory
     # Scores of a concept come on top of everything else.
-    tokens = up(work.longest, 16)
+    tokens = up(work.longest, unit)
     most_tokens = 80 if dim <= 48 else 16
     return Tiles(
         rows=rows,
@@ -103,16 +108,104 @@ def _float32(work: Work) -> Tiles:
     )
 
 
-def programs(work: Work, rows: int, multiprocessors: int) -> int:
-    """Programs per batch row and head: as few as keep every multiprocessor busy, since each reads K and V.
+def resident(work: Work, tile: Tiles, shared_memory: int) -> int:
+    """Programs that a multiprocessor runs at a time: 8 warps of 255 registers fill it."""
+    queries = 2 * tile.rows * tile.channels  # for the prompt, and again for the entries
+    used = (queries + (tile.keys + tile.tokens) * (tile.channels + tile.features)) * work.itemsize
+    return max(min(8 // tile.warps, shared_memory // used), 1)
 
-    With one program per multiprocessor at a time the last round sets the time; of the counts that cost
-    the fewest rounds x tiles, the smallest.
+
+def programs(work: Work, rows: int, places: int) -> int:
+    """Programs of a launch on a device that runs `places` of them at a time.
+
+    Each takes an equal share of all tiles of `rows` queries and reads K and V of every head that it meets:
+    so there are as few as take no longer than one for every place.
     """
-    pairs, steps = max(work.batch * work.heads, 1), -(-work.queries // rows)
+    steps = work.batch * work.heads * -(-work.queries // rows)
+    return -(-steps // -(-steps // places)) if steps else 1
 
-    def rounds(count: int) -> int:
-        return -(-pairs * count // multiprocessors) * -(-steps // count)
 
-    most = min(steps, max(-(-multiprocessors // pairs), 1))
-    return min(range(1, most + 1), key=lambda count: (rounds(count), count), default=1)
+# ---- tiles that were measured -----------------------------------------------------------------------
+
+VERSION = 1  # of a table: another one for another format, or when tiles mean something else to the kernel
+
+
+class Key(NamedTuple):
+    """All that tiles of a table depend on besides the device, and so all that a row's bits may."""
+
+    itemsize: int
+    dim: int
+    keys: int  # of the prompt, rounded up to 8, the finest step of tiles
+    longest: int  # concept, the same; 8 without concepts
+
+
+class Tuned(NamedTuple):
+    """An entry of a table."""
+
+    key: Key
+    tiles: Tiles
+    resident: int  # programs of a multiprocessor at a time, where `programs` assumes one
+
+
+def key_of(work: Work) -> Key:
+    return Key(work.itemsize, work.dim, up(work.keys, 8), up(work.longest, 8))
+
+
+def flaw(entry: Tuned) -> str | None:
+    """The field for which there is no kernel, a wrong one, or none that is ever looked up."""
+    key, t, resident = entry
+    least_keys, least_tokens = key.keys if t.kept else 8, 8 if t.streamed else key.longest
+    bad = {
+        "key.itemsize": key.itemsize not in (2, 4),
+        "key.dim": key.dim < 16 or key.dim % 8,
+        "key.keys": key.keys < 8 or key.keys % 8,
+        "key.longest": key.longest < 8 or key.longest % 8,
+        "tiles.rows": t.rows < 16 or t.rows & (t.rows - 1),
+        "tiles.keys": t.keys < least_keys or t.keys % 8,
+        "tiles.tokens": t.tokens < least_tokens or t.tokens % 8,
+        "tiles.channels": t.channels < key.dim or t.channels % 16,
+        "tiles.features": t.features < key.dim or t.features % 8,
+        "tiles.warps": t.warps < 1 or t.warps & (t.warps - 1),
+        "resident": resident < 1,
+    }
+    return next((field for field, is_bad in bad.items() if is_bad), None)
+
+
+def load_table(path: str | Path, machine: Mapping[str, str]) -> dict[Key, Tuned]:
+    """The table that `python -m benchmarks.tune` wrote on such a machine.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such table, names another machine, or has an entry that no kernel can have.
+    """
+    try:
+        table = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
+        raise ValueError(f"{path}: entries is missing or no list: not a table of tiles")
+    for field, here in {"version": VERSION, **machine}.items():
+        if table.get(field) != here:
+            raise ValueError(f"{path}: {field} is {table.get(field)!r}, here it is {here!r}: tune again")
+    found: dict[Key, Tuned] = {}
+    for number, values in enumerate(table["entries"]):
+        where = f"{path}: entries[{number}]"
+        entry: Tuned = _read(Tuned, values, where)
+        if (field := flaw(entry)) is not None:
+            raise ValueError(f"{where}.{field} is impossible: {entry}")
+        if entry.key in found:
+            raise ValueError(f"{where}.key is there twice: {entry.key}")
+        found[entry.key] = entry
+    return found
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A number, or a NamedTuple of JSON's object; what else is in it is for people."""
+    if kind in (int, bool):
+        if type(value) is not kind:
+            raise ValueError(f"{where} is {value!r}, not of type {kind.__name__}")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}, not an object")
+    hints = get_type_hints(kind)
+    return kind(*(_read(hints[field], value.get(field), f"{where}.{field}") for field in kind._fields))

@@ -114,7 +114,7 @@ def test_launches_are_forgotten_oldest_first(monkeypatch: pytest.MonkeyPatch) ->
     problems = [small(queries=n) for n in (4, 5, 6)]
     for problem in problems:
         backend._launch(problem, False)
-    sizes = [launch.scalars[20] for launch in backend._launches.values()]
+    sizes = [launch.scalars[21] for launch in backend._launches.values()]
     assert sizes == [5, 6]
 
 

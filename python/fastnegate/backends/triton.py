@@ -2,6 +2,7 @@
 """The Triton kernel (triton_kernels/attention.py), on NVIDIA and AMD GPUs.
 
 With TRITON_INTERPRET=1 in the environment Triton's interpreter runs it, slowly, on CPU tensors.
+FASTNEGATE_TRITON_TILES names a table of tiles, measured on this GPU by `python -m benchmarks.tune`.
 Triton is imported on first use.
 """
 
@@ -24,7 +25,6 @@ from ..tokens import ConceptTokens
 
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST = 65535  # programs along the second and third axis of a grid
 
 
 def unavailable() -> str | None:
@@ -51,8 +51,7 @@ def _interpreted() -> bool:
 
 
 def supports(problem: Problem) -> str | None:
-    batch, heads, _, _, dim = problem.sizes
-    query = problem.query
+    dim, query = problem.sizes[-1], problem.query
     if (reason := unavailable()) is not None:
         return reason
     device = "cpu" if _interpreted() else "cuda"
@@ -67,8 +66,6 @@ def supports(problem: Problem) -> str | None:
             return "Triton needs compute capability 8.0"
     if dim % 8 or not 16 <= dim <= 256:
         return f"head_dim={dim} is not a multiple of 8 from 16 to 256"
-    if batch > _MOST or heads > _MOST:
-        return f"batch {batch} or heads {heads} is more than {_MOST}"
     if problem.bias_per_query:
         return "key_bias differs between queries"
     if problem.scale <= 0:
@@ -84,7 +81,9 @@ def describe(problem: Problem) -> str:
     t, launches = launch.tiles, len(launch.goals)
     return (
         f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} concept "
-        f"tokens, {t.warps} warps, {launch.grid[0]} programs a head, {launches} launch{'es' * (launches > 1)}"
+        f"tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} launch{'es' * (launches > 1)}"
+        + f", from the table {launch.table}"
+        * bool(launch.table)
     )
 
 
@@ -129,6 +128,7 @@ class Launch(NamedTuple):
     """What stays while shapes, strides and rule stay."""
 
     tiles: Any
+    table: str  # that has these tiles; empty: none has
     grid: tuple[int, int, int]
     goals: tuple[str, ...]  # one kernel each
     scalars: tuple[int | float, ...]
@@ -158,7 +158,8 @@ def _launch(problem: Problem, with_statistics: bool) -> Launch:
     return launch
 
 
-def _new_launch(problem: Problem) -> Launch:
+def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
+    """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
     batch, heads, queries, keys, dim = problem.sizes
     tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
@@ -175,16 +176,20 @@ def _new_launch(problem: Problem) -> Launch:
     # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
     unit = 16 // itemsize
     aligned = unit if all(s % unit == 0 for s in strides + text) else 1
-    shared_memory, multiprocessors = _device_facts(problem.query)
+    shared_memory, columns, multiprocessors = _device_facts(problem.query)
     work = sizing.Work(batch, heads, queries, keys, dim, sizes[3], itemsize)
-    t = sizing.tiles(work, shared_memory)
+    path, table = ("", {}) if tuned is not None else _table(_device(problem.query))
+    tuned = tuned or table.get(sizing.key_of(work))
+    t = tuned.tiles if tuned else sizing.tiles(work, shared_memory, columns)
+    resident = tuned.resident if tuned else sizing.resident(work, t, shared_memory)
     return Launch(
         tiles=t,
-        grid=(sizing.programs(work, t.rows, multiprocessors), heads, batch),
+        table=path if tuned else "",
+        grid=(sizing.programs(work, t.rows, resident * multiprocessors), 1, 1),
         goals=_goals(rule) if tokens is not None else ("output",),
         scalars=(
             *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
-            heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
+            batch, heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
         ),
         constants={
             "HEAD_DIM": dim, "CHANNELS": t.channels, "FEATURES": t.features, "ALIGNED": aligned,
@@ -235,12 +240,32 @@ def _driver() -> Any:
     return importlib.import_module("triton").runtime.driver.active
 
 
-def _device_facts(query: Tensor) -> tuple[int, int]:
-    """Bytes of shared memory for a program, and multiprocessors."""
+def _device_facts(query: Tensor) -> tuple[int, int, int]:
+    """Bytes of shared memory for a program, columns of a matrix instruction, multiprocessors."""
     if _interpreted():
-        return 163 * 1024, 4
-    properties = _driver().utils.get_device_properties(_device(query))
-    return properties["max_shared_mem"], properties["multiprocessor_count"]
+        return 163 * 1024, 8, 4
+    driver = _driver()
+    properties = driver.utils.get_device_properties(_device(query))
+    columns = 8 if driver.get_current_target().backend == "cuda" else 16
+    return properties["max_shared_mem"], columns, properties["multiprocessor_count"]
+
+
+@functools.cache
+def _table(device: Any) -> tuple[str, dict[Any, Any]]:
+    """The table that the user wants, with its path; read once, even if the environment changes."""
+    path = os.environ.get("FASTNEGATE_TRITON_TILES", "")
+    sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
+    return path, sizing.load_table(path, machine(device)) if path else {}
+
+
+def machine(device: Any) -> dict[str, str]:
+    """What tiles were measured with: they are for nothing else."""
+    version: str = importlib.import_module("triton").__version__
+    if _interpreted():
+        return {"gpu": "Triton's interpreter", "capability": "none", "triton": version}
+    gpu = torch.cuda.get_device_properties(device)
+    capability = gpu.gcnArchName if torch.version.hip else f"{gpu.major}.{gpu.minor}"
+    return {"gpu": gpu.name, "capability": capability, "triton": version}
 
 
 # ---- a launch with its tensors ----------------------------------------------------------------------

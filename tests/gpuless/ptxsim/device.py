@@ -81,6 +81,7 @@ class Launched(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared: int
+    constants: dict[str, Any]  # the kernel's arguments that were compiled in
     result: Result
 
 
@@ -126,7 +127,8 @@ class SimulatedDevice(Device):
         program = self.change(program)
         threads = metadata.num_warps * metadata.warp_size
         result = run(program, call.grid, threads, packed, self.memory, metadata.shared, self.limit)
-        self.launches.append(Launched(program, call.grid, threads, metadata.shared, result))
+        launched = Launched(program, call.grid, threads, metadata.shared, call.constants, result)
+        self.launches.append(launched)
 
     def _address(self, name: str, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

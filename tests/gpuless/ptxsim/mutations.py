@@ -143,6 +143,24 @@ def _stride(i: Instruction) -> list[Instruction]:
     ]
 
 
+def _addend(i: Instruction) -> list[Instruction]:
+    """A constant that is added to an integer: a step of a loop, the place of a part of an array."""
+    if i.opcode not in ("add", "sub") or _is_float(i) or not isinstance(i.operands[2], Immediate):
+        return []
+    return [_with_operand(i, 2, Immediate(i.operands[2].value + by)) for by in (-1, 1)]
+
+
+def _number(i: Instruction) -> list[Instruction]:
+    """A float constant of arithmetic, halved or doubled."""
+    if i.opcode not in ("add", "sub", "mul", "fma", "min", "max", "div") or i.modifiers[-1] != "f32":
+        return []
+    return [
+        _with_operand(i, n, Immediate(operand.value ^ 1 << 23))
+        for n, operand in enumerate(i.operands)
+        if isinstance(operand, Immediate) and isinstance(operand.value, int) and operand.value
+    ]
+
+
 def _shift(i: Instruction) -> list[Instruction]:
     if i.opcode not in ("shl", "shr") or not isinstance(i.operands[2], Immediate):
         return []
@@ -181,7 +199,9 @@ def _swap_selection(i: Instruction) -> list[Instruction]:
 
 def _exchange(**names: str) -> Callable[[Instruction], list[Instruction]]:
     def mutate(i: Instruction) -> list[Instruction]:
-        return [replace(i, opcode=names[i.opcode])] if i.opcode in names and _is_float(i) else []
+        if i.opcode not in names or not _is_float(i) or Immediate(0) in i.operands:
+            return []  # x - 0 is x + 0
+        return [replace(i, opcode=names[i.opcode])]
 
     return mutate
 
@@ -224,6 +244,8 @@ KINDS: dict[str, Callable[[Instruction], list[Instruction]]] = {
     "constant of a bound off by one": _bound_constant,
     "condition inverted": _condition,
     "stride off by one": _stride,
+    "addend off by one": _addend,
+    "number changed": _number,
     "shift off by one": _shift,
     "offset off by one": _offset,
     "guard dropped": _drop_guard,
