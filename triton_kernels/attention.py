@@ -782,33 +782,13 @@ def attention(
                     entry = find_entry(text, rule, e)
                     if entry.exists:
                         f = attend_entry(
-                            again,
-                            text,
-                            entry,
-                            h,
-                            factor,
-                            HEAD_DIM,
-                            CHANNELS,
-                            FEATURES,
-                            ALIGNED,
-                            TOKENS,
-                            STREAMED,
-                        )
+                            again, text, entry, h, factor,
+                            HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS, STREAMED,
+                        )  # fmt: skip
                         mix = consider(
-                            mix,
-                            entry,
-                            f,
-                            z,
-                            zz,
-                            text,
-                            rule,
-                            moments,
-                            trace_entries,
-                            at,
-                            GOAL,
-                            HEAD_DIM,
-                            FEATURES,
-                        )
+                            mix, entry, f, z, zz, text, rule, moments, trace_entries, at,
+                            GOAL, HEAD_DIM, FEATURES,
+                        )  # fmt: skip
 
                 if GOAL != "moments":
                     if mix.existing > 0:  # else O = Z to the last bit

@@ -144,7 +144,7 @@ class Tuned(NamedTuple):
 
     key: Key
     tiles: Tiles
-    resident: int  # programs of a multiprocessor at a time, where `programs` assumes one
+    resident: int  # programs that a multiprocessor is taken to run at a time
 
 
 def key_of(work: Work) -> Key:
@@ -153,7 +153,7 @@ def key_of(work: Work) -> Key:
 
 def flaw(entry: Tuned) -> str | None:
     """The field for which there is no kernel, a wrong one, or none that is ever looked up."""
-    key, t, resident = entry
+    key, t, _ = entry
     least_keys, least_tokens = key.keys if t.kept else 8, 8 if t.streamed else key.longest
     bad = {
         "key.itemsize": key.itemsize not in (2, 4),
@@ -166,7 +166,7 @@ def flaw(entry: Tuned) -> str | None:
         "tiles.channels": t.channels < key.dim or t.channels % 16,
         "tiles.features": t.features < key.dim or t.features % 8,
         "tiles.warps": t.warps < 1 or t.warps & (t.warps - 1),
-        "resident": resident < 1,
+        "resident": entry.resident < 1,
     }
     return next((field for field, is_bad in bad.items() if is_bad), None)
 

@@ -79,11 +79,10 @@ def describe(problem: Problem) -> str:
     """One line for `explain`."""
     launch = _new_launch(problem)
     t, launches = launch.tiles, len(launch.goals)
+    table = f", from the table {launch.table}" if launch.table else ""
     return (
         f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} concept "
-        f"tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} launch{'es' * (launches > 1)}"
-        + f", from the table {launch.table}"
-        * bool(launch.table)
+        f"tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} launch{'es' * (launches > 1)}{table}"
     )
 
 
