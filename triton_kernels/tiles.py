@@ -76,15 +76,14 @@ def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
     queries = 2 * rows * up(dim, 16) * work.itemsize  # Q for the prompt, and again for the entries
     most = 128 if dim <= 80 else 96
     kept = keys <= most and keys * bytes_of_key + queries + 16 * bytes_of_key <= shared_memory
-    # Scores of a concept come on top of everything else.
+    # Scores of a concept come on top of everything else: 80 at a time spill, even at head_dim 40.
     tokens = up(work.longest, unit)
-    most_tokens = 80 if dim <= 48 else 16
     return Tiles(
         rows=rows,
         keys=keys if kept else 64 if dim <= 80 else 32,
         kept=kept,
-        tokens=min(tokens, most_tokens),
-        streamed=tokens > most_tokens,
+        tokens=min(tokens, 16),
+        streamed=tokens > 16,
         channels=up(dim, 16),
         features=features,
         warps=warps,
