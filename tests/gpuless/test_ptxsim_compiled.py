@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PTX simulator on what Triton and nvcc compile, then on the fused kernel. It also finds the mistakes it
-is there to find."""
+"""The PTX simulator on what Triton and nvcc compile. It also finds the mistakes it is there to find."""
 
 from __future__ import annotations
 
@@ -14,8 +13,6 @@ import ptxsim
 import pytest
 import torch
 from ptxsim import GlobalMemory, PtxError, Result, mutations, parse
-
-from support import Judge, make_problem
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -268,27 +265,3 @@ def test_tile_by_nvcc(tmp_path: Path) -> None:
         launch(without_wait.program)
     swapped = next(m for m in mutations(program) if m.kind == "registers of A swapped")
     assert np.abs(launch(swapped.program) - expected).max() > 0.1
-
-
-# ---- the fused kernel -------------------------------------------------------------------------------
-
-
-@compiled_by_triton
-@pytest.mark.parametrize("options", (
-    {"rule": "protore", "dim": 40, "dtype": torch.float16},
-    {"rule": "nag", "dim": 64, "dtype": torch.bfloat16, "heads": 2, "queries": 33, "layout": "bnhd"},
-), ids=lambda options: options["rule"])  # fmt: skip
-def test_fused_kernel(options: dict, simulated) -> None:
-    from fastnegate.backends import triton as backend
-
-    problem = make_problem(**{"batch": 2, "heads": 1, "queries": 65, "keys": 77, **options})
-    written = {"out", "moments", "norms"}
-    with simulated(outputs=written | {"trace_entries", "trace_rows"}, undefined=written) as device:
-        output, tables = backend.run_with_statistics(problem)
-    judge = Judge(problem)
-    judge.check(output, "ptx")
-    judge.check_statistics(tables.named, "ptx")
-    total = device.launches[-1].result.total
-    compulsory = output.numel() * output.element_size()
-    assert total.written["out"].bytes == total.read["query"].bytes == compulsory
-    assert total.mma and total.exponentials and total.barriers

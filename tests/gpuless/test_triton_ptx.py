@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused kernel as compiled for sm_80, executed: results, what each program reads, writes and multiplies,
+and mutations of the kernel, which these checks find."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnegate.backends import triton as backend
+from fastnegate.problem import Problem, Statistics
+from fastnegate.rule import Rule
+from support import RULES, Judge, make_problem, plain, with_concepts
+
+pytest.importorskip("triton")
+from fastnegate.triton_kernels.tiles import split
+from ptxsim.device import A100, Launched, SimulatedDevice
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "cache"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+    ),
+]
+
+FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+THREE_SWEEPS = Rule(
+    "cosine", "ramp", "projection", select="max", norm="limit", norm_order=1, scope="feature", strength=2.0
+)
+SMALL = {"batch": 2, "heads": 1, "queries": 20, "keys": 21, "dim": 40, "dtype": FLOAT16}
+CASES = {
+    "protore": {**SMALL, "batch": 4, "queries": 65, "keys": 77},
+    "nag": {**SMALL, "rule": "nag", "heads": 2, "queries": 33, "keys": 77, "dim": 64, "dtype": BFLOAT16,
+            "layout": "bnhd"},
+    "vsf": {**SMALL, "rule": "vsf", "heads": 2, "queries": 33, "keys": 77, "dim": 160, "dtype": BFLOAT16},
+    "zero-tokens": {**SMALL, "heads": 2, "keys": 77, "dim": 64, "rows": "zero_tokens"},
+    "three-sweeps": {**SMALL, "rule": THREE_SWEEPS, "heads": 2},
+    "fixed": {**SMALL, "rule": RULES["fixed-head"], "heads": 2},
+    "streamed-prompt": {**SMALL, "batch": 1, "keys": 150, "dim": 64},
+    "streamed-concept": {**SMALL, "keys": 77, "dim": 64, "concept_lengths": (77, 3, 20), "dtype": BFLOAT16},
+    "float32": {**SMALL, "dtype": FLOAT32},
+    "masked-keys": {**SMALL, "batch": 3, "keys": 77, "mask": "padding", "dtype": BFLOAT16},
+    "odd-strides": {**SMALL, "layout": "odd"},
+    "four-warps": {**SMALL, "batch": 1, "dim": 176},
+}  # fmt: skip
+WITHOUT_STATISTICS = ("streamed-concept", "masked-keys", "odd-strides")
+# Of the other tensors, which are numbers of entries and tokens, every thread reads what it wants to know.
+TENSORS = ("query", "key", "value", "concept_key", "concept_value")
+INSTRUCTIONS = {FLOAT16: "m16n8k16.f16.f32", BFLOAT16: "m16n8k16.bf16.f32"}
+COLUMNS, DEPTH = 8, 16  # of a matrix instruction
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton's, for this run alone: the tests below find what one of them compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+class Simulated(NamedTuple):
+    output: Tensor
+    statistics: Statistics | None
+    launches: list[Launched]
+
+
+def simulate(problem: Problem, statistics: bool = False, multiprocessors: int = 108, **options) -> Simulated:
+    written = {"out", "moments", "norms"}
+    backend._launches.clear()  # else the number of programs would be that of another device
+    with SimulatedDevice(
+        outputs=written | {"trace_entries", "trace_rows"}, undefined=written,
+        gpu=A100._replace(multiprocessors=multiprocessors), **options,
+    ) as device:  # fmt: skip
+        if not statistics:
+            return Simulated(backend.run(problem), None, device.launches)
+        output, tables = backend.run_with_statistics(problem)
+        return Simulated(output, tables.named, device.launches)
+
+
+# ---- what a program has to do -----------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    read: Counter[str]  # bytes of TENSORS
+    written: Counter[str]  # bytes
+    mma: int  # m16n8k16
+    exponentials: int  # of threads
+
+
+class Expected:
+    """What programs of a launch have to do, from sizes alone."""
+
+    def __init__(self, problem: Problem, launch: Launched) -> None:
+        constants = launch.constants
+        self.problem, self.rule, self.constants = problem, problem.rule, constants
+        self.programs, self.threads, self.rows = launch.grid[0], launch.threads, constants["ROWS"]
+        self.size = problem.query.element_size()
+        self.goal = constants["GOAL"]
+        self.statistics = "trace_rows" not in constants  # a tensor that is missing is a constant
+        self.prompts = kept_keys(problem)
+        self.entries = kept_tokens(problem) if "concept_key" not in constants else [[]] * problem.sizes[0]
+        # 8 warps have 16 rows each; 16 rows are shared by all warps, each of which has some columns. Scores
+        # of float32, without matrix instructions, are spread over all threads.
+        self.beside = self.threads // 32 if self.rows == 16 and self.size == 2 else 1
+
+    def shares(self, program: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of each head that the program meets: row, head, first and last tile."""
+        batch, heads, queries, _, _ = self.problem.sizes
+        tiles = -(-queries // self.rows)
+        begin, end = (batch * heads * tiles * x // self.programs for x in (program, program + 1))
+        for head in range(begin // tiles, -(-end // tiles)):
+            yield *divmod(head, heads), max(begin - head * tiles, 0), min(end - head * tiles, tiles)
+
+    def work(self, program: int) -> Work:
+        read, written, mma, exponentials = Counter(), Counter(), 0, 0
+        c, (_, _, queries, _, dim) = self.constants, self.problem.sizes
+        for row, head, first, last in self.shares(program):
+            tiles, lines = last - first, min(last * self.rows, queries) - first * self.rows
+            prompt, entries = self.prompts[row, head], self.entries[row]
+            read["query"] += lines * dim * self.size
+            keys, values = self.loaded(prompt, c["KEYS"])
+            times = 1 if c["KEPT"] else tiles
+            read.update(key=times * keys, value=times * values)
+            softmax = [self.attended(len(prompt), c["KEYS"], not c["KEPT"])]
+            for tokens in entries:
+                keys, values = self.loaded(tokens, c["TOKENS"])
+                read.update(concept_key=tiles * keys, concept_value=tiles * values)
+                softmax.append(self.attended(len(tokens), c["TOKENS"], c["STREAMED"]))
+            numbers = self.numbers_of_entry() * len(entries)
+            if entries and self.goal != "moments" and self.rule.combine == "joint":
+                numbers += 2  # both levels
+            mma += tiles * sum(products for products, _ in softmax)
+            exponentials += tiles * (sum(weights for _, weights in softmax) + numbers * self.vector)
+            self.count_written(written, lines, len(entries))
+        return Work(read, written, mma if self.size == 2 else 0, exponentials)
+
+    @property
+    def vector(self) -> int:
+        """A number per row is computed by every thread for its two rows, g and g + 8 of an mma."""
+        return 2 * self.threads
+
+    def loaded(self, kept: Tensor, tile: int) -> tuple[int, int]:
+        """Bytes of keys and values of the tokens that are not masked. A piece with fewer elements than there
+        are threads is cheap to the compiler, which lets several read each: 8 channels of 16 values two
+        threads, 16 channels of 8 keys every warp, in the layout of its product."""
+
+        def bytes_of(depth: int, width: int, all_warps: bool) -> int:
+            total = 0
+            for first in range(0, len(kept), tile):
+                for token, tokens in pieces(tile, depth):
+                    present = int(kept[first : first + tile][token : token + tokens].sum())
+                    for channel, channels in pieces(width):
+                        copies = max(self.threads // (tokens * channels), 1)
+                        copies = self.threads // 32 if copies > 1 and all_warps else copies
+                        inside = max(min(self.problem.sizes[4] - channel, channels), 0)
+                        total += present * inside * self.size * copies
+            return total
+
+        keys = bytes_of(COLUMNS, self.constants["CHANNELS"], True)
+        return keys, bytes_of(DEPTH, self.constants["FEATURES"], False)
+
+    def attended(self, count: int, tile: int, streamed: bool) -> tuple[int, int]:
+        """Products and exponentials of a tile of queries and `count` tokens. A warp computes the scores of 8
+        tokens at least: those of 16 tokens are computed twice where four warps share rows."""
+        times = -(-count // tile) if streamed else 1
+        columns = sum(max(tokens // COLUMNS, self.beside) for _, tokens in pieces(tile))
+        scores = columns * self.constants["CHANNELS"] // DEPTH
+        depth = sum(tokens // DEPTH for _, tokens in pieces(tile, DEPTH))
+        sums = depth * self.constants["FEATURES"] // COLUMNS
+        weights = self.rows * columns * COLUMNS + self.vector * streamed
+        return times * self.rows // 16 * (scores + sums), times * weights
+
+    def numbers_of_entry(self) -> int:
+        """Exponentials of a query besides its softmax."""
+        sums_are_here = self.goal == "moments" or "moments" in self.constants
+        share = (self.goal == "output" and self.statistics) or (
+            self.rule.similarity == "mass" and sums_are_here
+        )
+        if self.goal == "moments":
+            return 2 * share
+        levels = self.rule.select == "all"  # of what was removed before, and of what is now
+        return 2 * share + 2 * levels + (self.rule.gate == "sigmoid")
+
+    def count_written(self, written: Counter[str], lines: int, entries: int) -> None:
+        if self.goal == "moments":
+            written["moments"] += 5 * 4 * lines * entries
+        elif self.goal == "norms":
+            written["norms"] += 2 * 4 * lines * (entries > 0)
+        else:
+            written["out"] += lines * self.problem.sizes[4] * self.size
+            if self.statistics:
+                gates = entries if self.rule.select == "all" else (entries > 0)
+                written["trace_entries"] += 4 * lines * (2 * entries + gates)
+                written["trace_rows"] += 4 * 4 * lines
+
+
+def kept_keys(problem: Problem) -> Tensor:
+    """[B, H, M]: those that are not masked."""
+    batch, heads, _, keys, _ = problem.sizes
+    if problem.key_bias is None:
+        return torch.ones(batch, heads, keys, dtype=torch.bool)
+    return (problem.key_bias > -torch.inf).expand(batch, heads, 1, keys)[:, :, 0]
+
+
+def kept_tokens(problem: Problem) -> list[list[Tensor]]:
+    """Of each row the existing entries, and which tokens of their concepts are not masked."""
+    concepts, batch = problem.concepts, problem.sizes[0]
+    sizes = [concepts.entries, concepts.concepts, concepts.concepts, batch + 1]
+    concept, begin, length, rows = (part.tolist() for part in concepts.index.split(sizes))
+    kept = torch.ones(concepts.tokens, dtype=torch.bool)
+    if concepts.token_bias is not None:
+        kept = concepts.token_bias > -torch.inf
+    found: list[list[Tensor]] = []
+    for first, last in itertools.pairwise(rows):
+        active = [concept[e] for e in range(first, last) if concepts.active[e] > 0]
+        tokens = [kept[begin[c] : begin[c] + length[c] * problem.rule.reads_tokens] for c in active]
+        found.append([t for t in tokens if t.any() or not problem.rule.reads_tokens])
+    return found
+
+
+def pieces(size: int, least: int = COLUMNS) -> Iterator[tuple[int, int]]:
+    """Where each begins, and its size."""
+    begin = 0
+    for piece in split(size):
+        yield begin, max(piece, least)
+        begin += piece
+
+
+def check_work(problem: Problem, simulated: Simulated) -> None:
+    """Each program does what it has to, and no byte more."""
+    moved = 0
+    for launch in simulated.launches:
+        expected = Expected(problem, launch)
+        for (program, _, _), counts in launch.result.per_cta.items():
+            done = Work(
+                read=Counter({x: counts.read[x].bytes for x in TENSORS if x in counts.read}),
+                written=Counter({x: traffic.bytes for x, traffic in counts.written.items()}),
+                mma=counts.mma[INSTRUCTIONS.get(problem.query.dtype)],
+                exponentials=counts.exponentials,
+            )
+            assert done == expected.work(program), f"program {program}"
+            assert counts.mma.total() == done.mma
+        total = launch.result.total
+        moved += total.read["query"].bytes
+        moved += total.written["out"].bytes if "out" in total.written else 0
+    # Queries once per sweep and outputs once, of what no kernel can avoid.
+    size = problem.query.numel() * problem.query.element_size()
+    assert moved / (2 * size) == (len(simulated.launches) + 1) / 2
+
+
+# ---- results ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_work(name: str) -> None:
+    problem = make_problem(**CASES[name])
+    simulated = simulate(problem, name not in WITHOUT_STATISTICS)
+    judge = Judge(problem)
+    judge.check(simulated.output, "ptx")
+    if simulated.statistics is not None:
+        judge.check_statistics(simulated.statistics, "ptx")
+    check_work(problem, simulated)
+
+
+@pytest.mark.parametrize("name", ("protore", "nag", "vsf"))
+def test_row_without_entries_is_plain_attention(name: str) -> None:
+    """As compiled without concepts, which is another kernel."""
+    problem = make_problem(**CASES[name])
+    output, z = simulate(problem, True).output, simulate(plain(problem)).output
+    assert torch.equal(output[1], z[1]) and not torch.equal(output[0], z[0])
+
+
+@pytest.mark.parametrize("name", ("protore", "nag", "vsf"))
+def test_row_does_not_depend_on_other_rows(name: str) -> None:
+    problem = make_problem(**CASES[name], rows=[[0, 2], [1], [], []][: CASES[name]["batch"]])
+    output = simulate(problem, True).output
+    for row in (0, 1):
+        assert torch.equal(simulate(only(problem, row), True).output[0], output[row])
+
+
+def only(problem: Problem, row: int) -> Problem:
+    """The problem of one batch row."""
+    concepts, batch = problem.concepts, problem.sizes[0]
+    concept, places, rows = concepts.index.tensor_split([concepts.entries, -batch - 1])
+    mine = slice(*rows[row : row + 2].tolist())
+    index = torch.cat([concept[mine], places, rows[row : row + 2] - rows[row]])
+    alone = with_concepts(
+        problem, index=index, numbers=concepts.numbers[mine], entries=len(concept[mine])
+    ).concepts
+    tensors = (x[row : row + 1] for x in (problem.query, problem.key, problem.value))
+    return Problem(*tensors, None, alone, problem.rule, problem.scale)
+
+
+@pytest.mark.parametrize("options", (
+    {**CASES["zero-tokens"], "batch": 1, "queries": 300},  # 3 tiles of a head
+    {**CASES["vsf"], "batch": 1, "heads": 1, "queries": 70},  # 5 tiles
+    {**CASES["streamed-prompt"], "queries": 300},
+), ids=("kept", "narrow", "streamed"))  # fmt: skip
+def test_tiles_of_a_program(options: dict) -> None:
+    """A row's bits do not depend on how many tiles its program makes; that reads K and V once for all."""
+    problem = make_problem(**options)
+    many = simulate(problem, True, multiprocessors=108)
+    for multiprocessors in (1, 2):
+        few = simulate(problem, True, multiprocessors=multiprocessors)
+        assert few.launches[0].grid < many.launches[0].grid
+        assert torch.equal(few.output, many.output)
+        assert all(map(torch.equal, few.statistics, many.statistics))
+        check_work(problem, few)
+    check_work(problem, many)
