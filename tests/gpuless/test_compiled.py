@@ -62,6 +62,7 @@ MAIN = {
 }
 OTHERS = {**MAIN, "target": tuple(target for target in GPUS if target not in MAIN["target"])}
 SOME = [Layer(**case) for options in (MAIN, OTHERS) for case in pairwise(options)]
+SOME += [Layer(target, 64, torch.float16, "tables") for target in ("sm_90", "gfx942")]
 ALL = [Layer(*values) for values in itertools.product(*EVERYTHING.values())]
 
 
