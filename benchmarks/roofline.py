@@ -81,7 +81,7 @@ def count(
     entries = sum(map(len, lengths))
     floats = 4 * work.heads * work.queries  # bytes of a number per head and query
     found = []
-    launches = goals(rule) if entries else ["output"]
+    launches = [*(rule.sums_over_heads if entries else ()), "output"]
     for goal in launches:
         read = written = 0
         if "moments" in launches and goal != "moments":
@@ -141,14 +141,6 @@ def _scalars(rule: Rule, goal: str, launches: Sequence[str], entries: int) -> in
         return entries * each
     each += 2 * (rule.select == "all") + (rule.gate == "sigmoid")
     return entries * each + 2 * (rule.combine == "joint" and entries > 0)
-
-
-def goals(rule: Rule) -> list[str]:
-    """The launches of a call with concepts: scope `feature` sums over heads before there is an output."""
-    if rule.scope == "head":
-        return ["output"]
-    measures = rule.similarity != "one" or rule.direction in ("orthogonal", "projection", "fixed")
-    return ["moments"] * measures + ["norms"] * (rule.norm != "none") + ["output"]
 
 
 def compulsory(work: Work, tokens: int) -> int:
@@ -338,7 +330,7 @@ def bars() -> Iterator[Bar]:
         return how(work_of(layer, concepts), concepts.count, rule, gpu)
 
     for method, rule in METHODS.items():
-        sweeps = len(goals(rule))
+        sweeps = 1 + len(rule.sums_over_heads)
         once = max(made(model, layer, small, gpus[0], rule).once for layer in LAYERS.values())
         promise = f"bytes of queries and outputs over must, {sweeps} sweep{'s' * (sweeps > 1)}"
         yield Bar(promise, f"{method}, all layers", once, (sweeps + 1) / 2, (sweeps + 1) / 2)

@@ -18,9 +18,10 @@ import fastnegate
 ROOT = Path(fastnegate.__file__).parent
 # A module may import those of its own line and of the lines above; "" is the package itself.
 LAYERS = (
-    ("_C",),
+    ("_C", "_cuda"),
     ("rule", "tokens"),
     ("problem",),
+    ("arguments",),
     ("reference", "triton_kernels", "backends"),
     ("ops",),
     ("attention",),

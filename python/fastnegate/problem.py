@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .rule import Rule
@@ -58,6 +59,45 @@ class Statistics(NamedTuple):
     removed_energy: Tensor
     limited_fraction: Tensor
     nonfinite: Tensor
+
+
+class Trace(NamedTuple):
+    """What a GPU kernel writes for `Statistics`, float32 numbers of single queries.
+
+    `entries` [3, E, H, N], cleared before: gate, similarity, mass. `rows` [4, B, H, N]: |O - Z|^2, |Z|^2,
+    whether the norm was limited, values of O that are not finite.
+    """
+
+    entries: Tensor
+    rows: Tensor
+
+    @classmethod
+    def empty(cls, problem: Problem) -> Trace:
+        batch, heads, queries, _, _ = problem.sizes
+        count = problem.concepts.entries if problem.concepts is not None else 0
+        made: dict[str, Any] = {"dtype": torch.float32, "device": problem.query.device}
+        return cls(
+            torch.zeros(3, count, heads, queries, **made), torch.zeros(4, batch, heads, queries, **made)
+        )
+
+    def tables(self) -> Tables:
+        gates, similarity, mass = self.entries
+        if not self.rows.numel():
+            count, _, queries = gates.shape
+            shapes = ((count, 5), (count, queries), (self.rows.shape[1], 3))
+            return Tables._make(gates.new_zeros(shape) for shape in shapes)
+        both = (1, 2)
+        above = (gates > GATE_REPORT_LEVEL).float()
+        per_entry = [gates.amax(both), *(x.mean(both, dtype=torch.float64) for x in (gates, above, mass))]
+        per_entry.append(similarity.amax(both))
+        moved, energy, limited, nonfinite = self.rows.sum((2, 3), dtype=torch.float64)
+        share = torch.where(energy < 1e-30, 0.0, moved / energy)
+        per_row = [share, limited / self.rows[0, 0].numel(), nonfinite]
+        return Tables(
+            torch.stack([t.float() for t in per_entry], 1),
+            gates.mean(1, dtype=torch.float64).float(),
+            torch.stack([t.float() for t in per_row], 1),
+        )
 
 
 class Tables(NamedTuple):

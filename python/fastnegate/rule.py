@@ -192,6 +192,15 @@ class Rule:
         return self.similarity in ("cosine", "mass") or self.direction != "fixed"
 
     @property
+    def sums_over_heads(self) -> tuple[str, ...]:
+        """What a kernel that sees one head at a time sums up before an output of this rule: "moments" (inner
+        products of Z and F), "norms" (of Y and Z)."""
+        if self.scope != "feature":
+            return ()
+        moments = self.similarity != "one" or self.direction in ("orthogonal", "projection", "fixed")
+        return ("moments",) * moments + ("norms",) * (self.norm != "none")
+
+    @property
     def reads_direction(self) -> bool:
         """Whether the rule reads the fixed vector u of a concept."""
         return self.similarity == "direction" or self.direction == "fixed"

@@ -204,11 +204,6 @@ def test_counts_by_hand() -> None:
     assert (output.out, output.sums_written, output.sums_read) == (40 * row, 0, 2 * 2 * 4 * 2 * 40)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_goals_are_the_launches(rule: str) -> None:
-    assert roofline.goals(RULES[rule]) == [*backend._goals(RULES[rule])]
-
-
 @pytest.mark.parametrize("concepts", CONCEPTS)
 def test_compulsory_bytes(concepts: str) -> None:
     case = make(LAYERS["sd15-8"], CONCEPTS[concepts], METHODS["protore"], torch.bfloat16)

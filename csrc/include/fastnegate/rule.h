@@ -38,7 +38,7 @@ FN_INLINE F gate(const Rule& rule, const Numbers& n, F r) {
     case Gate::step: psi = select(above > 0.f, psi, splat(0.f)); break;
     case Gate::ramp: psi = min(max(divide(above, splat(n.width)), splat(0.f)), psi); break;
     case Gate::sigmoid:
-      psi = 1.f / (1.f + exp2(min(above * (-n.width * kLog2e), splat(126.f))));
+      psi = divide(psi, 1.f + exp2(min(above * (-n.width * kLog2e), splat(126.f))));
       break;
     default: break;
   }

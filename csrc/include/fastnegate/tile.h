@@ -45,4 +45,89 @@ static_assert(cpu_tiling({2, 20, 1024, 77, 32, 64, 16, 2}).heads == 7);
 static_assert(cpu_tiling({2, 8, 64, 77, 0, 160, 16, 2}).heads == 4);
 static_assert(cpu_tiling({1, 8, 1, 1024, 1024, 256, 16, 64}).heads == 1);
 
+// ---- the CUDA kernel --------------------------------------------------------------------------------
+
+// Elements from one row to the next in shared memory: an odd number of 16 bytes, so that eight rows in a row
+// lie in eight different groups of banks, and nothing has to be permuted.
+constexpr int cuda_row(int dim) { return (dim / 8 | 1) * 8; }
+
+// Tokens of one softmax at a time. 77 keys are 80: scores take 40 registers while nothing but Z is alive.
+constexpr int kCudaPromptTokens = 80;
+// Beside Z, F and what is removed, dim / 2 registers each, there are fewer.
+constexpr int cuda_concept_tokens(int dim) { return 16; }
+
+constexpr int kCudaQueries = 16;  // of a warp at a time: the rows of a matrix instruction
+
+constexpr int kCudaMostWarps = 8;  // of a block: with 255 registers a lane they fill a multiprocessor
+
+// Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table
+// "Technical Specifications per Compute Capability": what a multiprocessor has, but for 1 KiB of the system).
+constexpr int cuda_shared_limit(int arch) {
+  return arch == 80 || arch == 87                              ? 163 << 10
+         : arch == 90 || arch == 100 || arch == 103 || arch == 110 ? 227 << 10
+                                                               : 99 << 10;  // 86, 89, 120, 121
+}
+
+struct CudaTiling {
+  int warps, blocks;
+  int stages;         // 2: the next queries are read while these are worked on
+  int prompt_slots;   // tokens of the prompt that stay in shared memory: all, or 0
+  int concept_slots;  // the same of the concepts of a batch row: all of them, or pieces take turns
+  int shared;         // bytes
+};
+
+struct CudaWork {
+  int64_t batch, heads, queries, keys, tokens, dim;  // tokens: at most, of the concepts of a batch row
+  int shared_limit, multiprocessors;
+};
+
+// Channels of Z, and of what is removed, that a warp has in registers, of 255; the rest of them lies in shared
+// memory. By what compilers for 8.0 to 12.0 can do without spilling.
+constexpr int cuda_z_registers(int dim) { return dim <= 64 ? dim : 0; }
+constexpr int cuda_removed_registers(int dim) { return dim <= 96 ? dim : 64; }
+
+constexpr int cuda_slot_bytes(int dim) { return 2 * cuda_row(dim) * 2 + 2 * 4; }  // key, value, bias, weight
+constexpr int cuda_warp_bytes(int dim, int stages) {
+  const int rest = 2 * dim - cuda_z_registers(dim) - cuda_removed_registers(dim);
+  return stages * kCudaQueries * cuda_row(dim) * 2 + kCudaQueries * rest * 4;
+}
+
+constexpr CudaTiling cuda_tiling(const CudaWork& w) {
+  const int dim = static_cast<int>(w.dim);
+  const int64_t tiles = w.batch * w.heads * ceil_div(w.queries, kCudaQueries);
+  // One block on every multiprocessor, with as many warps as there is work for: keys and values are then read
+  // once for the longest run of queries.
+  const int64_t share = ceil_div(tiles, w.multiprocessors);
+  const int wanted = static_cast<int>(share < 1 ? 1 : share > kCudaMostWarps ? kCudaMostWarps : share);
+  // A piece, where not everything fits: the longer of prompt and concept pieces.
+  const int64_t prompt = ceil_div(w.keys, 8) * 8, concepts = ceil_div(w.tokens, 8) * 8;
+  const int64_t prompt_piece = prompt < kCudaPromptTokens ? prompt : kCudaPromptTokens;
+  const int64_t concept_piece = concepts < cuda_concept_tokens(dim) ? concepts : cuda_concept_tokens(dim);
+  const int64_t piece = prompt_piece > concept_piece ? prompt_piece : concept_piece;
+  struct Choice {
+    int64_t prompt, concepts;
+  };
+  const Choice choices[] = {{prompt, concepts}, {prompt, concept_piece}, {0, piece}};
+  CudaTiling t{0, 0, 0, 0, 0, 0};
+  // Half of the warps, or waiting for the queries, costs less than reading the text again for every tile.
+  for (int i = 0; i < 3 && t.warps == 0; ++i)
+    for (int least = i < 2 ? (wanted + 1) / 2 : 1, warps = wanted; warps >= least && t.warps == 0; --warps)
+      for (int stages = 2; stages >= 1 && t.warps == 0; --stages) {
+        const int64_t bytes = (choices[i].prompt + choices[i].concepts) * cuda_slot_bytes(dim) +
+                              static_cast<int64_t>(warps) * cuda_warp_bytes(dim, stages);
+        if (bytes <= w.shared_limit)
+          t = {warps, 0, stages, static_cast<int>(choices[i].prompt), static_cast<int>(choices[i].concepts),
+               static_cast<int>(bytes)};
+      }
+  if (t.warps == 0) return t;  // not even one warp fits
+  // Blocks have equal shares of all tiles, warps an equal number of turns.
+  const int64_t blocks = tiles < w.multiprocessors ? tiles : w.multiprocessors;
+  const int64_t turns = ceil_div(ceil_div(tiles, blocks > 0 ? blocks : 1), t.warps);
+  const int64_t each = ceil_div(ceil_div(tiles, blocks > 0 ? blocks : 1), turns > 0 ? turns : 1);
+  t.blocks = static_cast<int>(blocks);
+  t.shared -= (t.warps - static_cast<int>(each)) * cuda_warp_bytes(dim, t.stages);
+  t.warps = static_cast<int>(each);
+  return t;
+}
+
 }  // namespace fastnegate

@@ -10,10 +10,10 @@ from __future__ import annotations
 from types import ModuleType
 
 from .. import reference
-from . import cpu, triton
+from . import cpu, cuda, triton
 
 # Modules are imported here and not at the first call: a first call may be inside a traced graph.
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
 NAMES = ("reference", "cpu", "cuda", "triton")
 # Order in which `backend="auto"` tries. Triton takes CPU tensors only in its (slow) interpreter.
 AUTO = ("cuda", "cpu", "triton", "reference")
@@ -30,7 +30,5 @@ def load(name: str) -> ModuleType:
 
 def unavailable(name: str) -> str | None:
     """Why the backend cannot be used on this machine at all, or None."""
-    if name not in _MODULES:
-        return "this version has no CUDA kernels"
     reason: str | None = _MODULES[name].unavailable()
     return reason

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import DTYPES, addresses, arguments
 from ..problem import GATE_REPORT_LEVEL, Problem, Tables
 
 # torch is imported above, so its OpenMP runtime is loaded before the extension asks for one.
@@ -24,7 +25,6 @@ except ImportError as error:
     _MISSING = f"the compiled extension does not load: {error}" if built else "not part of this install"
 
 MOST_KEYS: int = getattr(_C, "MOST_KEYS", 0)  # prompt keys, and tokens of one concept
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unavailable() -> str | None:
@@ -53,7 +53,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.query.device.type != "cpu":
         return f"query is on {problem.query.device}, not on the CPU"
-    if problem.query.dtype not in _DTYPES:
+    if problem.query.dtype not in DTYPES:
         return f"dtype {problem.query.dtype} is not float32, bfloat16 or float16"
     if dim % 8 or not 8 <= dim <= 256:
         return f"head_dim={dim} is not a multiple of 8 up to 256"
@@ -88,50 +88,14 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
 
 
 def _run(problem: Problem, tables: Tables | None) -> Tensor:
-    query, tokens, rule = problem.query, problem.concepts, problem.rule
-    batch, heads, queries, keys, dim = problem.sizes
-    out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    key_bias, bias_strides = None, [0, 0, 0, 0]
-    if problem.key_bias is not None:
-        key_bias = problem.key_bias.float()
-        shape = (batch, heads, key_bias.shape[2], keys)
-        bias_strides = list(key_bias.expand(shape).stride())
-        if not problem.bias_per_query:
-            bias_strides[2] = 0
-        elif queries > 1 and bias_strides[2] == 0:
-            key_bias = key_bias.contiguous()
-            bias_strides = list(key_bias.expand(shape).stride())
-    held: list[Tensor | None] = [query, problem.key, problem.value, out]  # until the call returns
-    if tokens is None:
-        held += [None, None, key_bias] + [None] * 7
-        counts = [0, 0, 0, 0]
-    else:
-        flat = [tokens.token_bias, tokens.token_weight, tokens.direction, tokens.update, tokens.offset]
-        flat += [tokens.index, tokens.numbers]
-        held += [tokens.key, tokens.value, key_bias]
-        held += [None if t is None else t.contiguous() for t in flat]
-        counts = [tokens.tokens, tokens.concepts, tokens.entries, tokens.longest]
-    held += list(tables) if tables is not None else [None] * 3
+    batch, heads, queries, _, dim = problem.sizes
+    out = problem.query.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    call = arguments(problem, out)
     _C.run_cpu(
-        [0 if t is None else t.data_ptr() for t in held],
-        [batch, heads, queries, keys, dim, *counts],
-        [_strides(t) for t in held[:6]],
-        bias_strides,
-        _DTYPES[query.dtype],
-        problem.scale,
-        rule.codes,
-        rule.numbers,
+        call.values,
+        addresses(tables or [None] * 3),
         GATE_REPORT_LEVEL,
         instruction_set(),
         torch.get_num_threads(),
     )
     return out
-
-
-def _strides(tensor: Any) -> list[int]:
-    """(batch, head, row) in elements; concept tensors are [T, H, D], the others [B, H, N, D]."""
-    if tensor is None:
-        return [0, 0, 0]
-    if tensor.dim() == 3:
-        return [0, tensor.stride(1), tensor.stride(0)]
-    return list(tensor.stride()[:3])

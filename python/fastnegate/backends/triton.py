@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import GATE_REPORT_LEVEL, Problem, Tables
+from ..problem import Problem, Tables, Trace
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
 from ..tokens import ConceptTokens
 
@@ -96,28 +96,8 @@ def traced(problem: Problem) -> Tensor:
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
-    batch, heads, queries, _, _ = problem.sizes
-    count = problem.concepts.entries if problem.concepts is not None else 0
-    made: dict[str, Any] = {"dtype": torch.float32, "device": problem.query.device}
-    entries = torch.zeros(3, count, heads, queries, **made)
-    rows = torch.zeros(4, batch, heads, queries, **made)
-    output = _run(problem, (entries, rows), _launch(problem, True), _start)
-    if not output.numel():
-        shapes = ((count, 5), (count, queries), (batch, 3))
-        return output, Tables._make(torch.zeros(shape, **made) for shape in shapes)
-    gates, similarity, mass = entries
-    both, mean = (1, 2), functools.partial(torch.mean, dtype=torch.float64)
-    above = (gates > GATE_REPORT_LEVEL).float()
-    per_entry = [gates.amax(both), mean(gates, both), mean(above, both), mean(mass, both)]
-    per_entry.append(similarity.amax(both))
-    moved, energy, limited, nonfinite = rows.sum((2, 3), dtype=torch.float64)
-    share = torch.where(energy < 1e-30, 0.0, moved / energy)
-    per_row = [share, limited / (heads * queries), nonfinite]
-    return output, Tables(
-        torch.stack([t.float() for t in per_entry], 1),
-        mean(gates, 1).float(),
-        torch.stack([t.float() for t in per_row], 1),
-    )
+    trace = Trace.empty(problem)
+    return _run(problem, trace, _launch(problem, True), _start), trace.tables()
 
 
 # ---- a launch without its tensors -------------------------------------------------------------------
@@ -185,7 +165,7 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
         tiles=t,
         table=path if tuned else "",
         grid=(sizing.programs(work, t.rows, resident * multiprocessors), 1, 1),
-        goals=_goals(rule) if tokens is not None else ("output",),
+        goals=(*(rule.sums_over_heads if tokens is not None else ()), "output"),
         scalars=(
             *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
             batch, heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
@@ -199,13 +179,6 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
         )),
         compiled={},
     )  # fmt: skip
-
-
-def _goals(rule: Rule) -> tuple[str, ...]:
-    """The kernels: scope `feature` needs sums over heads before the output."""
-    sums = rule.similarity != "one" or rule.direction in ("orthogonal", "projection", "fixed")
-    before = ("moments",) * sums + ("norms",) * (rule.norm != "none")
-    return (*(before if rule.scope == "feature" else ()), "output")
 
 
 def _numbers(rule: Rule) -> tuple[float, ...]:
@@ -281,11 +254,11 @@ def _tensors(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
 
 def _run(
     problem: Problem,
-    tables: tuple[Tensor, Tensor] | None,
+    trace: Trace | None,
     launch: Launch,
     start: Callable[[Launch, str, tuple[Tensor | None, ...]], None],
 ) -> Tensor:
-    """`start` each kernel of the launch. `tables`: for statistics, entries and rows."""
+    """`start` each kernel of the launch."""
     query = problem.query
     batch, heads, queries, _, dim = problem.sizes
     out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
@@ -297,7 +270,7 @@ def _run(
     table = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     moments = table(5, count, heads, queries) if "moments" in launch.goals else None
     norms = table(2, batch, heads, queries) if "norms" in launch.goals else None
-    entries, rows = tables if tables is not None else (None, None)
+    entries, rows = trace if trace is not None else (None, None)
     for goal in launch.goals:
         writes_output = goal == "output"
         start(launch, goal, (

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// One file for each dtype: they compile in parallel.
+#include "cuda/kernels.cuh"
+
+namespace fastnegate::cuda {
+
+Kernel kernel_bfloat16(int dim) { return kernel<bfloat16>(dim); }
+
+}  // namespace fastnegate::cuda

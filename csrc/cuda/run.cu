@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/run.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace fastnegate {
+
+using cuda::Goal;
+using cuda::Kernel;
+using cuda::Launch;
+
+namespace {
+
+constexpr int kOldestDriver = 13000;  // a binary of CUDA 13 runs with every driver of CUDA 13
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess)
+    throw CudaError(std::string(call) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+// The runtime is linked statically: its current device is not torch's, and is left as it was.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    if (device != before) check(cudaSetDevice(device), "cudaSetDevice"), changed = true;
+  }
+  ~OnDevice() {
+    if (changed) cudaSetDevice(before);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before = 0;
+  bool changed = false;
+};
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+Kernel kernel_of(const Problem& p) {
+  const int dim = static_cast<int>(p.dim);
+  const Kernel kernel = p.dtype == Dtype::float16    ? cuda::kernel_float16(dim)
+                        : p.dtype == Dtype::bfloat16 ? cuda::kernel_bfloat16(dim)
+                                                     : nullptr;
+  if (!kernel) throw std::invalid_argument("no CUDA kernel for this dtype or head_dim");
+  return kernel;
+}
+
+// A kernel has to be told once per device that it may take more than 48 KiB.
+void allow_shared(Kernel kernel, int device, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<Kernel, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+  allowed.insert({kernel, device});
+}
+
+}  // namespace
+
+std::string cuda_unavailable() {
+  int driver = 0, devices = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no driver";
+  if (driver < kOldestDriver)
+    return "the driver is for CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+           ", older than 13.0";
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && devices == 0)) return "no CUDA device";
+  if (error != cudaSuccess) return std::string("cudaGetDeviceCount: ") + cudaGetErrorString(error);
+  return "";
+}
+
+CudaTiling cuda_tiling(const Problem& p, int device) {
+  // No row knows its concepts here: it has none of them twice, or its text is read piece by piece.
+  const int64_t each = ceil_div(p.longest, 8) * 8, tokens = std::min(p.entries * each, p.tokens + 7 * p.concepts);
+  return cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                      attribute(cudaDevAttrMultiProcessorCount, device)});
+}
+
+void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stream) {
+  if (p.batch == 0 || p.heads == 0 || p.queries == 0) return;
+  if (p.batch * p.heads * ceil_div(p.queries, kCudaQueries) > std::numeric_limits<int>::max())
+    throw std::invalid_argument("more than 2^31 tiles of queries");
+  const Kernel kernel = kernel_of(p);
+  const OnDevice guard(device);
+  const Rule& r = p.rule;
+
+  Launch launch{};
+  launch.problem = p;
+  launch.tiling = cuda_tiling(p, device);
+  if (launch.tiling.warps == 0) throw std::invalid_argument("not even a piece of the text fits in shared memory");
+  // What the rule does not read is not there; an entry without a direction that the rule reads does not exist.
+  const bool reads_direction = r.similarity == Similarity::direction || r.direction == Direction::fixed;
+  Problem& q = launch.problem;
+  if (!reads_direction) q.direction = q.offset = nullptr;
+  if (q.entries == 0 || q.concepts == 0 || (reads_direction && !q.direction)) q.index = nullptr;
+  launch.reads_tokens = r.similarity == Similarity::cosine || r.similarity == Similarity::mass ||
+                        r.direction != Direction::fixed;
+  launch.reads_moments = r.similarity == Similarity::cosine || r.direction == Direction::orthogonal ||
+                         r.direction == Direction::projection;
+  launch.reads_mass = r.similarity == Similarity::mass || tables.trace_entries;
+  launch.factor = p.scale * 1.44269504088896f;
+  launch.bias_factor = 1.f / p.scale;
+  launch.per_head = 1.f / static_cast<float>(p.heads);
+  launch.moments = tables.moments, launch.norms = tables.norms;
+  allow_shared(kernel, device, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+
+  const auto start = [&](Goal goal, const char* name) {
+    Launch l = launch;
+    l.goal = goal;
+    if (goal == Goal::moments) l.norms = nullptr;
+    if (goal == Goal::output) l.trace_entries = tables.trace_entries, l.trace_rows = tables.trace_rows;
+    void* arguments[] = {&l};
+    check(cudaLaunchKernel(kernel, dim3(l.tiling.blocks), dim3(l.tiling.warps * 32), arguments, l.tiling.shared,
+                           static_cast<cudaStream_t>(stream)),
+          name);
+  };
+  if (q.index && tables.moments) start(Goal::moments, "cudaLaunchKernel (moments)");
+  if (q.index && tables.norms) start(Goal::norms, "cudaLaunchKernel (norms)");
+  start(Goal::output, "cudaLaunchKernel");
+}
+
+}  // namespace fastnegate

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels, called from the host. Nothing here allocates or waits, so a call may be captured into a
+// CUDA graph once another one like it has run.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace fastnegate {
+
+// A call of CUDA's runtime that failed; the message names it.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Why no CUDA kernel can run on this machine; empty if one can.
+std::string cuda_unavailable();
+
+// Tables of float32 in device memory that the caller has allocated; null if they are not wanted.
+struct CudaTables {
+  float *moments, *norms;              // [5, E, H, N] and [2, B, H, N]: scope `feature`
+  float *trace_entries, *trace_rows;   // [3, E, H, N], cleared, and [4, B, H, N]: statistics
+};
+
+// How run_cuda cuts the problem on a device.
+CudaTiling cuda_tiling(const Problem& problem, int device);
+
+// Starts the operator on a device and one of its streams. Throws std::invalid_argument for what the kernel does
+// not take, CudaError, before anything is started or if starting fails.
+void run_cuda(const Problem& problem, const CudaTables& tables, int device, void* stream);
+
+}  // namespace fastnegate
