@@ -124,7 +124,8 @@ struct Held {
   float4* rest;
   FN_INLINE explicit Held(float4* lane_memory) : rest(lane_memory) {}
   FN_INLINE float4 operator()(int i) const {
-    return i < kRegisters ? make_float4(at[i][0], at[i][1], at[i][2], at[i][3]) : rest[(i - kRegisters) * kWarp];
+    if (kRegisters == 0 || i >= kRegisters) return rest[(i - kRegisters) * kWarp];
+    return make_float4(at[i][0], at[i][1], at[i][2], at[i][3]);
   }
   FN_INLINE void set(int i, float4 x) {
     if (i < kRegisters)
@@ -345,11 +346,12 @@ FN_INLINE void attend(const Queries<T, D>& q, const Tokens<T>& tokens, int count
   }
 }
 
-// Sums over head_dim of the rows, for two operands given by channel.
-template <int D, class A, class B>
+// Sums over head_dim of the rows, for two operands given by channel. With kUnroll < D / 8, for operands of which
+// none is in registers, fewer are loaded ahead.
+template <int D, int kUnroll = D / 8, class A, class B>
 FN_INLINE void inner(const A& a, const B& b, float (&sum)[2]) {
   float part[2] = {0.f, 0.f};
-#pragma unroll
+#pragma unroll kUnroll
   for (int i = 0; i < D / 8; ++i) {
     const float4 x = a(i), y = b(i);
     part[0] = fmaf(x.x, y.x, fmaf(x.y, y.y, part[0]));
@@ -410,13 +412,8 @@ class Block {
         warp(uniform(static_cast<int>(threadIdx.x / kWarp))), warps(blockDim.x / kWarp) {}
 
   FN_INLINE void run() {
-    // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads.
-    const int tiles = static_cast<int>(ceil_div(p.queries, kCudaQueries)), heads = static_cast<int>(p.heads);
-    const int all = static_cast<int>(p.batch) * heads * tiles, blocks = gridDim.x, block = blockIdx.x;
-    const int share = all / blocks, more = all % blocks;
-    const int begin = share * block + ::min(block, more), end = begin + share + (block < more);
-    for (int head = begin / tiles; head * tiles < end; ++head) {
-      b = head / heads, h = head % heads;
+    for (int head = share().begin / share().tiles; head * share().tiles < share().end; ++head) {
+      b = head / static_cast<int>(p.heads), h = head % static_cast<int>(p.heads);
       first_entry = last_entry = 0;
       concepts_stay = true;
       if (p.index) {
@@ -425,12 +422,13 @@ class Block {
         last_entry = uniform(::min(__ldg(rows + b + 1), static_cast<int>(p.entries)));
       }
       load_text();
-      const int first = ::max(begin - head * tiles, 0);
-      const int last = ::min(end - head * tiles, tiles);
-      const bool alone = prompt_stays() && concepts_stay;  // no warp waits for another one
+      const int first = ::max(share().begin - head * share().tiles, 0);
+      const int last = ::min(share().end - head * share().tiles, share().tiles);
       fetch(first + warp, last, 0);
-      for (int turn = 0, tile = first + warp; alone ? tile < last : tile - warp < last; ++turn, tile += warps) {
-        const int stage = l.tiling.stages == 2 ? turn & 1 : 0;
+      int stage = 0;
+      // Where no text is read piece by piece, no warp waits for another one.
+      const bool alone = prompt_stays() && concepts_stay;
+      for (int tile = first + warp; alone ? tile < last : tile - warp < last; tile += warps) {
         if (l.tiling.stages == 2) {
           fetch(tile + warps, last, stage ^ 1);
           ptx::wait<1>();
@@ -440,7 +438,10 @@ class Block {
         __syncwarp();
         work(tile, tile < last, buffer(stage));
         __syncwarp();
-        if (l.tiling.stages == 1) fetch(tile + warps, last, 0);
+        if (l.tiling.stages == 2)
+          stage ^= 1;
+        else
+          fetch(tile + warps, last, 0);
       }
       ptx::wait<0>();
       __syncthreads();  // the text of this head is not needed any more
@@ -458,6 +459,18 @@ class Block {
   int b, h;
   int first_entry, last_entry;
   bool concepts_stay;
+
+  // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads. Computed again
+  // wherever it is asked for: registers are for the tiles.
+  struct Share {
+    int tiles, begin, end;  // of a head, and of this block
+  };
+  FN_INLINE Share share() const {
+    const int tiles = static_cast<int>(ceil_div(p.queries, kCudaQueries)), blocks = gridDim.x;
+    const int all = static_cast<int>(p.batch * p.heads) * tiles, block = ptx::again(blockIdx.x);
+    const int each = all / blocks, more = all % blocks, begin = each * block + ::min(block, more);
+    return {tiles, begin, begin + each + (block < more)};
+  }
 
   FN_INLINE bool prompt_stays() const { return l.tiling.prompt_slots > 0 || p.keys == 0; }
   FN_INLINE static const T* row_of(const Strided& s, int64_t b, int64_t h) {
@@ -560,6 +573,7 @@ class Block {
 #pragma unroll 1
     for (int done = 0; done < source.count; done += 8 * kTiles) {
       const int count = ::min(source.count - done, 8 * kTiles);
+      lane = ptx::again(lane);
       const Tokens<T> tokens = text(stays ? slot + done : l.tiling.prompt_slots);
       if (!stays) {
         __syncthreads();  // the piece before is not needed any more
@@ -623,10 +637,11 @@ class Block {
   }
 
   FN_INLINE void work(int tile, bool active, T* queries) {
+    lane = ptx::again(lane), h = ptx::again(h), b = ptx::again(b);
     Queries<T, D> q;
     q.set(queries, lane);
     Attended<D> z;
-    attend_to<kCudaPromptTokens / 8>(q, prompt(), prompt_stays(), 0, z);
+    attend_to<cuda_prompt_tokens(D) / 8>(q, prompt(), prompt_stays(), 0, z);
     Held<D, cuda_z_registers(D) / 8> z_of(held());
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) z_of.set(i, z.out(i));
@@ -647,15 +662,17 @@ class Block {
     int slot = l.tiling.prompt_slots;
 #pragma unroll 1
     for (int e = first_entry; e < last_entry; ++e) {
+      h = ptx::again(h);
       const Entry entry = find_entry(p, e, lane);
       Attended<D> f;
       const Source<T> source = concept_of(entry);
-      const bool some = attend_to<cuda_concept_tokens(D) / 8>(q, source, concepts_stay, slot, f);
+      const bool some = attend_to<kCudaConceptTokens / 8>(q, source, concepts_stay, slot, f);
       slot += static_cast<int>(ceil_div(source.count, 8)) * 8;
       if (entry.active && (some || !l.reads_tokens)) consider(entry, f, z, z_of, zz, tile, active, mix);
     }
     if (l.goal == Goal::moments) return;
 
+    lane = ptx::again(lane), h = ptx::again(h), b = ptx::again(b);
     float limited[2] = {0.f, 0.f};
     const bool negated = mix.existing > 0;
     if (negated) finish(mix, z, z_of, zz, tile, active, limited);
@@ -680,9 +697,10 @@ class Block {
   FN_INLINE void consider(const Entry& entry, const Attended<D>& f, const Attended<D>& z, const Z& z_of,
                           const float (&zz)[2], int tile, bool active, Mix<D>& mix) {
     const Rows<D>& f_of = f.out;
+    lane = ptx::again(lane), h = ptx::again(h), b = ptx::again(b);
     float zf[2] = {0.f, 0.f}, ff[2] = {0.f, 0.f}, along[2] = {0.f, 0.f};
     if (l.reads_moments) inner<D>(z_of, f_of, zf), inner<D>(f_of, f_of, ff);
-    if (p.direction) inner<D>(z_of, vector(p.direction, entry.concept_index), along);
+    if (p.direction) inner<D, cuda_z_registers(D) == 0 ? 4 : D / 8>(z_of, vector(p.direction, entry.concept_index), along);
     float b[2], old[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -51,10 +51,11 @@ static_assert(cpu_tiling({1, 8, 1, 1024, 1024, 256, 16, 64}).heads == 1);
 // lie in eight different groups of banks, and nothing has to be permuted.
 constexpr int cuda_row(int dim) { return (dim / 8 | 1) * 8; }
 
-// Tokens of one softmax at a time. 77 keys are 80: scores take 40 registers while nothing but Z is alive.
-constexpr int kCudaPromptTokens = 80;
-// Beside Z, F and what is removed, dim / 2 registers each, there are fewer.
-constexpr int cuda_concept_tokens(int dim) { return 16; }
+// Tokens of a softmax at a time. 77 keys are 80: scores take 40 registers while nothing but Z is alive, dim / 2 of
+// them. With 160 channels that is too many.
+constexpr int cuda_prompt_tokens(int dim) { return dim <= 128 ? 80 : 64; }
+// Of a concept fewer: F, and what is removed, are alive beside Z.
+constexpr int kCudaConceptTokens = 16;
 
 constexpr int kCudaQueries = 16;  // of a warp at a time: the rows of a matrix instruction
 
@@ -81,10 +82,10 @@ struct CudaWork {
   int shared_limit, multiprocessors;
 };
 
-// Channels of Z, and of what is removed, that a warp has in registers, of 255; the rest of them lies in shared
-// memory. By what compilers for 8.0 to 12.0 can do without spilling.
-constexpr int cuda_z_registers(int dim) { return dim <= 64 ? dim : 0; }
-constexpr int cuda_removed_registers(int dim) { return dim <= 96 ? dim : 64; }
+// Channels of Z, and of what is removed, that a warp has in registers; the rest of them lies in shared memory. As
+// many as compilers for 8.0 to 12.0 find room for, of 255 registers, without spilling.
+constexpr int cuda_z_registers(int dim) { return dim < 64 ? dim : dim == 64 ? 48 : 0; }
+constexpr int cuda_removed_registers(int dim) { return dim <= 96 ? dim : dim <= 128 ? 48 : 24; }
 
 constexpr int cuda_slot_bytes(int dim) { return 2 * cuda_row(dim) * 2 + 2 * 4; }  // key, value, bias, weight
 constexpr int cuda_warp_bytes(int dim, int stages) {
@@ -101,8 +102,8 @@ constexpr CudaTiling cuda_tiling(const CudaWork& w) {
   const int wanted = static_cast<int>(share < 1 ? 1 : share > kCudaMostWarps ? kCudaMostWarps : share);
   // A piece, where not everything fits: the longer of prompt and concept pieces.
   const int64_t prompt = ceil_div(w.keys, 8) * 8, concepts = ceil_div(w.tokens, 8) * 8;
-  const int64_t prompt_piece = prompt < kCudaPromptTokens ? prompt : kCudaPromptTokens;
-  const int64_t concept_piece = concepts < cuda_concept_tokens(dim) ? concepts : cuda_concept_tokens(dim);
+  const int64_t prompt_piece = prompt < cuda_prompt_tokens(dim) ? prompt : cuda_prompt_tokens(dim);
+  const int64_t concept_piece = concepts < kCudaConceptTokens ? concepts : kCudaConceptTokens;
   const int64_t piece = prompt_piece > concept_piece ? prompt_piece : concept_piece;
   struct Choice {
     int64_t prompt, concepts;

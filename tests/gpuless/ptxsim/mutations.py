@@ -8,6 +8,7 @@ mutation changes nothing that is promised; such survivors are to be named with t
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,14 +27,21 @@ class Mutation:
 
 
 def mutations(
-    program: Program, per_kind: int | None = None, seed: int = 0, among: Container[int] | None = None
+    program: Program,
+    per_kind: int | None = None,
+    seed: int = 0,
+    among: Container[int] | None = None,
+    kinds: Container[str] | None = None,
 ) -> Iterator[Mutation]:
-    """All mutations, or at most `per_kind` of each kind, spread over the program.
+    """All mutations, or at most `per_kind` of each kind, from as many lines of the source as there are.
 
     Args:
         among: places that may be mutated, such as `Result.executed`: what never runs cannot be missed.
+        kinds: some of KINDS, by default all.
     """
     for kind, mutate in KINDS.items():
+        if kinds is not None and kind not in kinds:
+            continue
         found = [
             (place, changed)
             for place, instruction in enumerate(program.code)
@@ -41,9 +49,16 @@ def mutations(
             for changed in mutate(instruction)
             if changed != instruction
         ]
-        if per_kind is not None and len(found) > per_kind:
-            found = sorted(random.Random(f"{seed} {kind}").sample(found, per_kind), key=lambda x: x[0])
-        for place, changed in found:
+        if per_kind is not None:
+            random.Random(f"{seed} {kind}").shuffle(found)
+            seen: Counter[str] = Counter()
+            turns = []
+            for place, changed in found:
+                source = program.code[place].source
+                turns.append((seen[source], place, changed))
+                seen[source] += 1
+            found = [each[1:] for each in sorted(turns, key=lambda turn: turn[0])[:per_kind]]
+        for place, changed in sorted(found, key=lambda each: each[0]):
             yield _mutation(program, kind, place, changed)
 
 
@@ -90,8 +105,8 @@ def _swap_b(i: Instruction) -> list[Instruction]:
     return _swapped_in_vector(i, 2, 0, 1) if i.opcode == "mma" else []
 
 
-def _swap_accumulators(i: Instruction) -> list[Instruction]:
-    return _swapped_in_vector(i, 3, 1, 2) if i.opcode == "mma" else []
+def _swap_sums(i: Instruction) -> list[Instruction]:
+    return _swapped_in_vector(i, 0, 1, 2) if i.opcode == "mma" else []
 
 
 def _transpose(i: Instruction) -> list[Instruction]:
@@ -151,13 +166,14 @@ def _addend(i: Instruction) -> list[Instruction]:
 
 
 def _number(i: Instruction) -> list[Instruction]:
-    """A float constant of arithmetic, halved or doubled."""
+    """A float constant of arithmetic, halved or doubled; not the infinity that a maximum begins with."""
     if i.opcode not in ("add", "sub", "mul", "fma", "min", "max", "div") or i.modifiers[-1] != "f32":
         return []
     return [
         _with_operand(i, n, Immediate(operand.value ^ 1 << 23))
         for n, operand in enumerate(i.operands)
-        if isinstance(operand, Immediate) and isinstance(operand.value, int) and operand.value
+        if isinstance(operand, Immediate) and isinstance(operand.value, int)
+        if operand.value & 0x7FFFFFFF not in (0, 0x7F800000)
     ]
 
 
@@ -237,7 +253,7 @@ KINDS: dict[str, Callable[[Instruction], list[Instruction]]] = {
     "store dropped": _drop_store,
     "registers of A swapped": _swap_a,
     "registers of B swapped": _swap_b,
-    "accumulators swapped": _swap_accumulators,
+    "sums swapped": _swap_sums,
     "ldmatrix transposed": _transpose,
     "registers of ldmatrix swapped": _swap_loaded,
     "bound off by one": _bound,
