@@ -547,7 +547,7 @@ class Block {
 #pragma unroll 1
     for (int e = first_entry; e < last_entry; ++e)
       slots += static_cast<int>(ceil_div(read_tokens(find_entry(p, e, lane)), 8)) * 8;
-    concepts_stay = slots <= l.tiling.concept_slots;
+    concepts_stay = prompt_stays() && slots <= l.tiling.concept_slots;  // else pieces of the prompt lie there
     if (concepts_stay) {
       slots = l.tiling.prompt_slots;
   #pragma unroll 1

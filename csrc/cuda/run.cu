@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <mutex>
-#include <set>
 #include <utility>
 
 namespace fastnegate {
@@ -57,15 +57,16 @@ Kernel kernel_of(const Problem& p) {
   return kernel;
 }
 
-// A kernel has to be told once per device that it may take more than 48 KiB.
+// A kernel has to be told on each device that it may take more than 48 KiB.
 void allow_shared(Kernel kernel, int device, int bytes) {
   static std::mutex mutex;
-  static std::set<std::pair<Kernel, int>> allowed;
+  static std::map<std::pair<Kernel, int>, int> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return;
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "cudaFuncSetAttribute");
-  allowed.insert({kernel, device});
+  most = bytes;
 }
 
 }  // namespace
@@ -83,8 +84,10 @@ std::string cuda_unavailable() {
 }
 
 CudaTiling cuda_tiling(const Problem& p, int device) {
-  // No row knows its concepts here: it has none of them twice, or its text is read piece by piece.
-  const int64_t each = ceil_div(p.longest, 8) * 8, tokens = std::min(p.entries * each, p.tokens + 7 * p.concepts);
+  // How many tokens a row has is known on the device. If it has a concept twice, there may be no room for them, and
+  // they are read piece by piece.
+  const int64_t each = ceil_div(p.longest, 8) * 8, padded = p.tokens + 7 * p.concepts;
+  const int64_t tokens = std::min({p.entries * each, p.concepts * each, padded});
   return cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                       attribute(cudaDevAttrMultiProcessorCount, device)});
@@ -116,7 +119,7 @@ void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stre
   launch.bias_factor = 1.f / p.scale;
   launch.per_head = 1.f / static_cast<float>(p.heads);
   launch.moments = tables.moments, launch.norms = tables.norms;
-  allow_shared(kernel, device, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  allow_shared(kernel, device, launch.tiling.shared);
 
   const auto start = [&](Goal goal, const char* name) {
     Launch l = launch;

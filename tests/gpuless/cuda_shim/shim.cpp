@@ -809,7 +809,6 @@ void reset() {
   const std::lock_guard lock(mutex);
   facts = {};
   failures.clear();
-  granted.clear();
   made.clear();
   error_message.clear();
   current_device = 0;

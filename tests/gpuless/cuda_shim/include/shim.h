@@ -49,7 +49,7 @@ const std::vector<Launch>& launches();
 // What the last launch that threw has thrown.
 const std::string& last_error();
 
-// As if nothing had happened yet.
+// As if nothing had happened yet, but for what kernels were allowed (cudaFuncSetAttribute): programs ask once.
 void reset();
 
 }  // namespace fastnegate::shim
