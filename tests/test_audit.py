@@ -172,3 +172,14 @@ def test_doctor_says_when_a_backend_is_wrong(
     monkeypatch.setattr(load("cpu"), "run", lambda problem: right(problem) * 1.001)
     assert cli.main(["doctor"]) == 1
     assert "off by" in capsys.readouterr().out
+
+
+def test_doctor_does_not_call_a_backend_right_that_refuses_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastnegate.backends import load
+
+    monkeypatch.setattr(load("cpu"), "supports", lambda problem: "not today")
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu: not checked" in printed and "nag is refused: not today" in printed

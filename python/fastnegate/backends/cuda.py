@@ -32,7 +32,9 @@ def unavailable() -> str | None:
         return _MISSING
     if torch.version.hip is not None:
         return "PyTorch is built for ROCm"
-    return _cuda.unavailable() or None
+    if reason := _cuda.unavailable():
+        return str(reason)
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
 def supports(problem: Problem) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_shim.build import CSRC, build
 
 from fastnegate.backends import cuda
@@ -63,6 +64,7 @@ class Shim:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda, "_cuda", self.module)
             patch.setattr(cuda, "_MISSING", None)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(cuda, "_refused_device", lambda query: None)
             patch.setattr(cuda, "_place", lambda query: (0, 0))
             self.forget()
