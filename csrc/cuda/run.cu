@@ -95,8 +95,10 @@ CudaTiling cuda_tiling(const Problem& p, int device) {
 
 void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.queries == 0) return;
-  if (p.batch * p.heads * ceil_div(p.queries, kCudaQueries) > std::numeric_limits<int>::max())
-    throw std::invalid_argument("more than 2^31 tiles of queries");
+  // The kernel numbers them with 32 bits.
+  const int64_t most = std::numeric_limits<int>::max() / 2;
+  if (std::max({p.batch * p.heads * ceil_div(p.queries, kCudaQueries), p.queries, p.keys, p.tokens, p.entries}) > most)
+    throw std::invalid_argument("more than 2^30 queries, tiles of 16 queries, keys, concept tokens or entries");
   const Kernel kernel = kernel_of(p);
   const OnDevice guard(device);
   const Rule& r = p.rule;
