@@ -20,7 +20,7 @@ T* at(uintptr_t address) {
 // Order of the fields: python/fastnegate/arguments.py.
 struct Arguments {
   std::array<uintptr_t, 14> addresses;
-  std::array<int64_t, 9> sizes;
+  std::array<int64_t, 10> sizes;
   std::array<std::array<int64_t, 3>, 6> strides;
   std::array<int64_t, 4> bias_strides;
   int dtype;
@@ -42,7 +42,7 @@ struct Arguments {
     };
     Problem p{};
     p.batch = sizes[0], p.heads = sizes[1], p.queries = sizes[2], p.keys = sizes[3], p.dim = sizes[4];
-    p.tokens = sizes[5], p.concepts = sizes[6], p.entries = sizes[7], p.longest = sizes[8];
+    p.tokens = sizes[5], p.concepts = sizes[6], p.entries = sizes[7], p.longest = sizes[8], p.busiest = sizes[9];
     p.dtype = static_cast<Dtype>(dtype);
     p.scale = static_cast<float>(scale);
     p.query = strided(0), p.key = strided(1), p.value = strided(2), p.out = strided(3);

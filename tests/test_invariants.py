@@ -513,3 +513,34 @@ def test_a_corrupt_index_never_leaves_the_arrays(backend: str, wrong: int) -> No
         assert output.isfinite().all()
     everywhere = torch.full_like(problem.concepts.index, wrong)
     assert run(with_concepts(problem, index=everywhere), backend).isfinite().all()
+
+
+# ---- corners that single backends have missed -----------------------------------------------------
+
+
+@every_backend
+@every_dtype
+def test_a_nan_in_key_bias_is_no_mask(backend: str, dtype: torch.dtype) -> None:
+    problem = make_problem(dtype=dtype, mask="additive")
+    bias = problem.key_bias.clone()
+    bias[..., 0] = torch.nan
+    assert run(dataclasses.replace(problem, key_bias=bias), backend).isnan().all()
+
+
+@every_backend
+@every_dtype
+def test_joint_with_tiny_gates(backend: str, dtype: torch.dtype) -> None:
+    """Without a prompt the concepts share all mass, however small their gates are."""
+    rows = [[{"concept": 0, "active": 1e-31}], [{"concept": 1, "active": 1e-33}, 2], []]
+    problem = make_problem(keys=0, rule="vsf", rows=rows, dtype=dtype, extras=False)
+    Judge(problem).check(run(problem, backend), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("rule", ("vsf", "protore"))
+def test_a_prompt_masked_by_the_lowest_number(backend: str, rule: str) -> None:
+    """Some callers mask with it: then all keys weigh the same. It must not become -inf by scaling."""
+    problem = make_problem(rule=rule, dtype=torch.bfloat16, rows=[[{"concept": 0, "active": 0.0}, 1], [2], []])
+    lowest = torch.full((3, 1, 1, problem.sizes[3]), torch.finfo(torch.float32).min)
+    problem = dataclasses.replace(problem, key_bias=lowest, scale=1.0)
+    Judge(problem).check(run(problem, backend), backend)

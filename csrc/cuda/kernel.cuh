@@ -421,10 +421,10 @@ class Block {
         first_entry = uniform(::max(__ldg(rows + b), 0));
         last_entry = uniform(::min(__ldg(rows + b + 1), static_cast<int>(p.entries)));
       }
-      load_text();
       const int first = ::max(share().begin - head * share().tiles, 0);
       const int last = ::min(share().end - head * share().tiles, share().tiles);
       fetch(first + warp, last, 0);
+      load_text();
       int stage = 0;
       // Where no text is read piece by piece, no warp waits for another one.
       const bool alone = prompt_stays() && concepts_stay;
@@ -525,7 +525,7 @@ class Block {
       const int i = done + threadIdx.x, token = i / (D / 8), unit = i % (D / 8);
       if (i >= padded * (D / 8)) continue;
       // A masked token is absent: its key and value are not even read, they may hold NaN.
-      const bool present = bias_of(token) > -kInfinity;
+      const bool present = bias_of(token) != -kInfinity;
       const int64_t from = present ? first + token : 0;
       ptx::copy_16(to.key + token * kRow + unit * 8, source.key + from * source.key_row + unit * 8, present);
       ptx::copy_16(to.value + token * kRow + unit * 8, source.value + from * source.value_row + unit * 8, present);
@@ -535,8 +535,9 @@ class Block {
       const int token = done + threadIdx.x;
       if (token >= padded) continue;
       const float bias = bias_of(token);
-      // Some callers mask with the lowest number, which must not become -inf.
-      to.added[token] = bias > -kInfinity ? fmaxf(bias * l.bias_factor, kLowest) : -kInfinity;
+      // Some callers mask with the lowest number, which must not become -inf. A NaN is no mask: it shows.
+      const float added = bias * l.bias_factor;
+      to.added[token] = bias == -kInfinity ? bias : added < kLowest ? kLowest : added;
       to.weight[token] = source.weight && token < count ? __ldg(source.weight + first + token) : 1.f;
     }
   }
@@ -550,8 +551,8 @@ class Block {
     concepts_stay = prompt_stays() && slots <= l.tiling.concept_slots;  // else pieces of the prompt lie there
     if (concepts_stay) {
       slots = l.tiling.prompt_slots;
-  #pragma unroll 1
-    for (int e = first_entry; e < last_entry; ++e) {
+#pragma unroll 1
+      for (int e = first_entry; e < last_entry; ++e) {
         const Source<T> source = concept_of(find_entry(p, e, lane));
         load(source, 0, source.count, text(slots));
         slots += static_cast<int>(ceil_div(source.count, 8)) * 8;
@@ -584,7 +585,7 @@ class Block {
       }
 #pragma unroll 1
       for (int first = 0; first < count; first += kWarp)
-        some |= first + lane < count && tokens.added[first + lane] > -kInfinity;
+        some |= first + lane < count && tokens.added[first + lane] != -kInfinity;
       attend<T, D, kTiles>(q, tokens, count, source.bias, source.weight, l.factor, done == 0, lane, to);
     }
 #pragma unroll
@@ -594,7 +595,7 @@ class Block {
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) to.out.at[i][2 * r] *= inverse, to.out.at[i][2 * r + 1] *= inverse;
       // In base-2 logits, and a number that may be subtracted.
-      to.top[r] = to.top[r] == -kInfinity ? kLowest : to.top[r] * l.factor;
+      to.top[r] = fmaxf(to.top[r] * l.factor, kLowest);
     }
     return __any_sync(~0u, some);
   }
@@ -625,15 +626,28 @@ class Block {
   // A row of a table [..., H, N].
   FN_INLINE int64_t place(int64_t row, int64_t n) const { return (row * p.heads + h) * p.queries + n; }
 
-  // Sum of a table [..., H, N] over the heads.
-  FN_INLINE float over_heads(const float* table, int64_t row, int64_t n) const {
-    float sum = 0.f;
+  // Sums over the heads of kTables tables [H, N], `apart` numbers from one to the next, for both rows of the lane.
+  // All numbers of four heads are asked for before the first is waited for.
+  template <int kTables>
+  FN_INLINE void over_heads(const float* table, int64_t apart, int tile, float (&sum)[kTables][2]) const {
+#pragma unroll
+    for (int i = 0; i < kTables; ++i) sum[i][0] = sum[i][1] = 0.f;
 #pragma unroll 1
     for (int first = 0; first < p.heads; first += 4) {
       const int head = first + lane % 4;
-      if (head < p.heads && n < p.queries) sum += table[(row * p.heads + head) * p.queries + n];
+      float x[kTables][2];
+#pragma unroll
+      for (int i = 0; i < kTables; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int n = query_of(tile, r);
+          x[i][r] = head < p.heads && n < p.queries ? table[i * apart + head * p.queries + n] : 0.f;
+        }
+#pragma unroll
+      for (int i = 0; i < kTables; ++i) sum[i][0] += x[i][0], sum[i][1] += x[i][1];
     }
-    return sum_of_row(sum);
+#pragma unroll
+    for (int i = 0; i < kTables; ++i) sum[i][0] = sum_of_row(sum[i][0]), sum[i][1] = sum_of_row(sum[i][1]);
   }
 
   FN_INLINE void work(int tile, bool active, T* queries) {
@@ -698,35 +712,55 @@ class Block {
                           const float (&zz)[2], int tile, bool active, Mix<D>& mix) {
     const Rows<D>& f_of = f.out;
     lane = ptx::again(lane), h = ptx::again(h), b = ptx::again(b);
-    float zf[2] = {0.f, 0.f}, ff[2] = {0.f, 0.f}, along[2] = {0.f, 0.f};
+    float zf[2] = {0.f, 0.f}, ff[2] = {0.f, 0.f}, along[2] = {0.f, 0.f}, mass[2] = {0.f, 0.f};
+    const bool reads_mass = rule.similarity == Similarity::mass;
     if (l.reads_moments) inner<D>(z_of, f_of, zf), inner<D>(f_of, f_of, ff);
-    if (p.direction) inner<D, cuda_z_registers(D) == 0 ? 4 : D / 8>(z_of, vector(p.direction, entry.concept_index), along);
-    float b[2], old[2];
+    if (p.direction)
+      inner<D, cuda_z_registers(D) == 0 ? 4 : D / 8>(z_of, vector(p.direction, entry.concept_index), along);
+    if (reads_mass || l.trace_entries) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        mass[r] = mass_share(z.top[r], z.mass[r], f.top[r], f.mass[r], entry.numbers);
+    }
+    mix.existing += 1;
+    const int64_t apart = p.entries * p.heads * p.queries;  // from plane to plane
+    if (l.goal == Goal::moments) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (!writes(tile, active, r)) continue;
+        float* to = l.moments + place(entry.number, query_of(tile, r));
+        if (l.reads_moments) to[kZz * apart] = zz[r], to[kZf * apart] = zf[r], to[kFf * apart] = ff[r];
+        if (p.direction) to[kAlong * apart] = along[r];
+        if (reads_mass) to[kMass * apart] = mass[r];
+      }
+      return;
+    }
+    Moments moments[2] = {{zz[0], zf[0], ff[0], along[0], mass[0]}, {zz[1], zf[1], ff[1], along[1], mass[1]}};
+    if (l.moments) {
+      const float* from = l.moments + entry.number * p.heads * p.queries;
+      float inner_products[3][2], one[1][2];
+      if (l.reads_moments) {
+        over_heads(from + kZz * apart, apart, tile, inner_products);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          moments[r].zz = inner_products[kZz][r];
+          moments[r].zf = inner_products[kZf][r];
+          moments[r].ff = inner_products[kFf][r];
+        }
+      }
+      if (p.direction) {
+        over_heads(from + kAlong * apart, apart, tile, one);
+        moments[0].along = one[0][0], moments[1].along = one[0][1];
+      }
+      if (reads_mass) {
+        over_heads(from + kMass * apart, apart, tile, one);
+        moments[0].mass = one[0][0] * l.per_head, moments[1].mass = one[0][1] * l.per_head;
+      }
+    }
+    float part[2], old[2];  // of X, and of what was removed so far
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int n = query_of(tile, r);
-      const bool writing = writes(tile, active, r);
-      float share = 0.f;
-      if (l.reads_mass) share = mass_share(z.top[r], z.mass[r], f.top[r], f.mass[r], entry.numbers);
-      Moments m{zz[r], zf[r], ff[r], along[r], share};
-      const int64_t plane = p.entries;
-      if (l.goal == Goal::moments) {
-        if (writing) {
-          l.moments[place(kZz * plane + entry.number, n)] = m.zz;
-          l.moments[place(kZf * plane + entry.number, n)] = m.zf;
-          l.moments[place(kFf * plane + entry.number, n)] = m.ff;
-          l.moments[place(kAlong * plane + entry.number, n)] = m.along;
-          l.moments[place(kMass * plane + entry.number, n)] = m.mass;
-        }
-        continue;
-      }
-      if (l.moments) {
-        m.zz = over_heads(l.moments, kZz * plane + entry.number, n);
-        m.zf = over_heads(l.moments, kZf * plane + entry.number, n);
-        m.ff = over_heads(l.moments, kFf * plane + entry.number, n);
-        m.along = over_heads(l.moments, kAlong * plane + entry.number, n);
-        m.mass = over_heads(l.moments, kMass * plane + entry.number, n) * l.per_head;
-      }
+      Moments& m = moments[r];
       if (p.offset) m.along += __ldg(p.offset + entry.concept_index);
       const float similar = similarity(rule, m);
       float g = gate(rule, entry.numbers, similar);
@@ -737,8 +771,12 @@ class Block {
       const Pull d = pull(rule, m);
       float amount = g, level = 0.f;
       if (rule.combine == Combine::joint) {
+        // amount 2^level, with an amount of 1 to 2, however small mass and gate are.
         amount = f.mass[r] * g;
-        level = amount == 0.f ? -kInfinity : f.top[r] - entry.numbers.logit_bias * kLog2e;
+        const int exponent = (__float_as_int(amount) >> 23) - 127;
+        level = f.top[r] - entry.numbers.logit_bias * kLog2e + static_cast<float>(exponent);
+        level = amount == 0.f ? -kInfinity : level;
+        amount = amount == 0.f ? 0.f : amount * __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
       }
       // It is added, or with `max` replaces the part of an entry it beats.
       float now = 1.f;
@@ -760,24 +798,22 @@ class Block {
         now = ptx::exp2(level - base);
         mix.level[r] = higher;
       }
-      if (writing && l.trace_entries) {
-        if (rule.select == Select::all) l.trace_entries[place(entry.number, n)] = g;
-        l.trace_entries[place(plane + entry.number, n)] = similar;
-        l.trace_entries[place(2 * plane + entry.number, n)] = share;
+      if (l.trace_entries && writes(tile, active, r)) {
+        float* to = l.trace_entries + place(entry.number, query_of(tile, r));
+        if (rule.select == Select::all) to[0] = g;
+        to[apart] = similar, to[2 * apart] = mass[r];
       }
       const float taken = -entry.numbers.strength * amount * now;
-      b[r] = taken * d.x;
+      part[r] = taken * d.x;
       mix.moved[r] = fmaf(mix.moved[r], old[r], taken * d.z);
       mix.weight[r] = fmaf(mix.weight[r], old[r], amount * now);
     }
-    mix.existing += 1;
-    if (l.goal == Goal::moments) return;
     const auto update = [&](const auto& x_of) {
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
         const float4 x = x_of(i), y = mix.removed(i);
-        mix.removed.set(i, make_float4(fmaf(b[0], x.x, y.x * old[0]), fmaf(b[0], x.y, y.y * old[0]),
-                                       fmaf(b[1], x.z, y.z * old[1]), fmaf(b[1], x.w, y.w * old[1])));
+        mix.removed.set(i, make_float4(fmaf(part[0], x.x, y.x * old[0]), fmaf(part[0], x.y, y.y * old[0]),
+                                       fmaf(part[1], x.z, y.z * old[1]), fmaf(part[1], x.w, y.w * old[1])));
       }
     };
     if (rule.direction == Direction::fixed)
@@ -836,17 +872,24 @@ class Block {
       float sum_y[2], sum_z[2] = {zz[0], zz[1]};
       norm_sum(mix.removed, sum_y);
       if (rule.norm_order == 1) norm_sum(z_of, sum_z);
+      const int64_t apart = p.batch * p.heads * p.queries;  // from the sums of Y to those of Z
+      if (l.goal == Goal::norms) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (!writes(tile, active, r)) continue;
+          float* to = l.norms + place(b, query_of(tile, r));
+          to[0] = sum_y[r], to[apart] = sum_z[r];
+        }
+        return;
+      }
+      if (l.norms) {
+        float sums[2][2];
+        over_heads(l.norms + b * p.heads * p.queries, apart, tile, sums);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum_y[r] = sums[0][r], sum_z[r] = sums[1][r];
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int n = query_of(tile, r);
-        if (l.goal == Goal::norms) {
-          if (writes(tile, active, r)) {
-            l.norms[place(b, n)] = sum_y[r];
-            l.norms[place(p.batch + b, n)] = sum_z[r];
-          }
-          continue;
-        }
-        if (l.norms) sum_y[r] = over_heads(l.norms, b, n), sum_z[r] = over_heads(l.norms, p.batch + b, n);
         if (rule.norm_order == 2) sum_y[r] = sqrt(sum_y[r]), sum_z[r] = sqrt(sum_z[r]);
         factor[r] = norm_factor(rule, sum_y[r], sum_z[r], &limited[r]);
       }
@@ -902,11 +945,9 @@ class Block {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (writes(tile, active, r)) {
-        const int n = query_of(tile, r);
-        l.trace_rows[place(b, n)] = moved[r];
-        l.trace_rows[place(p.batch + b, n)] = energy[r];
-        l.trace_rows[place(2 * p.batch + b, n)] = limited[r];
-        l.trace_rows[place(3 * p.batch + b, n)] = nonfinite[r];
+        const int64_t apart = p.batch * p.heads * p.queries;
+        float* to = l.trace_rows + place(b, query_of(tile, r));
+        to[0] = moved[r], to[apart] = energy[r], to[2 * apart] = limited[r], to[3 * apart] = nonfinite[r];
       }
   }
 };

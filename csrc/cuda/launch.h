@@ -11,15 +11,14 @@ namespace fastnegate::cuda {
 
 enum class Goal : int { output, moments, norms };
 
-// Planes of the tables of sums over a head's channels, float32, by query.
-enum MomentPlane { kZz, kZf, kFf, kAlong, kMass, kMomentPlanes };  // moments [planes, E, H, N]
-constexpr int kNormPlanes = 2;                                     // norms [planes, B, H, N]: of Y, of Z
+// Planes of the table of inner products, moments [5, E, H, N]; those that the rule does not read are not written.
+enum MomentPlane { kZz, kZf, kFf, kAlong, kMass };
 
 struct Launch {
   Problem problem;
   Goal goal;
   CudaTiling tiling;
-  bool reads_tokens, reads_moments, reads_mass;  // by the rule, or for statistics
+  bool reads_tokens, reads_moments;  // the rule: of concepts; <Z, Z>, <Z, F> and <F, F>
   float factor, bias_factor;  // of logits: scale * log2(e); of biases, which are added before: 1 / scale
   float per_head;             // 1 / H
   float *moments, *norms;    // for scope `feature`, else null

@@ -143,17 +143,17 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
-// 1 / x, within 1 ulp (9.7.3.13); 0 where that is below 2^-126.
+// 1 / x, within 1 ulp (9.7.3.13).
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// The square root, within 1 ulp (9.7.3.15); 0 for x below 2^-126.
+// The square root, within 1 ulp (9.7.3.15).
 __device__ __forceinline__ float sqrt(float x) {
   float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

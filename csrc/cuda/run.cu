@@ -84,10 +84,8 @@ std::string cuda_unavailable() {
 }
 
 CudaTiling cuda_tiling(const Problem& p, int device) {
-  // How many tokens a row has is known on the device. If it has a concept twice, there may be no room for them, and
-  // they are read piece by piece.
-  const int64_t each = ceil_div(p.longest, 8) * 8, padded = p.tokens + 7 * p.concepts;
-  const int64_t tokens = std::min({p.entries * each, p.concepts * each, padded});
+  // What rows have is known on the device, here only capacities are.
+  const int64_t tokens = std::min(p.entries, p.busiest) * ceil_div(p.longest, 8) * 8;
   return cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                       attribute(cudaDevAttrMultiProcessorCount, device)});
@@ -116,7 +114,6 @@ void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stre
                         r.direction != Direction::fixed;
   launch.reads_moments = r.similarity == Similarity::cosine || r.direction == Direction::orthogonal ||
                          r.direction == Direction::projection;
-  launch.reads_mass = r.similarity == Similarity::mass || tables.trace_entries;
   launch.factor = p.scale * 1.44269504088896f;
   launch.bias_factor = 1.f / p.scale;
   launch.per_head = 1.f / static_cast<float>(p.heads);

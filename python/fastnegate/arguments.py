@@ -21,7 +21,7 @@ class Arguments(NamedTuple):
 
 
 def arguments(problem: Problem, out: Tensor) -> Arguments:
-    """Arguments of a call that writes `out`. Tensors of concepts are made contiguous, key_bias float32."""
+    """Arguments of a call that writes `out`. Tensors of concepts are made contiguous and aligned, key_bias float32."""
     tokens, rule = problem.concepts, problem.rule
     batch, heads, queries, keys, dim = problem.sizes
     key_bias, bias_strides = None, [0, 0, 0, 0]
@@ -37,13 +37,13 @@ def arguments(problem: Problem, out: Tensor) -> Arguments:
     held: list[Tensor | None] = [problem.query, problem.key, problem.value, out]
     if tokens is None:
         held += [None, None, key_bias] + [None] * 7
-        counts = [0, 0, 0, 0]
+        counts = [0] * 5
     else:
         flat = [tokens.token_bias, tokens.token_weight, tokens.direction, tokens.update, tokens.offset]
         flat += [tokens.index, tokens.numbers]
         held += [tokens.key, tokens.value, key_bias]
-        held += [None if t is None else t.contiguous() for t in flat]
-        counts = [tokens.tokens, tokens.concepts, tokens.entries, tokens.longest]
+        held += [None if t is None else _aligned(t.contiguous()) for t in flat]
+        counts = [tokens.tokens, tokens.concepts, tokens.entries, tokens.longest, tokens.busiest]
     values = (
         addresses(held),
         [batch, heads, queries, keys, dim, *counts],
@@ -60,6 +60,11 @@ def arguments(problem: Problem, out: Tensor) -> Arguments:
 def addresses(tensors: Any) -> list[int]:
     """Of each tensor, 0 for None."""
     return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Kernels read two numbers at a time. Only a view into another tensor begins elsewhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _strides(tensor: Any) -> list[int]:

@@ -293,16 +293,35 @@ def test_refusals_name_the_reason(reason: str, shim: Shim) -> None:
 
 def test_tensors_elsewhere_are_refused() -> None:
     reason = backend.supports(problem())
-    assert reason == (backend.unavailable() or "query is on cpu, not on a CUDA device")
+    assert reason == (backend._MISSING or "query is on cpu, not on a CUDA device")
 
 
-def test_a_corrupt_index_reads_nothing_outside(shim: Shim) -> None:
+def test_a_corrupt_index_is_clamped(shim: Shim) -> None:
+    """As the index that has the nearest numbers inside. AddressSanitizer sees what is read, below."""
     good = problem(rows=[[0, 2], [1], []])
-    index = good.concepts.index.clone()
-    index[:] = torch.tensor([99, -99, 2**31 - 1, -(2**31)]).repeat(len(index))[: len(index)].int()
-    for rule in ("protore", "nag"):
-        output = backend.run(with_concepts(problem(rule=rule, rows=[[0, 2], [1], []]), index=index))
-        assert output.shape == good.query.shape
+    entries, concepts, tokens = good.concepts.entries, good.concepts.concepts, good.concepts.tokens
+    corrupt, clamped = good.concepts.index.clone(), good.concepts.index.clone()
+    corrupt[0], clamped[0] = 2**31 - 1, concepts - 1
+    corrupt[1], clamped[1] = -(2**31), 0
+    begin, length = entries, entries + concepts
+    corrupt[begin], clamped[begin] = -7, 0
+    corrupt[length + 1], clamped[length + 1] = 2**31 - 1, min(12, tokens - int(clamped[begin + 1]))
+    corrupt[-4], clamped[-4] = -(2**31), 0  # rows
+    corrupt[-1], clamped[-1] = 2**31 - 1, entries
+    outputs = [backend.run(with_concepts(good, index=index)) for index in (corrupt, clamped)]
+    assert torch.equal(*outputs)
+
+
+def test_the_bank_does_not_matter(shim: Shim) -> None:
+    """A row's concepts stay in shared memory however many there are in the bank."""
+    few = problem(rows=[[0], [1], []], concept_lengths=(77, 77), extras=False)
+    many = problem(rows=[[0], [1], []], concept_lengths=(77,) * 40, extras=False)
+    barriers = []
+    for case in (few, many):
+        shim.reset()
+        backend.run(case)
+        barriers.append(shim.launches[0]["barriers"])
+    assert barriers[0] == barriers[1]
 
 
 # ---- tile.h -----------------------------------------------------------------------------------------
@@ -326,11 +345,9 @@ def test_the_grid_fills_the_device(dim: int, queries: int, gpu: str, multiproces
                                    shim: Shim) -> None:  # fmt: skip
     shim.reset(shared=SHARED[gpu], multiprocessors=multiprocessors)
     t = Tiling(shim, dim=dim, queries=queries, heads=8, concept_lengths=(8, 8, 8, 8))
-    assert t.blocks == min(t.tiles, multiprocessors)
+    most = min(t.tiles, multiprocessors)
+    assert 0.88 * most <= t.blocks <= most  # fewer where blocks that see one head each are done earlier
     assert 1 <= t.warps <= 8 and t.shared <= SHARED[gpu]
-    share = math.ceil(t.tiles / t.blocks)
-    turns = math.ceil(share / t.warps)
-    assert math.ceil(share / turns) == t.warps  # each turn is one of all warps
     if gpu != "ada" or dim < 160:
         assert (t.prompt, t.concepts) == (80, 32)
 
@@ -390,7 +407,7 @@ def test_bytes_of_real_layers(layer: str, multiprocessors: int, lengths: tuple, 
     tokens = sum(lengths)
     assert launch["copied"] % row == 0 and text % (2 * (KEYS + tokens)) == 0
     visits = text // (2 * (KEYS + tokens))  # of a head by a block
-    assert multiprocessors <= visits <= multiprocessors + batch * heads - 1
+    assert 0.9 * multiprocessors <= visits <= multiprocessors + batch * heads - 1
     ratio = (queries_and_output + text) / compulsory(layer, tokens)
     bound = fewest(layer, tokens, math.ceil(0.9 * multiprocessors)) / compulsory(layer, tokens)
     print(f"{layer} {tokens} tokens, {multiprocessors} blocks: {ratio:.3f}; with 90 % of them {bound:.3f}")

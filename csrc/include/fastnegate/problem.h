@@ -51,7 +51,8 @@ struct Problem {
   const float* key_bias;  // or null; added to the logits, -inf masks
   int64_t bias_batch, bias_head, bias_query, bias_key;
 
-  int64_t tokens, concepts, entries, longest;  // T, C, E, capacity of tokens per concept
+  int64_t tokens, concepts, entries;           // T, C, E
+  int64_t longest, busiest;                    // capacities: tokens of a concept, entries of a batch row
   Strided concept_key, concept_value;          // [T, H, D]; `batch` unused
   const float *token_bias, *token_weight;      // [T] or null
   const float *direction, *update, *offset;    // [C, H, D], [C, H, D], [C], or null

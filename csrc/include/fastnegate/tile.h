@@ -93,12 +93,30 @@ constexpr int cuda_warp_bytes(int dim, int stages) {
   return stages * kCudaQueries * cuda_row(dim) * 2 + kCudaQueries * rest * 4;
 }
 
+// Turns that the slowest block takes: in each, its warps have one tile of 16 queries of the same head. Blocks have
+// equal shares of the tiles of all heads, so some see two heads, and have a turn more.
+constexpr int64_t cuda_turns(int64_t heads, int64_t tiles, int64_t blocks, int64_t warps) {
+  int64_t most = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t all = heads * tiles, each = all / blocks, more = all % blocks;
+    const int64_t begin = each * block + (block < more ? block : more), end = begin + each + (block < more);
+    int64_t turns = 0;
+    for (int64_t head = begin / tiles; head * tiles < end; ++head) {
+      const int64_t first = begin > head * tiles ? begin : head * tiles;
+      const int64_t last = end < (head + 1) * tiles ? end : (head + 1) * tiles;
+      turns += ceil_div(last - first, warps);
+    }
+    most = turns > most ? turns : most;
+  }
+  return most;
+}
+
 constexpr CudaTiling cuda_tiling(const CudaWork& w) {
-  const int dim = static_cast<int>(w.dim);
-  const int64_t tiles = w.batch * w.heads * ceil_div(w.queries, kCudaQueries);
+  const int dim = static_cast<int>(w.dim), slot = cuda_slot_bytes(dim);
+  const int64_t heads = w.batch * w.heads, tiles = ceil_div(w.queries, kCudaQueries);
   // One block on every multiprocessor, with as many warps as there is work for: keys and values are then read
   // once for the longest run of queries.
-  const int64_t share = ceil_div(tiles, w.multiprocessors);
+  const int64_t share = ceil_div(heads * tiles, w.multiprocessors);
   const int wanted = static_cast<int>(share < 1 ? 1 : share > kCudaMostWarps ? kCudaMostWarps : share);
   // A piece, where not everything fits: the longer of prompt and concept pieces.
   const int64_t prompt = ceil_div(w.keys, 8) * 8, concepts = ceil_div(w.tokens, 8) * 8;
@@ -114,21 +132,36 @@ constexpr CudaTiling cuda_tiling(const CudaWork& w) {
   for (int i = 0; i < 3 && t.warps == 0; ++i)
     for (int least = i < 2 ? (wanted + 1) / 2 : 1, warps = wanted; warps >= least && t.warps == 0; --warps)
       for (int stages = 2; stages >= 1 && t.warps == 0; --stages) {
-        const int64_t bytes = (choices[i].prompt + choices[i].concepts) * cuda_slot_bytes(dim) +
+        const int64_t bytes = (choices[i].prompt + choices[i].concepts) * slot +
                               static_cast<int64_t>(warps) * cuda_warp_bytes(dim, stages);
         if (bytes <= w.shared_limit)
           t = {warps, 0, stages, static_cast<int>(choices[i].prompt), static_cast<int>(choices[i].concepts),
                static_cast<int>(bytes)};
       }
   if (t.warps == 0) return t;  // not even one warp fits
-  // Blocks have equal shares of all tiles, warps an equal number of turns.
-  const int64_t blocks = tiles < w.multiprocessors ? tiles : w.multiprocessors;
-  const int64_t turns = ceil_div(ceil_div(tiles, blocks > 0 ? blocks : 1), t.warps);
-  const int64_t each = ceil_div(ceil_div(tiles, blocks > 0 ? blocks : 1), turns > 0 ? turns : 1);
-  t.blocks = static_cast<int>(blocks);
-  t.shared -= (t.warps - static_cast<int>(each)) * cuda_warp_bytes(dim, t.stages);
-  t.warps = static_cast<int>(each);
+  // Equal shares for all multiprocessors; or, where that saves a turn, blocks that see one head each.
+  const int64_t most = heads * tiles < w.multiprocessors ? heads * tiles : w.multiprocessors;
+  const int64_t even = heads > 0 ? most / heads * heads : 0;
+  const int64_t turns = most > 0 ? cuda_turns(heads, tiles, most, t.warps) : 1;
+  const bool aligned = even > 0 && cuda_turns(heads, tiles, even, t.warps) < turns;
+  t.blocks = static_cast<int>(aligned ? even : most);
+  // No more warps than take the same turns, and a row's concepts stay if there is room for them: how many they
+  // are is known on the device.
+  while (t.warps > 1 && most > 0 &&
+         cuda_turns(heads, tiles, t.blocks, t.warps - 1) == cuda_turns(heads, tiles, t.blocks, t.warps))
+    --t.warps;
+  const int64_t taken = t.prompt_slots * slot + t.warps * cuda_warp_bytes(dim, t.stages);
+  const int64_t room = (w.shared_limit - taken) / slot / 8 * 8;
+  if (t.prompt_slots > 0) t.concept_slots = static_cast<int>(concepts < room ? concepts : room);
+  t.shared = static_cast<int>(taken + t.concept_slots * slot);
   return t;
 }
+
+// SD1.5's layers and SDXL's with four concepts of 8 tokens: all multiprocessors of an A100 and an H100, all text.
+static_assert(cuda_tiling({2, 8, 4096, 77, 32, 40, cuda_shared_limit(80), 108}).blocks == 108);
+static_assert(cuda_tiling({2, 8, 4096, 77, 32, 40, cuda_shared_limit(90), 132}).blocks == 128);  // a turn less
+static_assert(cuda_tiling({2, 20, 1024, 77, 32, 64, cuda_shared_limit(90), 132}).concept_slots == 32);
+static_assert(cuda_tiling({2, 8, 64, 77, 32, 160, cuda_shared_limit(80), 108}).blocks == 64);  // a tile each
+static_assert(cuda_tiling({2, 8, 256, 77, 320, 160, cuda_shared_limit(89), 128}).shared <= 99 << 10);
 
 }  // namespace fastnegate

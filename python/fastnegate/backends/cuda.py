@@ -39,8 +39,6 @@ def unavailable() -> str | None:
 
 def supports(problem: Problem) -> str | None:
     query, tokens = problem.query, problem.concepts
-    if (reason := unavailable()) is not None:
-        return reason
     if (reason := _refused_device(query)) is not None:
         return reason
     if query.dtype not in _DTYPES:
@@ -63,8 +61,12 @@ def supports(problem: Problem) -> str | None:
 
 
 def _refused_device(query: Tensor) -> str | None:
-    if not query.is_cuda:
+    if _MISSING is not None:
+        return _MISSING
+    if not query.is_cuda:  # before CUDA is asked for devices, which would start it in this process
         return f"query is on {query.device}, not on a CUDA device"
+    if (reason := unavailable()) is not None:
+        return reason
     return unsupported_gpu(torch.cuda.get_device_capability(query.device))
 
 

@@ -112,9 +112,9 @@ inline float exp2(float x) {
   return shim::flush(std::exp2(shim::flush(x)));
 }
 
-inline float reciprocal(float x) { return shim::flush(1.f / shim::flush(x)); }
+inline float reciprocal(float x) { return 1.f / x; }
 
-inline float sqrt(float x) { return std::sqrt(shim::flush(x)); }
+inline float sqrt(float x) { return std::sqrt(x); }
 
 template <class T>
 inline uint32_t pack(float low, float high) {
