@@ -540,7 +540,8 @@ def test_joint_with_tiny_gates(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rule", ("vsf", "protore"))
 def test_a_prompt_masked_by_the_lowest_number(backend: str, rule: str) -> None:
     """Some callers mask with it: then all keys weigh the same. It must not become -inf by scaling."""
-    problem = make_problem(rule=rule, dtype=torch.bfloat16, rows=[[{"concept": 0, "active": 0.0}, 1], [2], []])
+    rows = [[{"concept": 0, "active": 0.0}, 1], [2], []]
+    problem = make_problem(rule=rule, dtype=torch.bfloat16, rows=rows)
     lowest = torch.full((3, 1, 1, problem.sizes[3]), torch.finfo(torch.float32).min)
     problem = dataclasses.replace(problem, key_bias=lowest, scale=1.0)
     Judge(problem).check(run(problem, backend), backend)

@@ -141,6 +141,18 @@ class Place(NamedTuple):
     queries: Any
 
 
+class _OfTriton(str):
+    """A module's name for Inductor, which copies the kernel's source into a file of its own and there imports
+    what it names, but from Triton's modules only (torch/_inductor/codegen/wrapper.py)."""
+
+    def startswith(self, prefix: Any, *within: int) -> bool:
+        return prefix == "triton" or super().startswith(prefix, *within)
+
+
+for _tuple in (View, Concepts, Rule, Tokens, Attended, Entry, Moments, Mix, Place):
+    _tuple.__module__ = _OfTriton(__name__)
+
+
 def _word(words: tuple[str, ...], word: str) -> tl.constexpr:
     return tl.constexpr(float(words.index(word)))
 
@@ -274,9 +286,10 @@ def unmasked(bias, bias_stride, first, token, keep, factor):
         at = bias + (first + token).to(tl.int64) * bias_stride
         added = tl.load(at, mask=keep, other=float("-inf")).to(tl.float32)
         # A masked token is absent: its key and value are not even read, they may hold NaN.
-        keep = keep & (added > float("-inf"))
-        # Some callers mask with the lowest number, which must not become -inf.
-        added = tl.where(keep, tl.maximum(added * (LOG2E / factor), LOWEST), float("-inf"))
+        keep = keep & (added != float("-inf"))
+        # Some callers mask with the lowest number, which must not become -inf. A NaN is no mask: it shows.
+        added = tl.maximum(added * (LOG2E / factor), LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        added = tl.where(keep, added, float("-inf"))
     return keep, added
 
 
@@ -477,7 +490,7 @@ def find_entry(concepts, rule, e):
         for first in range(0, length, 128):
             place = first + tl.arange(0, 128)
             bias = tl.load(concepts.token_bias + begin + place, mask=place < length, other=float("-inf"))
-            present += tl.sum((bias > float("-inf")).to(tl.int32))
+            present += tl.sum((bias != float("-inf")).to(tl.int32))
     return Entry(e, c, begin, length, active & ((present > 0) | (rule.reads_tokens == 0)))
 
 

@@ -21,7 +21,8 @@ class Arguments(NamedTuple):
 
 
 def arguments(problem: Problem, out: Tensor) -> Arguments:
-    """Arguments of a call that writes `out`. Tensors of concepts are made contiguous and aligned, key_bias float32."""
+    """Arguments of a call that writes `out`. Tensors of concepts are made contiguous and aligned, key_bias
+    float32."""
     tokens, rule = problem.concepts, problem.rule
     batch, heads, queries, keys, dim = problem.sizes
     key_bias, bias_strides = None, [0, 0, 0, 0]

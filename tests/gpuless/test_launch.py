@@ -5,6 +5,7 @@ compilers see the kernel. On the simulated device, which runs what Triton compil
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from ptxsim.device import SimulatedDevice
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnegate import ops
@@ -95,13 +97,33 @@ def changed(name: str) -> Problem:
         return with_rule(problem, strength=0.5)
     if name == "scale":
         return dataclasses.replace(problem, scale=0.3)
+    if name == "dtype":
+        return small(dtype=torch.bfloat16)
+    if name == "entries":
+        return small(rows=[[0, 2], [1, 0]])
     assert name == "queries"
     return small(queries=21)
 
 
-@pytest.mark.parametrize(
-    "name", ("stride", "alignment", "optional tensor", "longest", "rule", "scale", "queries")
-)
+def test_statistics_make_a_new_launch() -> None:
+    problem = small()
+    output = backend.run(problem)
+    again, tables = backend.run_with_statistics(problem)
+    assert torch.equal(output, again) and len(backend._launches) == 2
+    Judge(problem).check_statistics(tables.named)
+
+
+def test_a_device_makes_a_new_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small()
+    backend._launch(problem, False)
+    monkeypatch.setattr(backend, "_device", lambda query: "another")
+    backend._launch(problem, False)
+    assert len(backend._launches) == 2
+
+
+@pytest.mark.parametrize("name", (
+    "stride", "alignment", "optional tensor", "longest", "rule", "scale", "queries", "dtype", "entries",
+))  # fmt: skip
 def test_what_a_launch_depends_on_makes_a_new_one(name: str) -> None:
     backend.run(small())
     other = changed(name)
@@ -166,6 +188,36 @@ def test_compilers_see_the_kernel(rule: str) -> None:
     kernels = [target for target in targets if "triton_kernel_wrapper" in target]
     assert len(kernels) == 1 + len(problem.rule.sums_over_heads)
     assert not any("fastnegate" in target for target in targets)
+
+
+def test_the_kernel_as_inductor_copies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor writes a kernel's source, and what it names, into a file and compiles that."""
+    copied = user_defined_triton_kernel_transitive_closure_source_code(backend._kernel())
+    file = tmp_path / "copied_by_inductor.py"
+    file.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{copied}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    problem = small(rule="nag", heads=2)
+    expected = backend.run(problem)
+    monkeypatch.setattr(backend, "_launches", {})
+    monkeypatch.setattr(backend, "_kernel", lambda: module.attention)
+    assert torch.equal(backend.run(problem), expected)
+
+
+def test_dynamic_sizes_of_text(device: SimulatedDevice) -> None:
+    """A second length makes compilers take it for a variable."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return ops.run(dataclasses.replace(problem, query=query, key=key, value=value), "triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for keys in (21, 33, 77):
+        problem = small(keys=keys)
+        with torch.no_grad():
+            Judge(problem).check(compiled(problem.query, problem.key, problem.value), "compiled")
 
 
 def test_exported_programs_keep_the_operator() -> None:

@@ -13,6 +13,8 @@ import functools
 import importlib.util
 import math
 import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +49,11 @@ _MISSING = _missing()  # not asked at the first call, which may be inside a trac
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether the kernel is one for Triton's interpreter, which it decides when it is imported."""
+    kernels = sys.modules.get(f"{_KERNELS}.attention")
+    if kernels is not None:
+        return type(kernels.attention).__name__ == "InterpretedFunction"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def supports(problem: Problem) -> str | None:
@@ -56,7 +62,8 @@ def supports(problem: Problem) -> str | None:
         return reason
     device = "cpu" if _interpreted() else "cuda"
     if query.device.type != device:
-        return f"query is on {query.device}, not on {device}"
+        why = " (TRITON_INTERPRET is set)" if _interpreted() else ""
+        return f"query is on {query.device}, not on {device}{why}"
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype} is not float32, bfloat16 or float16"
     if _interpreted() and query.dtype == torch.bfloat16:
@@ -117,6 +124,7 @@ class Launch(NamedTuple):
 
 
 _launches: dict[Any, Launch] = {}
+_adding = threading.Lock()
 _MOST_LAUNCHES = 4096  # a server sees some hundred; of callers with ever new shapes the oldest are forgotten
 
 
@@ -131,9 +139,11 @@ def _launch(problem: Problem, with_statistics: bool) -> Launch:
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        if len(_launches) >= _MOST_LAUNCHES:
-            del _launches[next(iter(_launches))]
-        launch = _launches[key] = _new_launch(problem)
+        launch = _new_launch(problem)
+        with _adding:
+            if len(_launches) >= _MOST_LAUNCHES:
+                del _launches[next(iter(_launches))]
+            _launches[key] = launch
     return launch
 
 
@@ -141,6 +151,7 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
     """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
     batch, heads, queries, keys, dim = problem.sizes
+    keys = int(keys)  # of a compiler's dynamic sizes, too: tiles depend on it
     tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
     if tokens is not None and (tokens.concepts == 0 or (rule.reads_direction and tokens.direction is None)):
         tokens = None  # no entry exists
@@ -151,7 +162,7 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
         bias = [problem.key_bias.expand(batch, heads, 1, keys).stride(i) for i in (0, 1, 3)]
     if tokens is not None:
         text = [x.stride(i) for x in (tokens.key, tokens.value) for i in (1, 0)]
-        sizes = [tokens.entries, tokens.concepts, tokens.tokens, tokens.longest]
+        sizes = [tokens.entries, tokens.concepts, tokens.tokens, int(tokens.longest)]
     # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
     unit = 16 // itemsize
     aligned = unit if all(s % unit == 0 for s in strides + text) else 1
@@ -227,7 +238,10 @@ def _table(device: Any) -> tuple[str, dict[Any, Any]]:
     """The table that the user wants, with its path; read once, even if the environment changes."""
     path = os.environ.get("FASTNEGATE_TRITON_TILES", "")
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
-    return path, sizing.load_table(path, machine(device)) if path else {}
+    try:
+        return path, sizing.load_table(path, machine(device)) if path else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"FASTNEGATE_TRITON_TILES={path!r}: {error}; without it tiles are chosen") from error
 
 
 def machine(device: Any) -> dict[str, str]:
