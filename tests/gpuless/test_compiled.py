@@ -118,6 +118,14 @@ def waste(dim: int) -> float:
     return 1.10 if dim <= 80 else 1.21 if dim <= 160 else 1.50
 
 
+FREE_OF_SPILLS = ("none", "protore", "vsf")  # scope `head`, concepts of 8 tokens, no statistics
+
+
+def spilled(layer: Layer) -> int:
+    """Bytes that even these may spill: one number where two warps of 80 channels share 99 KiB."""
+    return 8 if layer.target in ("sm_86", "sm_89") and layer.dim == 160 else 1024 if layer.dim > 160 else 0
+
+
 def needed(tokens: int, dim: int) -> int:
     """Multiplications in the matrix instructions that attention of a query to so many tokens needs.
 
@@ -211,7 +219,8 @@ def check(layer: Layer, launches: list[Launch], found: dict) -> None:
             assert taken(kernel) <= allowed[name], name
         assert {*kernel.matrix} <= {*allowed[KINDS].split()} and bool(kernel.matrix) == bool(allowed[KINDS])
         if target.startswith("sm_"):
-            assert kernel.stack == kernel.spills == 0 or f"{target} {kind(dtype)} {dim}" in BUDGET["reasons"]
+            assert kernel.stack <= spilled(layer) or f"{target} {kind(dtype)} {dim}" in BUDGET["reasons"]
+            assert kernel.stack <= spilled(layer) or negation not in FREE_OF_SPILLS or dtype == torch.float32
             if kernel.matrix:
                 # As written, which is one concept for all of one length; `test_executed` sees what loops do.
                 each = kernel.products / constants["ROWS"]

@@ -45,7 +45,8 @@ def compiled(folder: Path, arch: int, dtype: str, dim: int) -> Compiled:
     source = folder / f"{arch}-{dtype}-{dim}.cu"
     source.write_text(KERNEL.format(dtype=dtype, dim=dim))
     command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--fmad=false", f"-arch=sm_{arch}"]
-    command += ["-Xptxas", "-v", "-keep", "-keep-dir", folder, f"-I{CSRC}", f"-I{CSRC / 'include'}", "-cubin", source]
+    command += ["-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin", source]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     done = subprocess.run([*command, "-o", source.with_suffix(".cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     number = lambda pattern: int(re.search(pattern, done.stderr)[1])  # noqa: E731
