@@ -8,6 +8,7 @@ import ptxsim
 import pytest
 import torch
 from ptxsim import GlobalMemory, PtxError, Result, matrix, parse
+from ptxsim.tensors import Tensors
 
 # ---- hand-written programs ------------------------------------------------------------------------
 
@@ -665,6 +666,72 @@ def test_sectors_are_counted_per_warp() -> None:
         assert run(code, words).total.read["in0"] == ptxsim.Traffic(128, sectors)
 
 
+# ---- parameters -------------------------------------------------------------------------------------
+
+
+def struct_read(code: str) -> np.ndarray:
+    """Words that `code` loads into %r1 and %r2, with the address of the second struct in %d1."""
+    memory, out = GlobalMemory(), np.zeros(2, np.uint32)
+    words = np.arange(10, 14, dtype=np.uint32).tobytes()
+    parameters = ".param .align 8 .b8 a[16], .param .align 8 .b8 b[16], .param .b64 out"
+    body = f"mov.b64 %d1, b; {code} ld.param.b64 %d0, [out]; st.global.v2.b32 [%d0], {{%r1, %r2}}; ret;"
+    arguments = [words, words[::-1], memory.add("out", out, writable=True, defined=False)]
+    ptxsim.run(parse(ptx(body, parameters)), (1,), 32, arguments, memory)
+    return out
+
+
+@pytest.mark.parametrize("code", (
+    "ld.param.v2.b32 {%r1, %r2}, [a+8];",
+    "ld.param.b32 %r1, [a+8]; ld.param.b32 %r2, [a+12];",
+    "mov.b64 %d2, a; add.s64 %d3, %d2, 4; ld.param.b32 %r1, [%d3+4]; ld.param.b32 %r2, [%d2+12];",
+))  # fmt: skip
+def test_structs_are_read_at_offsets_and_addresses(code: str) -> None:
+    assert struct_read(code).tolist() == [12, 13]
+
+
+def test_threads_may_read_different_parts_of_a_struct() -> None:
+    out = np.zeros(32, np.uint32)
+    words = np.arange(32, dtype=np.uint32)
+    memory = GlobalMemory()
+    code = """mov.b64 %d1, a; mul.wide.u32 %d2, %r0, 4; add.s64 %d1, %d1, %d2; ld.param.b32 %r1, [%d1];
+        ld.param.b64 %d0, [out]; add.s64 %d0, %d0, %d2; st.global.b32 [%d0], %r1; ret;"""
+    arguments = [words[::-1].tobytes(), memory.add("out", out, writable=True, defined=False)]
+    ptxsim.run(parse(ptx(code, ".param .b8 a[128], .param .b64 out")), (1,), 32, arguments, memory)
+    assert out.tolist() == words[::-1].tolist()
+
+
+@pytest.mark.parametrize("code", (
+    "ld.param.v2.b32 {%r1, %r2}, [b+12];", "ld.param.v2.b32 {%r1, %r2}, [b+16];",
+    "ld.param.v2.b32 {%r1, %r2}, [%d1+-8];", "ld.param.v2.b32 {%r1, %r2}, [b+4];",
+))  # fmt: skip
+def test_reads_beside_a_struct(code: str) -> None:
+    with pytest.raises(PtxError, match="of a parameter that has"):
+        struct_read(code)
+
+
+# ---- tensors ----------------------------------------------------------------------------------------
+
+
+def test_tensors_have_elements() -> None:
+    """Gaps are none, views of one tensor are one buffer."""
+    memory = Tensors()
+    whole = torch.arange(12.0)
+    view = whole.view(3, 4)[1:, 1:3]  # elements 5, 6, 9, 10
+    address = memory.address("view", view)
+    assert memory.address("part", view[1]) == address + 16
+
+    def read(element: int) -> float:
+        at, counts = np.array([address + 4 * (element - 5)]), ptxsim.Counts()
+        return memory.read(np.zeros(1, int), at, 4, 0, counts).view(np.float32).item()
+
+    assert [read(i) for i in (5, 6, 9, 10)] == [5, 6, 9, 10]
+    for gap in (4, 7, 11):
+        with pytest.raises(PtxError, match="of view is in a gap"):
+            read(gap)
+    memory.address("whole", whole)
+    assert read(7) == 7
+
+
 # ---- what is not known ------------------------------------------------------------------------------
 
 
@@ -686,5 +753,8 @@ def test_errors_name_the_line_and_the_source() -> None:
     buffer = memory.add("constants", np.zeros(1, np.uint32))
     with pytest.raises(PtxError, match=r"is an input, at line 15 \(kernel.py:123\): st.global.b32 "):
         ptxsim.run(parse(text), (1,), 32, [buffer], memory)
+    inlined = body.replace("123 4", "123 4, function_name $L__info_string7, inlined_at 1 77 5")
+    program = parse(ptx(inlined, ".param .b64 a") + '\n.file 1 "/somewhere/kernel.py"\n')
+    assert [(i.source, i.caller) for i in program.code[-2:]] == 2 * [("kernel.py:123", "kernel.py:77")]
     with pytest.raises(PtxError, match=r"line 13: \.local is not supported"):
         parse(ptx(".local .b8 depot[16];", ""))

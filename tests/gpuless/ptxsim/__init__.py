@@ -10,6 +10,7 @@
     matrix.py        fragments of matrices
     counts.py        bytes, sectors, matrix instructions, exponentials
     mutations.py     programs with one mistake each
+    tensors.py       tensors as global memory
     device.py        lets Triton launch kernels here
 
 What is an error: an access outside of a buffer or not aligned, a write to an input, a read of what

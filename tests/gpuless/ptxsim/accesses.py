@@ -91,17 +91,14 @@ def _ld(form: Form) -> Step:
 
 
 def _ld_param(form: Form, kind: str) -> Step:
-    width, size, address = _width(form), size_of(kind), form.operands[1]
-    content = form.launch.parameters[str(address.base)]
-    writes = []
-    for i, item in enumerate(items(form.operands[0], width)):
-        begin = address.offset + i * size
-        bits = np.frombuffer(content[begin : begin + size], UNSIGNED[size])
-        writes.append((form.write(item, kind), decode(np.repeat(bits, form.launch.threads), kind)))
+    width, size = _width(form), size_of(kind)
+    address = form.address(1)
+    puts = [form.write(item, kind) for item in items(form.operands[0], width)]
 
     def step(cta: Cta, lanes: Lanes) -> None:
-        for write, numbers in writes:
-            write(cta, lanes, numbers)
+        columns = form.launch.read_parameters(lanes.pick(address(cta)), size * width).view(UNSIGNED[size])
+        for i, put in enumerate(puts):
+            put(cta, lanes, decode(lanes.spread(np.ascontiguousarray(columns[:, i])), kind))
 
     return step
 

@@ -100,6 +100,8 @@ class Form:
             value = operand.value
         elif isinstance(operand, Symbol) and operand.name in self.launch.program.shared:
             value = self.launch.program.shared[operand.name]
+        elif isinstance(operand, Symbol) and operand.name in self.launch.parameters:
+            value = self.launch.parameters[operand.name]
         else:
             raise PtxError(f"{operand} cannot be read: {self.instruction} at {self.instruction.place}")
         constant = np.full(self.launch.threads, _constant_bits(value, kind))

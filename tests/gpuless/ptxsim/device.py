@@ -12,14 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from .machine import Result, run
-from .memory import Buffer, GlobalMemory
 from .parse import Program, PtxError, parse
+from .tensors import Tensors
 
 AnyDevice = TypeVar("AnyDevice", bound="Device")
 
@@ -112,8 +111,7 @@ class SimulatedDevice(Device):
         self.change = change
         self.limit = limit
         self.launches: list[Launched] = []
-        self.memory = GlobalMemory()
-        self.storages: dict[int, tuple[torch.UntypedStorage, Buffer]] = {}
+        self.memory = Tensors()
 
     def load(self, name: str, files: dict[str, Path]) -> Program:
         return parse(files["ptx"].read_text(), name)
@@ -131,30 +129,9 @@ class SimulatedDevice(Device):
         self.launches.append(launched)
 
     def _address(self, name: str, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        base = storage.data_ptr()
-        allowed = _elements(tensor)
-        if base not in self.storages:
-            array = np.frombuffer(_bytes(storage), np.uint8) if len(storage) else np.zeros(1, np.uint8)
-            writable = self.outputs is None or name in self.outputs
-            defined = name not in self.undefined
-            buffer = self.memory.add(name, array, writable=writable, defined=defined, allowed=allowed)
-            self.storages[base] = storage, buffer
-        buffer = self.storages[base][1]
-        buffer.allowed |= allowed  # two arguments may be views of one tensor
-        return buffer + (tensor.data_ptr() - base)
-
-
-def _bytes(storage: torch.UntypedStorage) -> memoryview:
-    return memoryview(torch.tensor([], dtype=torch.uint8).set_(storage).numpy())
-
-
-def _elements(tensor: torch.Tensor) -> np.ndarray:
-    """Which bytes of a tensor's storage are its elements."""
-    size = tensor.element_size()
-    inside = torch.zeros(max(len(tensor.untyped_storage()) // size, 1), dtype=torch.bool)
-    inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-    return inside.repeat_interleave(size).numpy()
+        writable = self.outputs is None or name in self.outputs
+        defined = name not in self.undefined
+        return self.memory.address(name, tensor, writable=writable, defined=defined)
 
 
 # ---- what Triton asks of a driver -------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .parse import Program, PtxError
 from .values import UNSIGNED, size_of
 
 Size = tuple[int, int, int]
+PARAMETER_SLOT = 1 << 16  # parameters are so far apart that no overrun ends in another one
 
 
 class Lanes:
@@ -272,12 +273,25 @@ class Launch:
             raise ValueError(f"{self.threads} threads are not up to 32 full warps")
         if program.threads not in (None, self.threads):
             raise ValueError(f"{program.name} wants {program.threads} threads")
-        self.parameters = _pack(program, arguments)
+        packed = _pack(program, arguments)
+        self.parameters = {name: i * PARAMETER_SLOT for i, name in enumerate(packed)}  # addresses
+        self._contents = [*packed.values()]
         self.poison = [
             np.full(self.threads, False if kind == "pred" else np.array(-1).astype(UNSIGNED[size_of(kind)]))
             for kind in program.registers
         ]
         self.code = [bind(instruction, self) for instruction in program.code]
+
+    def read_parameters(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """uint8 [addresses, size]"""
+        data = np.empty((len(addresses), size), np.uint8)
+        for address in np.unique(addresses).tolist():
+            parameter, begin = divmod(address, PARAMETER_SLOT)
+            content = self._contents[parameter] if 0 <= parameter < len(self._contents) else b""
+            if begin + size > len(content) or begin % size:
+                raise PtxError(f"read of {size} bytes at {begin} of a parameter that has {len(content)}")
+            data[addresses == address] = np.frombuffer(content[begin : begin + size], np.uint8)
+        return data
 
     def run(self) -> Result:
         self.memory.begin_launch()

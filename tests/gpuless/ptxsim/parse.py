@@ -104,6 +104,7 @@ class Instruction:
     guard: Guard | None = None
     line: int = 0
     source: str = ""  # "attention.py:123", where the compiler says so
+    caller: str = ""  # the line that the function of `source` was inlined at, if it was
 
     @property
     def name(self) -> str:
@@ -291,7 +292,7 @@ class _Parser:
         self.registers: list[str] = []
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
-        self.source = ""
+        self.source = self.caller = ""
         self.body()
         offsets, size = self.place_shared()
         return Program(
@@ -337,8 +338,7 @@ class _Parser:
             elif self.took("}"):
                 self.scopes.pop()
             elif self.took(".loc"):
-                self.source = f"{self.files.get(self.token, '?')}:{self.tokens[self.at + 1]}"
-                self.skip_line()
+                self.location()
             elif self.token == ".pragma":
                 self.skip_past(";")
             elif self.took(".reg"):
@@ -355,6 +355,17 @@ class _Parser:
                 self.take(":")
             else:
                 self.code.append(self.instruction())
+
+    def location(self) -> None:
+        """1 123 4[, function_name label, inlined_at 1 77 5]"""
+        line = []
+        end = self.lines[self.at]
+        while self.at < len(self.tokens) and self.lines[self.at] == end:
+            line.append(self.take())
+        at = line.index("inlined_at") + 1 if "inlined_at" in line else None
+        self.source, self.caller = (
+            f"{self.files.get(line[i], '?')}:{line[i + 1]}" if i is not None else "" for i in (0, at)
+        )
 
     def declare(self) -> None:
         kind = self.take()[1:]
@@ -386,7 +397,7 @@ class _Parser:
             operands.append(self.operand())
             if self.token != ";":
                 self.take(",")
-        return Instruction(opcode, tuple(modifiers), tuple(operands), guard, line, self.source)
+        return Instruction(opcode, tuple(modifiers), tuple(operands), guard, line, self.source, self.caller)
 
     def operand(self):
         if self.took("{"):

@@ -1,0 +1,904 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel as compiled for sm_80, executed: results, what each block reads, writes and multiplies, and
+mutations of the kernel and of its inline assembly, which these checks find.
+
+The launch code is that of the backend and csrc/cuda/run.cu, with a recorder in place of the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cuda_shim.backend import HEAD_DIMS, Shim
+from cuda_shim.build import CSRC, build, missing
+from ptxsim import Counts, Instruction, Program, PtxError, Result, mutations, parse, run
+from ptxsim.counts import SECTOR
+from ptxsim.memory import WARP
+from ptxsim.parse import Immediate, Register
+from ptxsim.tensors import Tensors
+from torch import Tensor
+
+import fastnegate.arguments
+from fastnegate.arguments import arguments
+from fastnegate.backends import cuda as backend
+from fastnegate.problem import Problem, Statistics
+from fastnegate.rule import Rule
+from support import RULES, Judge, make_problem, plain, with_concepts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NVCC = shutil.which("nvcc")
+RECORDER = Path(__file__).parent / "cuda_ptx_recorder" / "recorder.cpp"
+FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+TYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
+# Order of the addresses that the bindings take.
+ARGUMENTS = ("query", "key", "value", "out", "concept_key", "concept_value", "key_bias", "token_bias",
+             "token_weight", "direction", "update", "offset", "index", "numbers")  # fmt: skip
+TABLES = ("moments", "norms", "trace_entries", "trace_rows")
+UNDEFINED = ("out", "moments", "norms")  # until the kernel writes them
+WRITTEN = (*UNDEFINED, "trace_entries", "trace_rows")
+
+
+class Gpu(NamedTuple):
+    """By default with the memory of an A100."""
+
+    multiprocessors: int
+    shared: int = 163 << 10  # bytes that a block may have
+
+
+A100, ONE, TWO = Gpu(108), Gpu(1), Gpu(2)
+
+
+class Tiling(NamedTuple):
+    """CudaTiling of csrc/include/fastnegate/tile.h."""
+
+    warps: int
+    blocks: int
+    stages: int
+    prompt_slots: int
+    concept_slots: int
+    shared: int
+
+
+class Launched(NamedTuple):
+    goal: str
+    tiling: Tiling
+    program: Program
+    result: Result
+
+
+class Simulated(NamedTuple):
+    output: Tensor
+    statistics: Statistics | None
+    launches: list[Launched]
+
+
+class Simulator:
+    """The backend with kernels that are compiled by nvcc and executed by ptxsim."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        flags = ["-O0", '-DFASTNEGATE_CUDA_ARCHS="80"']
+        sources = [CSRC / "cuda" / "run.cu", CSRC / "cuda" / "bindings.cpp", RECORDER]
+        library = build(sources, folder / "_cuda.so", flags=flags, python=True)
+        self.shim = Shim(library)
+        spec = importlib.util.spec_from_file_location(f"{folder.name}.recorder", library)
+        self.recorder = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.recorder)
+        self.programs: dict[tuple[torch.dtype, int], Program] = {}
+
+    def program(self, dtype: torch.dtype, dim: int) -> Program:
+        if (dtype, dim) not in self.programs:
+            self.programs[dtype, dim] = self.compile(dtype, dim)
+        return self.programs[dtype, dim]
+
+    def compile(self, dtype: torch.dtype, dim: int, instructions: str | None = None) -> Program:
+        """The kernel, with `instructions` in place of ptx.cuh."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        if instructions is not None:
+            (folder / "cuda").mkdir()
+            (folder / "cuda" / "ptx.cuh").write_text(instructions)
+        source, target = folder / "kernel.cu", folder / "kernel.ptx"
+        source.write_text(f"""
+            #include "cuda/kernel.cuh"
+            namespace fastnegate::cuda {{
+            template __global__ void attention<{TYPES[dtype]}, {dim}>(const __grid_constant__ Launch);
+            }}
+        """)
+        includes = [f"-I{path}" for path in (folder, CSRC, CSRC / "include")]
+        options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-arch=sm_80", "-ptx"]
+        subprocess.run([NVCC, *options, *includes, "-o", target, source], check=True)
+        return parse(target.read_text())
+
+    def tiling(self, problem: Problem, gpu: Gpu) -> Tiling:
+        self.shim.reset(**gpu._asdict())
+        return Tiling(*self.shim.module.tiling(arguments(problem, problem.query).values, 0))
+
+    def smaller(self, problem: Problem, gpu: Gpu, accepted: Callable[[Tiling], bool]) -> Gpu:
+        """With as much shared memory as there is where the tiling is accepted."""
+        sizes = (gpu._replace(shared=kib << 10) for kib in range(gpu.shared >> 10, 0, -1))
+        return next(size for size in sizes if accepted(self.tiling(problem, size)))
+
+    def __call__(
+        self, problem: Problem, statistics: bool = False, gpu: Gpu = A100,
+        change: Callable[[Program], Program] = lambda program: program, limit: int = 1_000_000,
+    ) -> Simulated:  # fmt: skip
+        """What the backend makes of a problem.
+
+        Args:
+            change: makes of the compiled program that which runs.
+            limit: as of `ptxsim.run`.
+        """
+        program = change(self.program(problem.query.dtype, problem.sizes[-1]))
+        sums = problem.rule.sums_over_heads if problem.concepts is not None else ()
+        memory, launches = Tensors(), []
+
+        def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+            names = ARGUMENTS if len(tensors) == len(ARGUMENTS) else TABLES
+            options = ({"writable": n in WRITTEN, "defined": n not in UNDEFINED} for n in names)
+            return [
+                memory.address(name, tensor, **how) if tensor is not None and tensor.data_ptr() else 0
+                for name, tensor, how in zip(names, tensors, options)
+            ]
+
+        def start(*call: Any) -> None:
+            self.shim.module.run(*call)
+            tiling = Tiling(*self.shim.module.tiling(call[0], 0))
+            for goal, (blocks, threads, shared, parameter) in zip((*sums, "output"), self.recorder.take()):
+                assert (blocks, threads, shared) == (tiling.blocks, WARP * tiling.warps, tiling.shared)
+                result = run(program, (blocks,), threads, [parameter], memory, shared, limit)
+                launches.append(Launched(goal, tiling, program, result))
+
+        self.shim.reset(**gpu._asdict())
+        with self.shim.installed(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fastnegate.arguments, "addresses", addresses)
+            patch.setattr(backend, "addresses", addresses)
+            patch.setattr(backend, "_cuda", SimpleNamespace(run=start))
+            if not statistics:
+                return Simulated(backend.run(problem), None, launches)
+            output, tables = backend.run_with_statistics(problem)
+            return Simulated(output, tables.named, launches)
+
+
+@pytest.fixture(scope="module")
+def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    if missing() or NVCC is None:
+        pytest.skip(missing() or "there is no nvcc")
+    simulator = Simulator(tmp_path_factory.mktemp("cuda"))
+    # Binding a program makes so many objects that Python looks for garbage among all of torch's, too: half of
+    # the time.
+    gc.collect()
+    gc.freeze()
+    yield simulator
+    gc.unfreeze()
+
+
+# ---- what a block has to do -------------------------------------------------------------------------
+
+ROWS = 16  # of a matrix instruction: a tile of queries
+# Of the other tensors, which are numbers of entries and tokens, every thread reads what it wants to know.
+READ = ("query", "key", "value", "concept_key", "concept_value", "moments", "norms")
+
+
+class Work(NamedTuple):
+    read: Counter[str]  # bytes of READ
+    written: Counter[str]  # bytes
+    mma: Counter[str]  # by shape
+    exponentials: int  # of threads
+
+    @classmethod
+    def of(cls, counts: Counts) -> Work:
+        mma: Counter[str] = Counter()
+        for name, number in counts.mma.items():
+            mma[name.partition(".")[0]] += number
+        read = Counter({name: counts.read[name].bytes for name in READ if name in counts.read})
+        written = Counter({name: traffic.bytes for name, traffic in counts.written.items()})
+        return cls(+read, +written, mma, counts.exponentials)
+
+
+class Entry(NamedTuple):
+    """An active one."""
+
+    kept: Tensor  # whether a token of its concept is not masked
+    exists: bool
+
+
+class Expected:
+    """What blocks of a launch have to do, from sizes alone."""
+
+    def __init__(self, simulate: Simulator, problem: Problem, simulated: Simulated, launch: Launched) -> None:
+        self.problem, self.rule, self.goal = problem, problem.rule, launch.goal
+        self.tiling = launch.tiling
+        self.statistics = simulated.statistics is not None
+        self.size = problem.query.element_size()
+        self.prompts, self.entries = kept_keys(problem), entries_of(problem)
+        self.prompt_step, self.concept_step = simulate.recorder.tokens_at_a_time(problem.sizes[-1])
+
+    def shares(self, block: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of each head that the block meets: row, head, first and last tile."""
+        batch, heads, queries, _, _ = self.problem.sizes
+        tiles = -(-queries // ROWS)
+        share, more = divmod(batch * heads * tiles, self.tiling.blocks)
+        begin = share * block + min(block, more)
+        end = begin + share + (block < more)
+        for head in range(begin // tiles, -(-end // tiles)):
+            yield *divmod(head, heads), max(begin - head * tiles, 0), min(end - head * tiles, tiles)
+
+    def work(self, block: int) -> Work:
+        work = Work(Counter(), Counter(), Counter(), 0)
+        for share in self.shares(block):
+            work = Work._make(a + b for a, b in zip(work, self.work_on_head(*share)))
+        return work
+
+    def work_on_head(self, row: int, head: int, first: int, last: int) -> Work:
+        _, heads, queries, keys, dim = self.problem.sizes
+        prompt, entries = self.prompts[row, head], self.entries[row]
+        existing = sum(entry.exists for entry in entries)
+        tiles, lines = last - first, min(last * ROWS, queries) - first * ROWS
+        # Text that does not stay in shared memory is read in each turn of the block's warps, by all of them:
+        # then those without a tile compute, too.
+        prompt_stays = self.tiling.prompt_slots > 0 or keys == 0
+        slots = sum(-(-len(entry.kept) // 8) * 8 for entry in entries)
+        concepts_stay = prompt_stays and slots <= self.tiling.concept_slots
+        turns = -(-tiles // self.tiling.warps)
+        softmaxes = tiles if prompt_stays and concepts_stay else turns * self.tiling.warps
+
+        token = dim * self.size
+        present = sum(int(entry.kept.sum()) for entry in entries)
+        read = Counter(query=lines * token)
+        read["key"] = int(prompt.sum()) * token * (1 if prompt_stays else turns)
+        read["concept_key"] = present * token * (1 if concepts_stay else turns)
+        read |= {"value": read["key"], "concept_value": read["concept_key"]}
+        computed = min((first + softmaxes) * ROWS, queries) - first * ROWS
+        if self.goal != "moments" and "moments" in self.rule.sums_over_heads:
+            read["moments"] = self.planes * 4 * heads * computed * existing
+        if self.goal == "output" and "norms" in self.rule.sums_over_heads:
+            read["norms"] = 2 * 4 * heads * computed * (existing > 0)
+
+        mma = self.products(len(prompt))
+        exponentials = self.weights(len(prompt), self.prompt_step)
+        for entry in entries:
+            mma += self.products(len(entry.kept))
+            exponentials += self.weights(len(entry.kept), self.concept_step)
+        exponentials += self.numbers(existing) * 2 * WARP  # every lane has two rows
+        total = Counter({shape: softmaxes * count for shape, count in mma.items()})
+        return Work(+read, +self.written(lines, existing), total, softmaxes * exponentials)
+
+    @property
+    def planes(self) -> int:
+        """Tables of numbers to be summed up over heads: inner products, those with a direction, masses."""
+        rule = self.rule
+        inner = rule.similarity == "cosine" or rule.direction in ("orthogonal", "projection")
+        return 3 * inner + rule.reads_direction + (rule.similarity == "mass")
+
+    def products(self, tokens: int) -> Counter[str]:
+        """Matrix instructions of a softmax over 16 rows: tokens come in tiles of 8, two of which are the
+        depth of an instruction for values."""
+        tiles, dim = -(-tokens // 8), self.problem.sizes[-1]
+        return Counter(
+            m16n8k16=tiles * (dim // 16) + tiles // 2 * (dim // 8),
+            m16n8k8=tiles * (dim // 8 % 2) + tiles % 2 * (dim // 8),
+        )
+
+    @staticmethod
+    def weights(tokens: int, step: int) -> int:
+        """Exponentials of a softmax over 16 rows, one of each score; later steps shrink the sums before."""
+        return -(-tokens // 8) * 8 * ROWS + max(-(-tokens // step) - 1, 0) * 2 * WARP
+
+    def numbers(self, entries: int) -> int:
+        """Exponentials of a row besides its softmaxes."""
+        share = self.rule.similarity == "mass" or (self.statistics and self.goal == "output")
+        if self.goal == "moments":
+            return entries * share
+        joint = self.rule.combine == "joint"
+        levels = 2 * (joint and self.rule.select == "all")  # of what was removed before, and of what is now
+        return entries * (share + levels + (self.rule.gate == "sigmoid")) + 2 * (joint and entries > 0)
+
+    def written(self, lines: int, entries: int) -> Counter[str]:
+        if self.goal == "moments":
+            return Counter(moments=self.planes * 4 * lines * entries)
+        if self.goal == "norms":
+            return Counter(norms=2 * 4 * lines * (entries > 0))
+        written = Counter(out=lines * self.problem.sizes[4] * self.size)
+        if self.statistics:
+            gates = entries if self.rule.select == "all" else (entries > 0)
+            written |= {"trace_entries": 4 * lines * (2 * entries + gates), "trace_rows": 4 * 4 * lines}
+        return written
+
+
+def kept_keys(problem: Problem) -> Tensor:
+    """[B, H, M]: those that are not masked."""
+    batch, heads, _, keys, _ = problem.sizes
+    if problem.key_bias is None:
+        return torch.ones(batch, heads, keys, dtype=torch.bool)
+    return (problem.key_bias > -torch.inf).expand(batch, heads, 1, keys)[:, :, 0]
+
+
+def entries_of(problem: Problem) -> list[list[Entry]]:
+    """The active ones of each row."""
+    concepts, batch = problem.concepts, problem.sizes[0]
+    if concepts is None:
+        return [[]] * batch
+    sizes = [concepts.entries, concepts.concepts, concepts.concepts, batch + 1]
+    concept, begin, length, rows = (part.tolist() for part in concepts.index.split(sizes))
+    kept = torch.ones(concepts.tokens, dtype=torch.bool)
+    if concepts.token_bias is not None:
+        kept = concepts.token_bias > -torch.inf
+    reads = problem.rule.reads_tokens
+    found = []
+    for first, last in itertools.pairwise(rows):
+        active = [concept[e] for e in range(first, last) if concepts.active[e] > 0]
+        tokens = [kept[begin[c] : begin[c] + length[c] * reads] for c in active]
+        found.append([Entry(t, bool(t.any()) or not reads) for t in tokens])
+    return found
+
+
+def check_work(simulate: Simulator, problem: Problem, simulated: Simulated) -> None:
+    """Each block does what it has to, and no byte more."""
+    moved = 0
+    for launch in simulated.launches:
+        expected = Expected(simulate, problem, simulated, launch)
+        for (block, _, _), counts in launch.result.per_cta.items():
+            assert Work.of(counts) == expected.work(block), f"block {block} of {launch.goal}"
+        total = launch.result.total
+        moved += total.read["query"].bytes
+        moved += total.written["out"].bytes if launch.goal == "output" else 0
+    # Queries once per sweep and outputs once, of what no kernel can avoid.
+    size = problem.query.numel() * problem.query.element_size()
+    assert moved / (2 * size) == (len(simulated.launches) + 1) / 2
+
+
+# ---- results ----------------------------------------------------------------------------------------
+
+THREE_SWEEPS = Rule(
+    "cosine", "ramp", "projection", select="max", norm="limit", norm_order=1, scope="feature", strength=2.0
+)
+SMALL = {"batch": 2, "heads": 1, "queries": 20, "keys": 21, "dim": 40, "dtype": FLOAT16}
+
+
+def same(problem: Problem) -> Problem:
+    return problem
+
+
+def strided(problem: Problem) -> Problem:
+    """Rows of whole 16 bytes with gaps between them, of every tensor, and other rows between those."""
+
+    def spread(t: Tensor) -> Tensor:
+        *sizes, rows, dim = t.shape
+        return t.new_full((*sizes, 2 * rows + 1, dim + 24), torch.nan)[..., 1::2, 8 : 8 + dim].copy_(t)
+
+    concepts = problem.concepts
+    concepts = dataclasses.replace(concepts, key=spread(concepts.key), value=spread(concepts.value))
+    tensors = {name: spread(getattr(problem, name)) for name in ("query", "key", "value")}
+    return dataclasses.replace(problem, concepts=concepts, **tensors)
+
+
+# Where text does not fit in shared memory, and where only the queries of one turn do.
+STREAMED: dict[str, Callable[[Tiling], bool]] = {
+    "streamed-prompt": lambda tiling: tiling.prompt_slots == 0,
+    "streamed-concepts": lambda tiling: tiling.prompt_slots > 0 and tiling.concept_slots <= 16,
+    "streamed-text": lambda tiling: tiling.prompt_slots == 0,
+    "one-stage": lambda tiling: tiling.prompt_slots > 0 and tiling.stages == 1,
+}
+WIDE = {"queries": 50, "dim": 160, "dtype": BFLOAT16}
+LONG = {"concept_lengths": (77, 3, 50)}
+CASES: dict[str, dict] = {
+    "protore": {"batch": 4, "queries": 65, "keys": 77},
+    "nag": {"rule": "nag", "heads": 2, "queries": 33, "keys": 77, "dim": 64, "dtype": BFLOAT16},
+    "vsf": {"rule": "vsf", "heads": 2, "queries": 33, "keys": 77, "dim": 160, "dtype": BFLOAT16},
+    "zero-tokens": {"heads": 2, "keys": 77, "dim": 64, "rows": "zero_tokens"},
+    "inactive": {"rows": "inactive", "dtype": BFLOAT16},
+    "three-sweeps": {"rule": THREE_SWEEPS, "heads": 5},
+    "mass": {"rule": RULES["mass-preserve"], "heads": 2},
+    "joint-max": {"rule": RULES["joint-max"]},
+    "fixed": {"rule": RULES["fixed-head"], "heads": 2},
+    "streamed-prompt": {**WIDE, "keys": 150, "rule": "vsf"},
+    "streamed-concepts": {**WIDE, **LONG, "keys": 77},
+    "streamed-text": {**WIDE, **LONG, "keys": 150},
+    "one-stage": {**WIDE, "keys": 77, "queries": 100},
+    "masked-keys": {"batch": 3, "keys": 77, "mask": "padding", "dtype": BFLOAT16},
+    "biased-keys": {"heads": 2, "keys": 77, "mask": "additive"},
+    "no-keys": {"keys": 0},
+    "bnhd": {"heads": 3, "layout": "bnhd", "dtype": BFLOAT16},
+    "broadcast": {"batch": 4, "layout": "broadcast"},
+    "strided": {"heads": 2, "change": strided},
+    "without-extras": {"extras": False},
+    "one-query": {"queries": 1, "keys": 1, "concept_lengths": (1, 2, 3)},
+}
+WITHOUT_STATISTICS = ("streamed-concepts", "masked-keys", "strided")
+
+
+def case(name: str) -> Problem:
+    options = {**SMALL, **CASES[name]}
+    change = options.pop("change", same)
+    return change(make_problem(**options))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_work(name: str, simulate: Simulator) -> None:
+    problem = case(name)
+    gpu = TWO if name not in STREAMED else simulate.smaller(problem, TWO, STREAMED[name])
+    simulated = simulate(problem, name not in WITHOUT_STATISTICS, gpu)
+    judge = Judge(problem)
+    judge.check(simulated.output, "cuda-ptx")
+    if simulated.statistics is not None:
+        judge.check_statistics(simulated.statistics, "cuda-ptx")
+    check_work(simulate, problem, simulated)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_head_dims(dim: int, simulate: Simulator) -> None:
+    """Products are no more than those of tiles of 16 rows with 8 tokens."""
+    problem = make_problem(**{**SMALL, "dim": dim, "keys": 77, "heads": 2})
+    simulated = simulate(problem, gpu=Gpu(4))
+    Judge(problem).check(simulated.output, "cuda-ptx")
+    check_work(simulate, problem, simulated)
+    counts = Work.of(simulated.launches[0].result.total).mma
+    done = counts["m16n8k16"] * 16 + counts["m16n8k8"] * 8
+    _, heads, queries, keys, _ = problem.sizes
+    needed = 0
+    for entries in entries_of(problem):
+        tokens = [keys, *(len(entry.kept) for entry in entries)]
+        needed += heads * -(-queries // ROWS) * sum(-(-n // 8) * 2 * dim for n in tokens)
+    assert needed <= done <= 1.05 * needed
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "bnhd"))
+def test_accesses_are_whole_sectors(layout: str, simulate: Simulator) -> None:
+    """Where rows are."""
+    problem = make_problem(**{**SMALL, "dim": 64, "keys": 77, "heads": 2, "layout": layout})
+    total = simulate(problem, gpu=TWO).launches[0].result.total
+    for traffic in (*(total.read[name] for name in READ if name in total.read), total.written["out"]):
+        assert traffic.sectors * SECTOR == traffic.bytes > 0
+
+
+@pytest.mark.parametrize("name", ("protore", "nag", "vsf"))
+def test_row_without_entries_is_plain_attention(name: str, simulate: Simulator) -> None:
+    problem = case(name)
+    output, z = simulate(problem, True, TWO).output, simulate(plain(problem), gpu=TWO).output
+    assert torch.equal(output[1], z[1]) and not torch.equal(output[0], z[0])
+
+
+@pytest.mark.parametrize("name", ("protore", "nag", "vsf"))
+def test_row_does_not_depend_on_other_rows(name: str, simulate: Simulator) -> None:
+    problem = make_problem(**{**SMALL, **CASES[name], "batch": 2, "rows": [[0, 2], [1]]})
+    output = simulate(problem, True, TWO).output
+    for row in (0, 1):
+        assert torch.equal(simulate(only(problem, row), True, TWO).output[0], output[row])
+
+
+def only(problem: Problem, row: int) -> Problem:
+    """The problem of one batch row."""
+    concepts, batch = problem.concepts, problem.sizes[0]
+    concept, places, rows = concepts.index.tensor_split([concepts.entries, -batch - 1])
+    mine = slice(*rows[row : row + 2].tolist())
+    index = torch.cat([concept[mine], places, rows[row : row + 2] - rows[row]])
+    alone = with_concepts(
+        problem, index=index, numbers=concepts.numbers[mine], entries=len(concept[mine])
+    ).concepts
+    tensors = (x[row : row + 1] for x in (problem.query, problem.key, problem.value))
+    return Problem(*tensors, None, alone, problem.rule, problem.scale)
+
+
+@pytest.mark.parametrize("name", ("protore", "three-sweeps", "streamed-text"))
+def test_tilings(name: str, simulate: Simulator) -> None:
+    """Bits do not depend on how many blocks there are, nor on what fits in shared memory."""
+    options = {**SMALL, **CASES[name], "batch": 1, "heads": 2, "queries": 70, "keys": 100, "dim": 40}
+    problem = make_problem(**options)
+    small = [simulate.smaller(problem, TWO, STREAMED[name]) for name in ("streamed-text", "one-stage")]
+    outputs = []
+    for gpu in (A100, ONE, *small):
+        simulated = simulate(problem, True, gpu)
+        check_work(simulate, problem, simulated)
+        outputs.append(simulated)
+    assert len({simulated.launches[0].tiling for simulated in outputs}) == len(outputs)
+    for other in outputs[1:]:
+        assert torch.equal(other.output, outputs[0].output)
+        assert all(map(torch.equal, other.statistics, outputs[0].statistics))
+
+
+# ---- what finds mistakes ----------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = (
+    {"concept": 0, "strength": 5.0, "threshold": 0.1, "width": 0.75, "cap": 0.95, "active": 0.8},
+    {"concept": 1, "logit_bias": 0.2},
+    {"concept": 2, "strength": 4.0},
+)
+# A head_dim for which operands are in registers and in shared memory, channels steps of 16 and of 8.
+MUTATED: dict = {**SMALL, "batch": 1, "keys": 77, "dim": 72, "rows": [[FIRST, SECOND, THIRD]]}
+
+
+class Check:
+    """A problem and what is promised of its result."""
+
+    def __init__(
+        self, simulate: Simulator, gpu: Gpu = ONE, change=same, least="", statistics=True, **options
+    ) -> None:
+        self.simulate, self.gpu, self.statistics = simulate, gpu, statistics
+        self.problem = change(make_problem(**{**MUTATED, **options}))
+        if least:
+            self.gpu = simulate.smaller(self.problem, gpu, STREAMED[least])
+        self.judge = Judge(self.problem)
+        existing = [[entry for entry in entries if entry.exists] for entries in entries_of(self.problem)]
+        self.without = [row for row, entries in enumerate(existing) if not entries]
+        self.z = simulate(plain(self.problem), gpu=self.gpu).output if self.without else self.problem.query
+
+    def __call__(self, **options) -> list[Launched]:
+        """The launches of the simulation.
+
+        Raises:
+            PtxError: the program does what it must not.
+            AssertionError: it does not do what it has to.
+        """
+        simulated = self.simulate(self.problem, self.statistics, self.gpu, **options)
+        self.judge.check(simulated.output, "cuda-ptx")
+        assert torch.equal(simulated.output[self.without], self.z[self.without])
+        if self.statistics:
+            self.judge.check_statistics(simulated.statistics, "cuda-ptx")
+        check_work(self.simulate, self.problem, simulated)
+        return simulated.launches
+
+
+class Ties:
+    """Equal gates: the larger similarity, then the lower concept, then the first entry wins. Concepts 0 and 1
+    are twins."""
+
+    def __init__(self, simulate: Simulator) -> None:
+        self.simulate = simulate
+        loser, capped = {"strength": 1.0}, {"cap": 0.01, "strength": 9.0}
+        self.problem, self.same = (
+            self.twins(make_problem(**{**MUTATED, "batch": 3, "rows": rows, "concept_lengths": (8, 8, 12)}))
+            for rows in (
+                [[1, {"concept": 1, **loser}], [{"concept": 1, **loser}, 0], [{"concept": 2, **capped}, 0]],
+                [[1], [0], [0, {"concept": 2, **capped}]],
+            )
+        )
+
+    @staticmethod
+    def twins(problem: Problem) -> Problem:
+        changed = {}
+        for name in ("key", "value", "token_bias", "token_weight"):
+            changed[name] = getattr(problem.concepts, name).clone()
+            changed[name][8:16] = changed[name][:8]
+        return with_concepts(problem, **changed)
+
+    def __call__(self, **options) -> list[Launched]:
+        simulated, same = (self.simulate(p, True, ONE, **options) for p in (self.problem, self.same))
+        assert torch.equal(simulated.output, same.output)
+        return simulated.launches
+
+
+class Clamped:
+    """An index that points nowhere reads nothing outside of the arrays."""
+
+    def __init__(self, simulate: Simulator) -> None:
+        self.simulate = simulate
+        problem = make_problem(**{**MUTATED, "batch": 2, "rows": [[FIRST, SECOND, THIRD], [0]]})
+        concepts = problem.concepts
+        entries, count, index = concepts.entries, concepts.concepts, concepts.index.clone()
+        index[0], index[1] = 99, -99  # concepts
+        index[entries], index[entries + 1] = -7, concepts.tokens - 1  # begins
+        index[entries + count : entries + 2 * count] = 10**6  # lengths
+        index[-3], index[-1] = -5, entries + 5  # rows
+        self.problem = with_concepts(problem, index=index)
+        self.judge = Judge(self.problem)
+
+    def __call__(self, **options) -> list[Launched]:
+        simulated = self.simulate(self.problem, True, ONE, **options)
+        self.judge.check(simulated.output, "cuda-ptx")
+        return simulated.launches
+
+
+def masked(problem: Problem) -> Problem:
+    """Of concept 0 no token, of concept 1 each, of concept 2 by the lowest number, which is no mask."""
+    bias = problem.concepts.token_bias.nan_to_num(neginf=0.0)
+    bias[8:11], bias[11:] = -torch.inf, torch.finfo(torch.float32).min
+    return with_concepts(problem, token_bias=bias)
+
+
+def all_weigh(problem: Problem) -> Problem:
+    return with_concepts(problem, token_weight=torch.ones_like(problem.concepts.token_weight))
+
+
+def loud(problem: Problem) -> Problem:
+    """Outputs are too large for float16."""
+    factor = 2.0**14
+    concepts = dataclasses.replace(problem.concepts, value=problem.concepts.value * factor)
+    return dataclasses.replace(problem, value=problem.value * factor, concepts=concepts)
+
+
+def largest(problem: Problem) -> Problem:
+    """Outputs are the largest float16."""
+    return dataclasses.replace(problem, value=torch.full_like(problem.value, torch.finfo(FLOAT16).max))
+
+
+def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
+    """The first reveals most; each of the others what no other one does."""
+    far = [{"concept": 0, "logit_bias": 300.0}, {"concept": 1, "logit_bias": -300.0}, 2]
+    strong = [{**entry, "strength": 1e4} for entry in (FIRST, SECOND, THIRD)]
+    without_norm = dataclasses.replace(Rule.preset("protore"), norm="none")
+    sigmoid = Rule("cosine", "sigmoid", "difference", norm="preserve", width=5.0)
+    step = Rule("cosine", "step", "projection", select="max", threshold=0.4)
+    check = functools.partial(Check, simulate)
+    yield check()
+    yield check(batch=2, rows=[[FIRST, SECOND, THIRD], []])
+    yield check(heads=2, queries=140)  # two turns of all warps of a block on each of two heads
+    yield check(Gpu(4), heads=2, queries=100)  # blocks that begin and end within a head
+    yield check(least="one-stage", heads=2, queries=140)
+    # Blocks whose warps outnumber their last tiles, which others follow.
+    yield check(
+        Gpu(4), least="streamed-text", heads=2, queries=70, keys=100, concept_lengths=(8, 3, 40),
+        mask="additive",
+    )  # fmt: skip
+    yield check(least="streamed-text", keys=85)  # the last piece is one tile
+    yield check(least="streamed-concepts", queries=70, concept_lengths=(8, 3, 40), rule="vsf")
+    yield check(
+        rule="vsf", batch=2, heads=2, queries=50, concept_lengths=(8, 0, 12), rows=[[FIRST, THIRD], [1]]
+    )
+    yield check(change=masked, batch=2, rows=[[FIRST, SECOND, THIRD], [1]], keys=15)
+    yield check(rule="vsf", change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[far])
+    yield check(change=loud, queries=117, rule=without_norm, rows=[strong])
+    yield check(change=largest, rows=[[]], keys=79)
+    yield check(mask="additive", heads=2)
+    yield check(mask="padding", batch=2, rows=[[0], [1]], layout="bnhd")
+    # The kernel is unrolled for pairs of tiles of 8: prompts that end in the first and in the second of each.
+    yield check(rule=RULES["mass-limit"], queries=17, keys=5, concept_lengths=(1, 2, 15))
+    yield check(change=strided, heads=2, keys=20)
+    yield check(rule=RULES["mass-preserve"], heads=2, keys=36)
+    yield check(rule=RULES["joint-max"], keys=52)
+    yield check(rule=RULES["fixed-head"], heads=2, keys=68)
+    yield check(rule=THREE_SWEEPS, heads=6, queries=10)
+    yield check(rule=sigmoid, keys=31)
+    yield check(rule=step, queries=1, keys=1)
+    yield check(rule=step, keys=47, statistics=False)
+    yield check(rule=step, keys=63, extras=False)
+    yield check(TWO, rule=sigmoid, queries=37, keys=0)
+    yield Ties(simulate)
+    yield Clamped(simulate)
+
+
+def fate(found_by: list, change: Callable[[Program], Program], steps: int) -> str:
+    """What reveals a changed program."""
+    for check in found_by:
+        try:
+            check(change=change, limit=steps)
+        except PtxError:
+            return "simulator"
+        except AssertionError:
+            return "result"
+    return "nothing"
+
+
+def most_steps(launches: list[Launched]) -> int:
+    """More than any block takes: instructions of all its warps, which run many of them together."""
+    counts = (counts for launch in launches for counts in launch.result.per_cta.values())
+    return max(c.instructions.total() for c in counts)
+
+
+# ---- mistakes in the compiled kernel ----------------------------------------------------------------
+
+LINES = {file.name: file.read_text().splitlines() for file in CSRC.rglob("*.*h") if file.name != "ptx.cuh"}
+SYNCHRONISATION = ("barrier dropped", "wait dropped", "wait for one group less", "commit dropped",
+                   "copy dropped")  # fmt: skip
+# By kind and line of the source, why a mutation changes nothing that is promised.
+HARMLESS: dict[tuple[str, str], str] = {
+    (
+        "stride off by one",
+        "const int i = done + threadIdx.x, token = i / (D / 8), unit = i % (D / 8);",
+    ): "the next factor in place of that of a division by 9 is exact, too, for numbers that are small enough",
+    **{
+        ("shift off by one", line): "of the last of 9 matrices: min() is 0"
+        for line in (
+            "load_some<false>(b, key + (first * 8 + lane % 8) * kRow + (k + ::min(lane / 8, left - 1)) * 8, "
+            "left);",
+            "load_some<true>(b, value + (first * 8 + lane % 8) * kRow + (n + ::min(lane / 8, left - 1)) * 8, "
+            "left);",
+        )
+    },
+    (
+        "bit of an address",
+        "ptx::load_matrices<2>(half, key + (first * 8 + lane % 16) * kRow + k * 8);",
+    ): "of lanes 16 to 31, which name no row",
+    (
+        "constant of a bound off by one",
+        "if (biased || (j + 2) * 8 > count) {",
+    ): "one place too early: zeros are added",
+    (
+        "constant of a bound off by one",
+        "if (i >= tiles) break;",
+    ): "what is added to -inf is finite",
+    (
+        "constant of a bound off by one",
+        "for (int done = 0; done < padded * (D / 8); done += blockDim.x) {",
+    ): "no token to load, found before or after the loop is entered",
+    (
+        "constant of a bound off by one",
+        "setp.eq.s32 0",
+    ): "lane % 4: all four lanes have the sum that one of them writes",
+    (
+        "constant of a bound off by one",
+        "setp.eq.s64 0",
+    ): "whether there are weights: those that are missing are 1",
+    (
+        "commit dropped",
+        "ptx::commit();",
+    ): "of the first queries: that of the text is for both",
+    (
+        "bound off by one",
+        "if (token >= padded) continue;",
+    ): "one number behind a piece, where none is read",
+    (
+        "store dropped",
+        "to.weight[token] = source.weight && token < count ? __ldg(source.weight + first + token) : 1.f;",
+    ): "tokens of the prompt have no weights",
+    (
+        "selection swapped",
+        "return y < kTiny ? 0.f : better == better ? better : q;  // of infinite operands q is right",
+    ): "q is right but for its last bits",
+    (
+        "selection swapped",
+        "some |= first + lane < count && tokens.added[first + lane] != -kInfinity;",
+    ): "nobody asks whether the prompt has a token",
+    **{
+        ("bound off by one", line): "one more turn, in which there is nothing left"
+        for line in (
+            "for (int first = 0; first < p.heads; first += 4) {",
+            "for (int first = 0; first < count; first += kWarp)",
+            "for (int done = 0; done < padded; done += blockDim.x) {",
+            "for (int done = 0; done < padded * (D / 8); done += blockDim.x) {",
+        )
+    },
+}
+
+
+def without_effect(program: Program) -> set[tuple[str, int]]:
+    """Kinds and places of mutations that are no mistakes: of shifts that correct divisions of negative
+    numbers, of which there are none, and of differences that are squared."""
+    uses: dict[Register, list[tuple[int, Instruction]]] = defaultdict(list)
+    for place, instruction in enumerate(program.code):
+        for operand in {x for x in instruction.operands[1:] if isinstance(x, Register)}:
+            uses[operand].append((place, instruction))
+    found = set()
+    for place, instruction in enumerate(program.code):
+        result, *operands = instruction.operands or (None,)
+        if instruction.opcode == "shr" and operands[1] in (Immediate(31), Immediate(63)):
+            found |= {("shift off by one", n) for n, user in uses[result] if user.opcode == "shr"}
+            found.add(("shift off by one", place))
+        if instruction.opcode == "sub" and all(i.operands.count(result) == 2 for _, i in uses[result]):
+            found.add(("subtraction backwards", place))
+    return found
+
+
+def line_of(instruction: Instruction) -> str:
+    """The line that it was compiled from, or that calls a function of ptx.cuh; if none is ours, its name and
+    constants."""
+    for place in (instruction.source, instruction.caller):
+        name, _, number = place.partition(":")
+        if name in LINES and int(number):
+            return LINES[name][int(number) - 1].strip()
+    constants = (str(operand) for operand in instruction.operands if isinstance(operand, Immediate))
+    return " ".join((instruction.name, *constants))
+
+
+@pytest.mark.parametrize("per_kind", (2, pytest.param(None, marks=pytest.mark.full)), ids=("some", "all"))
+def test_mutations(per_kind: int | None, simulate: Simulator) -> None:
+    """Of mistakes at places that a check comes to, all that matter are found. Those known to be harmless are
+    left to the full run."""
+    program = simulate.program(FLOAT16, MUTATED["dim"])
+    executed: list[tuple[Check | Ties | Clamped, set[int]]] = []
+    steps = 0
+    for check in checks(simulate):
+        launches = check()
+        assert all(launch.program is program for launch in launches)
+        executed.append((check, set().union(*(launch.result.executed for launch in launches))))
+        steps = max(steps, most_steps(launches))
+    places = set().union(*(places for _, places in executed))
+    assert len(places) > 0.95 * len(program.code)
+    equal = without_effect(program)
+    every = [*mutations(program, among=places, kinds=SYNCHRONISATION)]
+    some = [m for m in mutations(program, per_kind, among=places) if (m.kind, m.place) not in equal]
+    if per_kind is not None:
+        some = [m for m in some if (m.kind, line_of(program.code[m.place])) not in HARMLESS]
+    tried = {mutation.description: mutation for mutation in (*every, *some)}.values()
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    survivors = []
+    for mutation in tried:
+        # Whoever comes to a branch and does not take it has not executed it.
+        guarded = program.code[mutation.place].guard is not None
+        coming = [check for check, places in executed if guarded or mutation.place in places]
+        found = fate(coming, lambda _, mutation=mutation: mutation.program, steps)
+        table[mutation.kind][found] += 1
+        if found == "nothing":
+            survivors.append((mutation, line_of(program.code[mutation.place])))
+    columns = ("simulator", "result", "nothing")
+    print(f"\n{'':32}" + "".join(f"{column:>10}" for column in columns))
+    for kind, row in table.items():
+        print(f"{kind:32}" + "".join(f"{row[column] or '':>10}" for column in columns))
+    unexplained = []
+    for mutation, line in survivors:
+        reasons = [why for (kind, text), why in HARMLESS.items() if kind == mutation.kind and text == line]
+        print(f"{mutation.description} | {line} | {reasons}")
+        unexplained += [mutation.description] * (not reasons)
+    assert len(tried) >= 60 and len(survivors) <= (0.1 if per_kind is None else 0.05) * len(tried)
+    assert not unexplained
+
+
+# ---- mistakes in the inline assembly ----------------------------------------------------------------
+
+INSTRUCTIONS = (CSRC / "cuda" / "ptx.cuh").read_text()
+LDMATRIX = "ldmatrix.sync.aligned.m8n8"
+
+
+def changed_strings(dtype: torch.dtype, all_swaps: bool) -> Iterator[tuple[str, str]]:
+    """What is in ptx.cuh, and what could stand there by mistake. Of registers in braces two neighbours are
+    swapped, those in the middle or all in turn."""
+
+    def swapped(start: str, *operands: Sequence[int]) -> Iterator[tuple[str, str]]:
+        for place, registers in enumerate(operands):
+            middle = len(registers) // 2 - 1
+            for i in range(len(registers) - 1):
+                if all_swaps or i == middle:
+                    now = [*registers[:i], registers[i + 1], registers[i], *registers[i + 2 :]]
+                    changed = [*operands[:place], now, *operands[place + 1 :]]
+                    yield listed(start, *operands), listed(start, *changed)
+
+    kind, other = ("f16", "bf16") if dtype == FLOAT16 else ("bf16", "f16")
+    yield f"cvt.rn.{kind}x2.f32 %0, %1, %2", f"cvt.rn.{kind}x2.f32 %0, %2, %1"
+    for shape, a, b in (("m16n8k16", (4, 5, 6, 7), (8, 9)), ("m16n8k8", (4, 5), (6,))):
+        start = f"{shape}.row.col.f32.{kind}.{kind}.f32 "
+        yield start, start.replace(kind, other)
+        yield from swapped(start, range(4), a, b)
+    if dtype == BFLOAT16:
+        return  # what follows has no type
+    yield "{%0, %1, %2, %3};", "{%0, %2, %1, %3};"  # sums to add to
+    for count in (1, 2, 4):
+        plain, transposed = (f"{LDMATRIX}.x{count}.{word}shared.b16 " for word in ("", "trans."))
+        yield plain, transposed
+        yield transposed, plain
+        yield from swapped(plain, range(count))
+        yield from swapped(transposed, range(count))
+    yield "present ? 16 : 0", "16"
+    yield "present ? 16 : 0", "present ? 0 : 16"
+    yield "present ? 16 : 0", "present ? 16 : 8"
+    yield "cp.async.commit_group;", ""
+    yield "cp.async.wait_group %0;", "// %0"
+    yield '"n"(N)', '"n"(N + 1)'
+    for function in ("ex2", "rcp", "sqrt"):
+        yield re.search(rf"\b{function}\.[\w.]+\.f32", INSTRUCTIONS)[0], "mov.f32"
+
+
+def listed(start: str, *operands: Sequence[int]) -> str:
+    return start + ", ".join("{" + ", ".join(f"%{i}" for i in registers) + "}" for registers in operands)
+
+
+@pytest.mark.parametrize(
+    "all_swaps", (False, pytest.param(True, marks=pytest.mark.full)), ids=("some", "all")
+)
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+def test_mutations_of_instructions(dtype: torch.dtype, all_swaps: bool, simulate: Simulator) -> None:
+    """Mistakes in ptx.cuh, which those who execute the kernel with another ptx.cuh do not see."""
+    dim = 40  # uses every instruction
+    check = Check(simulate, dtype=dtype, dim=dim)
+    steps = most_steps(check())
+    survivors = []
+    for before, after in changed_strings(dtype, all_swaps):
+        assert before in INSTRUCTIONS
+        program = simulate.compile(dtype, dim, INSTRUCTIONS.replace(before, after))
+        found = fate([check], lambda _, program=program: program, steps)
+        print(f"{found:10} {before} -> {after}")
+        survivors += [after] * (found == "nothing")
+    assert not survivors
