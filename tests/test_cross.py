@@ -75,9 +75,9 @@ class Emulator:
     def __init__(self, command: list[str], file: Path) -> None:
         self.command, self.file = command, file
 
-    def run_cpu(
-        self, addresses, sizes, strides, bias_strides, dtype, scale, codes, numbers, report_level, isa, _
-    ) -> None:
+    def run_cpu(self, values, tables, report_level, isa, _) -> None:
+        addresses, sizes, strides, bias_strides, dtype, scale, codes, numbers = values
+        addresses, sizes = [*addresses, *tables], sizes[:9]  # without the entries that a row may have
         batch, heads, queries, keys, dim, tokens, concepts, entries, _ = sizes
         rows = [queries, keys, keys, queries, tokens, tokens]
         batches = [batch] * 4 + [1] * 2

@@ -614,6 +614,11 @@ def all_weigh(problem: Problem) -> Problem:
     return with_concepts(problem, token_weight=torch.ones_like(problem.concepts.token_weight))
 
 
+def quiet(problem: Problem) -> Problem:
+    """All logits are far below 0."""
+    return dataclasses.replace(problem, key_bias=torch.full((1, 1, 1, problem.sizes[3]), -300.0))
+
+
 def loud(problem: Problem) -> Problem:
     """Outputs are too large for float16."""
     factor = 2.0**14
@@ -641,16 +646,18 @@ def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
     yield check(least="one-stage", heads=2, queries=140)
     # Blocks whose warps outnumber their last tiles, which others follow.
     yield check(
-        Gpu(4), least="streamed-text", heads=2, queries=70, keys=100, concept_lengths=(8, 3, 40),
+        Gpu(4), least="streamed-text", heads=2, queries=70, keys=100, concept_lengths=(8, 3, 41),
         mask="additive",
     )  # fmt: skip
-    yield check(least="streamed-text", keys=85)  # the last piece is one tile
-    yield check(least="streamed-concepts", queries=70, concept_lengths=(8, 3, 40), rule="vsf")
+    yield check(least="streamed-text", keys=81)  # the last piece is one token
+    yield check(least="streamed-concepts", queries=70, concept_lengths=(8, 3, 41), rule="vsf")
     yield check(
-        rule="vsf", batch=2, heads=2, queries=50, concept_lengths=(8, 0, 12), rows=[[FIRST, THIRD], [1]]
-    )
+        rule="vsf", batch=2, heads=2, queries=50, concept_lengths=(8, 0, 15), extras=False,
+        rows=[[FIRST, THIRD], [1]],
+    )  # fmt: skip
     yield check(change=masked, batch=2, rows=[[FIRST, SECOND, THIRD], [1]], keys=15)
     yield check(rule="vsf", change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[far])
+    yield check(rule="vsf", change=quiet, rows=[[{"concept": i, "logit_bias": 300.0} for i in range(3)]])
     yield check(change=loud, queries=117, rule=without_norm, rows=[strong])
     yield check(change=largest, rows=[[]], keys=79)
     yield check(mask="additive", heads=2)
@@ -661,11 +668,14 @@ def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
     yield check(rule=RULES["mass-preserve"], heads=2, keys=36)
     yield check(rule=RULES["joint-max"], keys=52)
     yield check(rule=RULES["fixed-head"], heads=2, keys=68)
-    yield check(rule=THREE_SWEEPS, heads=6, queries=10)
+    # Queries that end in the first eight rows of a tile and in the last.
+    for queries, heads in ((4, 2), (10, 6)):
+        yield check(rule=THREE_SWEEPS, heads=heads, queries=queries)
+        yield check(rule=Rule("mass", "ramp", "fixed", scope="feature"), heads=heads, queries=queries)
     yield check(rule=sigmoid, keys=31)
     yield check(rule=step, queries=1, keys=1)
     yield check(rule=step, keys=47, statistics=False)
-    yield check(rule=step, keys=63, extras=False)
+    yield check(rule=step, keys=63)
     yield check(TWO, rule=sigmoid, queries=37, keys=0)
     yield Ties(simulate)
     yield Clamped(simulate)
