@@ -313,6 +313,8 @@ def test_a_named_backend_never_falls_back(case: str) -> None:
     backend, make, word = REFUSALS[case]
     if backend == "cpu" and not CPU_BACKENDS:
         word = "not part of this install"
+    if backend == "cuda":
+        word = str(fn.backends()["cuda"])
     refused(lambda: call(make(), backend=backend), fn.BackendError, f"backend={backend!r}", word)
 
 

@@ -97,6 +97,9 @@ void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stre
   const int64_t most = std::numeric_limits<int>::max() / 2;
   if (std::max({p.batch * p.heads * ceil_div(p.queries, kCudaQueries), p.queries, p.keys, p.tokens, p.entries}) > most)
     throw std::invalid_argument("more than 2^30 queries, tiles of 16 queries, keys, concept tokens or entries");
+  for (const Strided* rows : {&p.query, &p.key, &p.value, &p.concept_key, &p.concept_value})
+    if (reinterpret_cast<uintptr_t>(rows->data) % 16)
+      throw std::invalid_argument("query, key, value or tokens of concepts do not begin at a multiple of 16 bytes");
   const Kernel kernel = kernel_of(p);
   const OnDevice guard(device);
   const Rule& r = p.rule;

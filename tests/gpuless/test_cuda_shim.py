@@ -143,7 +143,7 @@ def test_exp2(shim: Shim) -> None:
 
 def test_reciprocal_and_root(shim: Shim) -> None:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        expected = flush(np.float32(1) / flush(FLOATS)), np.sqrt(flush(FLOATS))
+        expected = np.float32(1) / FLOATS, np.sqrt(FLOATS)
     for name, y in zip(("reciprocal", "sqrt"), expected):
         equal(shim.run(name, FLOATS.view(np.uint32), FLOATS.size).view(np.float32), y)
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +27,22 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes that are copied at a time
 
 
-@functools.cache
+_Asked = TypeVar("_Asked", bound=Callable[..., Any])
+
+
+def _constant(asked: _Asked) -> _Asked:
+    """Compilers ask while they trace, and must not look into the extension."""
+    marked: _Asked = torch.compiler.assume_constant_result(asked)
+    return marked
+
+
+@_constant
 def unavailable() -> str | None:
+    return _unavailable()
+
+
+@functools.cache
+def _unavailable() -> str | None:
     if _MISSING is not None:
         return _MISSING
     if torch.version.hip is not None:
@@ -43,7 +58,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype} is not bfloat16 or float16"
-    if not _cuda.supports_dim(query.shape[-1]):
+    if query.shape[-1] not in head_dims():
         return f"head_dim={query.shape[-1]} is not one of {', '.join(map(str, head_dims()))}"
     if problem.bias_per_query:
         return "key_bias differs between queries"
@@ -70,7 +85,7 @@ def _refused_device(query: Tensor) -> str | None:
     return unsupported_gpu(torch.cuda.get_device_capability(query.device))
 
 
-@functools.cache
+@_constant
 def unsupported_gpu(capability: tuple[int, int]) -> str | None:
     """Why no kernel of this build runs on a GPU. Binaries are for later minor versions, PTX for all later."""
     for arch in _cuda.ARCHS.split(";"):
@@ -83,15 +98,15 @@ def unsupported_gpu(capability: tuple[int, int]) -> str | None:
     return f"compute capability {major}.{minor} is not among those of this build ({_cuda.ARCHS})"
 
 
-@functools.cache
+@_constant
 def head_dims() -> list[int]:
     return [dim for dim in range(8, 513, 8) if _cuda.supports_dim(dim)]
 
 
 def _aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
-    places = (tensor.data_ptr(), *(s * size for s, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1))
-    return all(place % _ALIGNMENT == 0 for place in places)
+    steps = [s for s, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
+    return all(step * size % _ALIGNMENT == 0 for step in (tensor.storage_offset(), *steps))
 
 
 def describe(problem: Problem) -> str:

@@ -73,5 +73,4 @@ class Shim:
 
     @staticmethod
     def forget() -> None:
-        for cached in (cuda.unavailable, cuda.unsupported_gpu, cuda.head_dims):
-            cached.cache_clear()
+        cuda._unavailable.cache_clear()
