@@ -31,9 +31,10 @@ _Asked = TypeVar("_Asked", bound=Callable[..., Any])
 
 
 def _constant(asked: _Asked) -> _Asked:
-    """Compilers ask while they trace, and must not look into the extension."""
-    marked: _Asked = torch.compiler.assume_constant_result(asked)
-    return marked
+    """Compilers ask while they trace, and must not look into the extension. This is what
+    torch.compiler.assume_constant_result does, which imports the compiler."""
+    asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return asked
 
 
 @_constant
