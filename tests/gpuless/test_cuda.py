@@ -72,7 +72,9 @@ def check(case: dict, shim: Shim) -> None:
     if made["queries"] == 1000:
         made["batch"] = 2
     made["rule"] = SUPPORTED[case["rule"]]
-    judge = fair(make_problem(**made, seed=seed) for seed in range(8))
+    # Of eight entries in every row, in bfloat16, too many can be next to a jump: then some rows have fewer.
+    rows = [made.pop("rows")] * 8 + ["mixed"] * 8
+    judge = fair(make_problem(**made, rows=some, seed=seed) for seed, some in enumerate(rows))
     problem = judge.problem
     assert backend.supports(problem) is None
     if statistics:
