@@ -61,23 +61,22 @@ class Counts(NamedTuple):
 
 
 def count(
-    work: Work, tile: Tiles, loads: int, rule: Rule, lengths: Sequence[Sequence[int]], keeps: int = 0
+    work: Work, tile: Tiles, loads: Sequence[int], rule: Rule, lengths: Sequence[Sequence[int]]
 ) -> list[Counts]:
     """Counts of each launch of a call, for tensors of 16 bit.
 
     Args:
-        loads: how often a program loads the prompt of a head, if that fits one tile (`prompts_loaded`).
+        loads: how often programs load the prompt of a head, if that fits one tile, and the entries they
+            hold: of each batch row (`heads_met`).
         lengths: tokens of each existing entry of each batch row.
-        keeps: of so many entries of a row a program keeps the tokens; the others it reads for each tile
-            of queries.
     """
     row = work.heads * work.dim * work.itemsize  # bytes of a query, key or value of all heads
     steps = -(-work.queries // tile.rows)
     query = row * work.batch * work.queries
     token = work.dim * work.itemsize  # bytes of a key or value of a head
-    key = token * work.keys * (loads if tile.kept else work.batch * work.heads * steps)
-    kept, others = (sum(sum(n[part]) for n in lengths) for part in (slice(keeps), slice(keeps, None)))
-    concept = token * (kept * loads // max(work.batch, 1) + others * work.heads * steps)
+    key = token * work.keys * (sum(loads) if tile.kept else work.batch * work.heads * steps)
+    held = sum(sum(n[: tile.held]) * met for n, met in zip(lengths, loads))
+    concept = token * (held + sum(sum(n[tile.held :]) for n in lengths) * work.heads * steps)
     entries = sum(map(len, lengths))
     floats = 4 * work.heads * work.queries  # bytes of a number per head and query
     found = []
@@ -85,11 +84,11 @@ def count(
     for goal in launches:
         read = written = 0
         if "moments" in launches and goal != "moments":
-            read += MOMENTS * entries * floats * work.heads
+            read += _moments(rule) * entries * floats * work.heads
         if "norms" in launches and goal == "output":
             read += NORMS * work.batch * floats * work.heads
         if goal == "moments":
-            written = MOMENTS * entries * floats
+            written = _moments(rule) * entries * floats
         if goal == "norms":
             written = NORMS * work.batch * floats
         # Of a tile of queries of a head:
@@ -106,14 +105,18 @@ def count(
     return found
 
 
-def prompts_loaded(work: Work, rows: int, programs: int) -> int:
-    """Heads that programs meet, summed over the programs, which have equal shares of all tiles."""
+def heads_met(work: Work, rows: int, programs: int) -> list[int]:
+    """Heads of each batch row that programs, with equal shares of all tiles, meet: summed over programs."""
     steps = -(-work.queries // rows)
     shares = [work.batch * work.heads * steps * i // programs for i in range(programs + 1)]
-    return sum(-(-end // steps) - begin // steps for begin, end in pairwise(shares) if end > begin)
+    met = [0] * work.batch
+    for begin, end in pairwise(shares):
+        for head in range(begin // steps, -(-end // steps) if end > begin else 0):
+            met[head // work.heads] += 1
+    return met
 
 
-MOMENTS, NORMS = 5, 2  # numbers per head and query of an entry or of a batch row, in the tables of sums
+NORMS = 2  # numbers per head and query of a batch row, in the table of sums
 DEPTH = 16  # what a matrix instruction sums over at least
 LANES = 4  # of a warp that hold a row of a matrix instruction's result; each computes what the row needs
 
@@ -131,6 +134,12 @@ def _attention(tile: Tiles, size: int, tokens: int, streamed: bool) -> tuple[int
 def _per_row(tile: Tiles) -> int:
     """Threads that compute what a row of a tile of queries needs once; warps that share 16 rows all do."""
     return LANES * max(tile.rows, 16 * tile.warps)
+
+
+def _moments(rule: Rule) -> int:
+    """Numbers per head and query of an entry, in the table of sums."""
+    products = rule.similarity == "cosine" or rule.direction in ("orthogonal", "projection")
+    return 3 * products + rule.reads_direction + (rule.similarity == "mass")
 
 
 def _scalars(rule: Rule, goal: str, launches: Sequence[str], entries: int) -> int:
@@ -232,7 +241,7 @@ def model(work: Work, concepts: int, rule: Rule, gpu: Gpu) -> Modelled:
     """A call in which every batch row has the same entries, of `work.longest` tokens each."""
     tile = tiles(work, gpu.shared_memory, gpu.columns)
     number = programs(work, tile.rows, gpu.multiprocessors * resident(work, tile, gpu.shared_memory))
-    loads = prompts_loaded(work, tile.rows, number)
+    loads = heads_met(work, tile.rows, number)
     found = count(work, tile, loads, rule, [[work.longest] * concepts] * work.batch)
     return _model(work, concepts, gpu, tile, number, found, _busiest(work, tile, number, gpu.multiprocessors))
 
@@ -243,10 +252,12 @@ def ideal(work: Work, concepts: int, rule: Rule, gpu: Gpu) -> Modelled:
     tile = tiles(work, gpu.shared_memory, gpu.columns)
     tile = tile._replace(
         keys=work.keys if tile.kept else tile.keys, tokens=work.longest, streamed=False,
-        channels=work.dim, features=work.dim,
+        channels=work.dim, features=work.dim, held=concepts,
     )  # fmt: skip
     number = max(math.ceil(FILLED * gpu.multiprocessors), work.batch * work.heads)
-    found = count(work, tile, number, rule, [[work.longest] * concepts] * work.batch, keeps=concepts)
+    loads = [number // work.batch] * work.batch
+    loads[0] += number % work.batch
+    found = count(work, tile, loads, rule, [[work.longest] * concepts] * work.batch)
     return _model(work, concepts, gpu, tile, number, found, 1.0)
 
 

@@ -117,6 +117,8 @@ def candidates(key: Key, shared_memory: int, columns: int = 8) -> list[Tuned]:
     work = Work(1, 1, 1, key.keys, key.dim, key.longest, key.itemsize)
     usual = tiles(work, shared_memory, columns)
     found, half = [usual], key.itemsize == 2
+    if usual.held:
+        found += [usual._replace(held=held) for held in (0, 2)]
     for rows, warps in SHAPES:
         sharing = 16 * warps // rows
         wide = half and sharing == 1
@@ -131,7 +133,8 @@ def candidates(key: Key, shared_memory: int, columns: int = 8) -> list[Tuned]:
         for (size, kept), (tokens, streamed) in product(prompts, sorted(texts)):
             same_prompt = kept == usual.kept and (kept or size == usual.keys)
             same_text = streamed == usual.streamed and (not streamed or tokens == usual.tokens)
-            t = Tiles(rows, size, kept, tokens, streamed, usual.channels, features, warps)
+            held = 0 if streamed else usual.held
+            t = Tiles(rows, size, kept, tokens, streamed, usual.channels, features, warps, held)
             if (same_prompt or same_text) and shared_bytes(t, key.itemsize) <= shared_memory:
                 found.append(t)
     at_a_time = {t: resident(work, t, shared_memory) for t in found}
@@ -141,6 +144,7 @@ def candidates(key: Key, shared_memory: int, columns: int = 8) -> list[Tuned]:
 def shared_bytes(t: Tiles, itemsize: int) -> int:
     """At most, of a program: Q for the prompt and again for the entries, K and V of both or of one tile."""
     tokens = t.keys + t.tokens if t.kept else max(t.keys, t.tokens)
+    tokens += t.held * t.tokens
     return itemsize * (2 * t.rows * t.channels + tokens * (t.channels + t.features))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastnegate as fn
 from fastnegate import reference
 from fastnegate.problem import Problem
-from fastnegate.rule import Rule
+from fastnegate.rule import GATES, SELECTS, Rule
 from support import (
     DTYPES,
     RULES,
@@ -545,3 +545,16 @@ def test_a_prompt_masked_by_the_lowest_number(backend: str, rule: str) -> None:
     lowest = torch.full((3, 1, 1, problem.sizes[3]), torch.finfo(torch.float32).min)
     problem = dataclasses.replace(problem, key_bias=lowest, scale=1.0)
     Judge(problem).check(run(problem, backend), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("select", SELECTS)
+def test_a_similarity_that_is_nan_shows(backend: str, select: str, gate: str) -> None:
+    """From a concept that holds one: negation that cannot be computed must not be left out."""
+    rule = Rule("direction", gate, "difference", select=select)
+    problem = make_problem(rule=rule, dtype=torch.bfloat16, rows=[[0, 1], [1, 2], [2, 0]])
+    offset = torch.zeros(3)
+    offset[1] = torch.nan
+    output = run(with_concepts(problem, offset=offset), backend)
+    assert output[:2].isnan().all() and output[2].isfinite().all()

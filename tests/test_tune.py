@@ -95,11 +95,14 @@ def test_candidates_vary_everything() -> None:
     default = tune.candidates(Key(2, 64, 80, 80), 227 << 10)[0].tiles
     assert {(t.rows, t.warps) for t in found} == {*tune.SHAPES}
     for rows, warps in tune.SHAPES:
-        of_shape = {(t.keys, t.kept, t.tokens, t.streamed) for t in found if t[0] == rows and t[-1] == warps}
+        of = [t for t in found if (t.rows, t.warps) == (rows, warps)]
+        of_shape = {(t.keys, t.kept, t.tokens, t.streamed) for t in of}
         texts = {(16, True), (32, True), (64, True), (80, False)}
         prompts = {(80, True), (32, False), (64, False)}
         assert of_shape == {(80, True, *t) for t in texts} | {(*p, 16, True) for p in prompts}
     assert (default.keys, default.kept, default.tokens, default.streamed) == (80, True, 16, True)
+    short = [c.tiles for c in tune.candidates(Key(2, 64, 80, 8), 227 << 10)]
+    assert {t.held for t in short if t._replace(held=1) == short[0]} == {0, 1, 2}
     few = {c.tiles for c in tune.candidates(Key(2, 160, 512, 8), 99 << 10)}
     assert few and not any(t.kept for t in few), "512 keys do not fit"
     usual, twice, half = (c.resident for c in tune.candidates(Key(2, 160, 80, 8), 227 << 10)[:3])
@@ -111,11 +114,12 @@ def test_estimated_shared_memory_is_enough() -> None:
     problem = make_problem(1, 1, 20, 77, 64, torch.float16, concept_lengths=(77,), rows="same", extras=False)
     for choice in (
         Tiles(64, 80, True, 80, False, 64, 64, 4), Tiles(16, 32, False, 64, True, 64, 64, 2),
+        Tiles(64, 80, True, 80, False, 64, 64, 4, 1),
     ):  # fmt: skip
         with Compiled("sm_80") as device:
             launched(problem, Tuned(key_of_problem(problem), choice, 1))
         used = device.launches[0].kernel.shared
-        assert 0.5 * tune.shared_bytes(choice, 2) < used <= tune.shared_bytes(choice, 2)
+        assert 0.5 * tune.shared_bytes(choice, 2) <= used <= tune.shared_bytes(choice, 2)
 
 
 def key_of_problem(problem: Problem) -> Key:
@@ -360,7 +364,7 @@ TABLE = {
     "entries": [
         {"key": {"itemsize": 2, "dim": 40, "keys": 80, "longest": 8},
          "tiles": {"rows": 64, "keys": 80, "kept": True, "tokens": 8, "streamed": False, "channels": 48,
-                   "features": 40, "warps": 4},
+                   "features": 40, "warps": 4, "held": 1},
          "resident": 2, "ratio": 0.9},
     ],
 }  # fmt: skip
@@ -370,7 +374,7 @@ def test_load_table(tmp_path: Path) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps(TABLE))
     key = Key(2, 40, 80, 8)
-    assert load_table(file, MACHINE) == {key: Tuned(key, Tiles(64, 80, True, 8, False, 48, 40, 4), 2)}
+    assert load_table(file, MACHINE) == {key: Tuned(key, Tiles(64, 80, True, 8, False, 48, 40, 4, 1), 2)}
     file.write_text(json.dumps(TABLE | {"entries": []}))
     assert load_table(str(file), MACHINE) == {}
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
@@ -412,6 +416,7 @@ REFUSED = {
     "entries[0].tiles.channels": (40, 32),
     "entries[0].tiles.features": (32, 44),
     "entries[0].tiles.warps": (3, 0),
+    "entries[0].tiles.held": (-1, True, MISSING),
     "entries[0].resident": (0, True, 1.5, MISSING),
 }
 
@@ -444,7 +449,7 @@ def test_tiles_of_less_than_a_text_must_be_streamed(tmp_path: Path) -> None:
     file.write_text(json.dumps(table))
     with pytest.raises(ValueError, match=r"entries\[0\]\.tiles\.tokens is impossible"):
         load_table(file, MACHINE)
-    entry["tiles"] |= {"streamed": True, "kept": False, "keys": 32}
+    entry["tiles"] |= {"streamed": True, "held": 0, "kept": False, "keys": 32}
     file.write_text(json.dumps(table))
     assert len(load_table(file, MACHINE)) == 1
 

@@ -17,7 +17,7 @@ import torch
 import fastnegate as fn
 from fastnegate.backends import triton as backend
 from fastnegate.problem import Problem
-from fastnegate.rule import Rule
+from fastnegate.rule import GATES, SELECTS, Rule
 from gpuless import interpreter
 from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
 
@@ -175,12 +175,35 @@ def test_closed_gates_have_no_part_in_joint(select: str) -> None:
     Judge(problem).check(backend.run(problem), "triton")
 
 
-def test_lowest_bias_is_a_number() -> None:
-    """A prompt masked with the lowest float32 instead of -inf has a softmax."""
-    problem = dataclasses.replace(make_problem(), concepts=None)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_with_tiny_gates(dtype: torch.dtype) -> None:
+    """Without a prompt the concepts share all mass, however small their gates are."""
+    rows = [[{"concept": 0, "active": 1e-31}], [{"concept": 1, "active": 1e-33}, 2], []]
+    problem = make_problem(keys=0, rule="vsf", rows=rows, dtype=dtype, extras=False)
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+@pytest.mark.parametrize("rule", ("none", "closed"))
+@pytest.mark.parametrize("scale", (0.25, 1.0))
+def test_lowest_bias_is_a_number(rule: str, scale: float) -> None:
+    """A prompt masked with the lowest float32 instead of -inf has a softmax, next to closed gates too."""
+    problem = make_problem(rule=Rule(gate="step", combine="joint", threshold=2.0), rows=[[0, 1]] * 3)
     lowest = torch.full((1, 1, 1, problem.key.shape[2]), torch.finfo(torch.float32).min)
+    problem = dataclasses.replace(problem, key_bias=lowest, scale=scale)
     mean = problem.value.mean(2, keepdim=True).expand_as(problem.query)
-    torch.testing.assert_close(backend.run(dataclasses.replace(problem, key_bias=lowest)), mean)
+    torch.testing.assert_close(backend.run(plain(problem) if rule == "none" else problem), mean)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("select", SELECTS)
+def test_similarity_that_is_nan_shows(select: str, gate: str) -> None:
+    """From a concept that holds one: negation that cannot be computed must not be left out."""
+    rule = Rule("direction", gate, "difference", select=select)
+    problem = make_problem(rule=rule, rows=[[0, 1], [1, 2], [2, 0]])
+    offset = torch.zeros(3)
+    offset[1] = torch.nan
+    output = backend.run(with_concepts(problem, offset=offset))
+    assert output[:2].isnan().all() and output[2].isfinite().all()
 
 
 def test_ties_of_max() -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES
 from ..tokens import COLUMNS, NUMBERS
@@ -122,7 +123,6 @@ class Mix(NamedTuple):
     level: Any
     best_g: Any  # of the entries so far, for `max`
     best_r: Any
-    best_concept: Any
     best: Any
     existing: Any  # entries so far
 
@@ -136,7 +136,7 @@ class Place(NamedTuple):
     inside: Any
     own: Any  # offset of the head in [H, N]
     size: Any  # of [H, N]
-    rows: Any  # size of [B, H, N]
+    batch: Any
     heads: Any
     queries: Any
 
@@ -232,7 +232,8 @@ def sum_of(a, x, b, y):
 @triton.jit
 def rows_at(view, b, h, first, row, ALIGNED: tl.constexpr):
     """Pointers to rows first + row."""
-    return view.data + (b * view.batch + h * view.head + (first + row).to(tl.int64) * view.row) * ALIGNED
+    head = tl.cast(b, tl.int64) * view.batch + tl.cast(h, tl.int64) * view.head
+    return view.data + (head + (first + row).to(tl.int64) * view.row) * ALIGNED
 
 
 @triton.jit
@@ -260,6 +261,14 @@ def load_vector(vectors, c, h, heads, HEAD_DIM: tl.constexpr, FEATURES: tl.const
         mask = channel < HEAD_DIM
         out = out + (tl.load(at + channel, mask=mask, other=0.0).to(tl.float32)[None, :],)
     return out
+
+
+@triton.constexpr_function
+def reads_shared(rows):
+    """Whether matrix instructions read keys and values of the prompt where they lie in shared memory (wgmma,
+    tcgen05), not in registers that the compiler has to fill."""
+    target = current_target()
+    return target is not None and target.backend == "cuda" and 90 <= target.arch < 120 and rows >= 64
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -377,8 +386,10 @@ def attend(q, tokens, before, factor, FIRST: tl.constexpr):
 
 @triton.jit
 def attended(sums, factor):
-    """Means instead of sums, the top in base-2 logits."""
-    return Attended(scaled(sums.out, divide(1.0, sums.mass)), sums.top * factor, sums.mass)
+    """Means instead of sums, the top in base-2 logits, where what is not empty stays finite."""
+    top = tl.maximum(sums.top * factor, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    top = tl.where(sums.top == float("-inf"), sums.top, top)
+    return Attended(scaled(sums.out, divide(1.0, sums.mass)), top, sums.mass)
 
 
 @triton.jit
@@ -407,7 +418,7 @@ def attend_by_tiles(q, key, value, bias, bias_stride, weight, b, h, begin, count
 
 @triton.jit
 def over_heads(at, inside, heads, queries):
-    """Sum of [H, N] over heads, in order; `at` points to the tile's queries of the first head."""
+    """Sum of [H, N] over `heads` heads, in order; `at` points to the tile's queries of the first head."""
     total = tl.zeros(inside.shape, tl.float32)
     for _ in range(heads):
         total += tl.load(at, mask=inside, other=0.0)
@@ -475,14 +486,21 @@ def pull(rule, m):
 
 
 @triton.jit
-def find_entry(concepts, rule, e):
-    # The index is data: whatever it holds, nothing outside the arrays is read.
-    c = tl.minimum(tl.maximum(tl.load(concepts.index + e), 0), concepts.concepts - 1)
+def concept_of(concepts, e, there):
+    """Of entry e. The index is data: whatever it holds, nothing outside the arrays is read."""
+    c = tl.load(concepts.index + e, mask=there, other=0)
+    return tl.minimum(tl.maximum(c, 0), concepts.concepts - 1)
+
+
+@triton.jit
+def find_entry(concepts, rule, e, there):
+    """Entry e of the batch row, if it is there."""
+    c = concept_of(concepts, e, there)
     begin = tl.load(concepts.index + concepts.entries + c)
     begin = tl.minimum(tl.maximum(begin, 0), concepts.tokens)
     length = tl.load(concepts.index + concepts.entries + concepts.concepts + c)
     length = tl.minimum(length, tl.minimum(concepts.longest, concepts.tokens - begin))
-    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE) > 0
+    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE, mask=there, other=0.0) > 0
     length = tl.where(active & (rule.reads_tokens == 1), length, 0)
     present = length
     if concepts.token_bias is not None:
@@ -492,6 +510,16 @@ def find_entry(concepts, rule, e):
             bias = tl.load(concepts.token_bias + begin + place, mask=place < length, other=float("-inf"))
             present += tl.sum((bias != float("-inf")).to(tl.int32))
     return Entry(e, c, begin, length, active & ((present > 0) | (rule.reads_tokens == 0)))
+
+
+@triton.jit
+def load_entry(concepts, entry, h, factor, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,
+               FEATURES: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """The tokens of an entry, which fit a tile."""
+    return load_tokens(
+        concepts.key, concepts.value, concepts.token_bias, 1, concepts.token_weight,
+        0, h, entry.begin, entry.length, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -505,10 +533,7 @@ def attend_entry(q, concepts, entry, h, factor, HEAD_DIM: tl.constexpr, CHANNELS
             0, h, entry.begin, entry.length, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
         )  # fmt: skip
     else:
-        tokens = load_tokens(
-            concepts.key, concepts.value, concepts.token_bias, 1, concepts.token_weight,
-            0, h, entry.begin, entry.length, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE,
-        )  # fmt: skip
+        tokens = load_entry(concepts, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TILE)
         return attend_once(q, tokens, factor, FEATURES)
 
 
@@ -517,43 +542,56 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
              GOAL: tl.constexpr, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr):  # fmt: skip
     """`mix` with the entry, whose attention is f."""
     e = entry.number
-    row = e * at.size
+    row = e.to(tl.int64) * at.size
     plane = concepts.entries.to(tl.int64) * at.size
     entry_top = f.top - LOG2E * entry_number(concepts.numbers, e, LOGIT_BIAS, rule.logit_bias)
+    reads_mass = rule.similarity == MASS
     share = tl.zeros(zz.shape, tl.float32)
-    if (rule.similarity == MASS) | (trace is not None):
+    if reads_mass | (trace is not None):
         share = mass_share(z.top, z.mass, entry_top, f.mass)
+    reads_products = (rule.similarity == COSINE) | (rule.direction == ORTHOGONAL)
+    reads_products = reads_products | (rule.direction == PROJECTION)
+    zf = tl.zeros(zz.shape, tl.float32)
+    ff = tl.zeros(zz.shape, tl.float32)
+    if reads_products:
+        zf = inner(z.out, f.out)
+        ff = inner(f.out, f.out)
     along = tl.zeros(zz.shape, tl.float32)
     if concepts.direction is not None:
         along = inner(
             z.out, load_vector(concepts.direction, entry.concept, at.h, at.heads, HEAD_DIM, FEATURES)
         )
-    m = Moments(zz, inner(z.out, f.out), inner(f.out, f.out), along, share)
+    m = Moments(zz, zf, ff, along, share)
     if GOAL == "moments":
         to = moments + row + at.own + at.n
-        tl.store(to, m.zz, mask=at.inside)
-        tl.store(to + plane, m.zf, mask=at.inside)
-        tl.store(to + 2 * plane, m.ff, mask=at.inside)
-        tl.store(to + 3 * plane, m.along, mask=at.inside)
-        tl.store(to + 4 * plane, m.mass, mask=at.inside)
+        tl.store(to, m.zz, mask=at.inside & reads_products)
+        tl.store(to + plane, m.zf, mask=at.inside & reads_products)
+        tl.store(to + 2 * plane, m.ff, mask=at.inside & reads_products)
+        if concepts.direction is not None:
+            tl.store(to + 3 * plane, m.along, mask=at.inside)
+        tl.store(to + 4 * plane, m.mass, mask=at.inside & reads_mass)
         return mix
     else:
         in_scope = 1
         if moments is not None:
             of = moments + row + at.n
-            m = Moments(
-                over_heads(of, at.inside, at.heads, at.queries),
-                over_heads(of + plane, at.inside, at.heads, at.queries),
-                over_heads(of + 2 * plane, at.inside, at.heads, at.queries),
-                over_heads(of + 3 * plane, at.inside, at.heads, at.queries),
-                over_heads(of + 4 * plane, at.inside, at.heads, at.queries),
-            )
             in_scope = at.heads
+            of_products = tl.where(reads_products, in_scope, 0)
+            if concepts.direction is not None:
+                along = over_heads(of + 3 * plane, at.inside, in_scope, at.queries)
+            m = Moments(
+                over_heads(of, at.inside, of_products, at.queries),
+                over_heads(of + plane, at.inside, of_products, at.queries),
+                over_heads(of + 2 * plane, at.inside, of_products, at.queries),
+                along,
+                over_heads(of + 4 * plane, at.inside, tl.where(reads_mass, in_scope, 0), at.queries),
+            )
         if concepts.offset is not None:
             added = tl.load(concepts.offset + entry.concept).to(tl.float32)
             m = Moments(m.zz, m.zf, m.ff, m.along + added, m.mass)
         r = similarity(rule, m, in_scope)
         g = gate(rule, concepts.numbers, e, r)
+        g = tl.where(r == r, g, r)  # minimum and maximum lose a NaN, which has to show in the output
         strength = entry_number(concepts.numbers, e, STRENGTH, rule.strength)
 
         # This entry's part of (removed, moved, weight, level).
@@ -561,20 +599,23 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
         amount = g
         level = tl.zeros(g.shape, tl.float32)
         if rule.joint == 1:
+            # amount 2^level, with an amount of 1 to 2, however small mass and gate are.
             amount = f.mass * g
-            level = tl.where(amount > 0, entry_top, float("-inf"))
+            exponent = (amount.to(tl.int32, bitcast=True) >> 23) - 127
+            level = tl.where(amount == 0, float("-inf"), entry_top + exponent)
+            inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+            amount = tl.where(amount == 0, 0.0, amount * inverse)
 
         # It is added, or with `max` replaces the part of an entry it beats.
         best_g = mix.best_g
         best_r = mix.best_r
-        best_concept = mix.best_concept
         best = mix.best
         if rule.largest == 1:
+            best_concept = concept_of(concepts, best, True)
             tie = (r > best_r) | ((r == best_r) & (entry.concept < best_concept))
             wins = (g > best_g) | ((g == best_g) & tie)
             best_g = tl.where(wins, g, best_g)
             best_r = tl.where(wins, r, best_r)
-            best_concept = tl.where(wins, entry.concept, best_concept)
             best = tl.where(wins, e, best)
             old = tl.where(wins, 0.0, 1.0)
             new = 1 - old
@@ -596,7 +637,7 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
             sum_of(old, mix.removed, -(strength * amount * x * new), feature),
             mix.moved * old - strength * amount * step * new,
             mix.weight * old + amount * new,
-            level, best_g, best_r, best_concept, best, mix.existing + 1,
+            level, best_g, best_r, best, mix.existing + 1,
         )  # fmt: skip
 
 
@@ -644,13 +685,14 @@ def finish(mix, z, zz, rule, norms, at, GOAL: tl.constexpr):
     sum_y = norm_sum(rule, y, inner(y, y))
     sum_z = norm_sum(rule, z.out, zz)
     if norms is not None:
-        table = norms + at.b * at.size
+        table = norms + at.b.to(tl.int64) * at.size
+        plane = at.batch.to(tl.int64) * at.size
         if GOAL == "norms":
             tl.store(table + at.own + at.n, sum_y, mask=at.inside)
-            tl.store(table + at.rows + at.own + at.n, sum_z, mask=at.inside)
+            tl.store(table + plane + at.own + at.n, sum_z, mask=at.inside)
         else:
             sum_y = over_heads(table + at.n, at.inside, at.heads, at.queries)
-            sum_z = over_heads(table + at.rows + at.n, at.inside, at.heads, at.queries)
+            sum_z = over_heads(table + plane + at.n, at.inside, at.heads, at.queries)
     scaling, limited = norm_factor(rule, sum_y, sum_z)
     rest = tl.full(keep.shape, 1.0, tl.float32) - rule.blend
     return sum_of(rule.blend * scaling, y, rest, z.out), limited
@@ -674,11 +716,12 @@ def trace_row(rows, o, z, zz, limited, stored: tl.constexpr, at):
         moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)
         finite = tl.abs(o[i].to(stored).to(tl.float32)) < float("inf")
         nonfinite += tl.sum((~finite).to(tl.float32), 1)
-    to = rows + at.b * at.size + at.own + at.n
+    to = rows + at.b.to(tl.int64) * at.size + at.own + at.n
+    plane = at.batch.to(tl.int64) * at.size
     tl.store(to, moved, mask=at.inside)
-    tl.store(to + at.rows, zz, mask=at.inside)
-    tl.store(to + 2 * at.rows, limited.to(tl.float32), mask=at.inside)
-    tl.store(to + 3 * at.rows, nonfinite, mask=at.inside)
+    tl.store(to + plane, zz, mask=at.inside)
+    tl.store(to + 2 * plane, limited.to(tl.float32), mask=at.inside)
+    tl.store(to + 3 * plane, nonfinite, mask=at.inside)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------
@@ -704,7 +747,7 @@ def attention(
     strength, logit_bias, threshold, width_of, cap, factor,
     GOAL: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, KEPT: tl.constexpr, TOKENS: tl.constexpr,
-    STREAMED: tl.constexpr,
+    STREAMED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """The kernel; a grid of any number of programs.
 
@@ -733,20 +776,21 @@ def attention(
             index, numbers, token_bias, token_weight, direction, update, offsets,
             entries, concepts, tokens, longest,
         )  # fmt: skip
-    size = queries.to(tl.int64) * heads
+    size = queries * heads
     # The tiles of all heads, one head after the other, in equal shares: few programs see two heads.
-    tiles = tl.cdiv(queries, ROWS).to(tl.int64)
-    all_tiles = batch * heads * tiles
-    begin = all_tiles * tl.program_id(0) // tl.num_programs(0)
-    end = all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
+    tiles = tl.cdiv(queries, ROWS)
+    all_tiles = (batch * heads * tiles).to(tl.int64)
+    begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
+    end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
     # Nothing is hoisted out of this loop and that of the entries: what is computed from constants and takes
-    # one instruction, such as addresses in shared memory, would take more registers than there are.
+    # one instruction, such as addresses in shared memory, would take more registers than there are. Out of
+    # the loop of tiles keys and values have to be, which is how mma.sync finds them in shared memory.
     for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):
         b = head // heads
         h = head % heads
         bias = None
         if key_bias is not None:
-            bias = key_bias + b * bias_batch + h * bias_head
+            bias = key_bias + b.to(tl.int64) * bias_batch + h.to(tl.int64) * bias_head
         prompt = None
         if KEPT:
             prompt = load_tokens(
@@ -759,14 +803,18 @@ def attention(
             of_row = index + entries + 2 * concepts + b
             first = tl.maximum(tl.load(of_row), 0)
             last = tl.minimum(tl.load(of_row + 1), entries)
-        first_tile = tl.maximum(begin - head * tiles, 0).to(tl.int32)
-        last_tile = tl.minimum(end - head * tiles, tiles).to(tl.int32)
-        for tile_number in range(first_tile, last_tile):
+        held = ()
+        for i in tl.static_range(HELD):
+            entry = find_entry(text, rule, first + i, first + i < last)
+            held = held + (load_entry(text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS),)
+        first_tile = tl.maximum(begin - head * tiles, 0)
+        last_tile = tl.minimum(end - head * tiles, tiles)
+        for tile_number in tl.range(first_tile, last_tile, disable_licm=reads_shared(ROWS)):
             line = tl.arange(0, ROWS)
             top_line = tile_number * ROWS
             n = top_line + line
             inside = n < queries
-            at = Place(b, h, n, inside, h * queries, size, batch * size, heads, queries)
+            at = Place(b, h, n, inside, h * queries, size, batch, heads, queries)
             q = load_rows(queries_of, b, h, top_line, line, inside, HEAD_DIM, CHANNELS, ALIGNED)
             if KEPT:
                 z = attend_once(q, prompt, factor, FEATURES)
@@ -784,15 +832,23 @@ def attention(
                 lowest = tl.full([ROWS], float("-inf"), tl.float32)
                 mix = Mix(
                     no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
-                    lowest, lowest, tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32), 0,
+                    lowest, lowest, tl.zeros([ROWS], tl.int32), 0,
                 )  # fmt: skip
                 # As another value q lies in shared memory until an entry wants it, not in registers: without
                 # this, head_dim 80 and more spill.
                 again = ()
                 for i in tl.static_range(len(q)):
                     again = again + ((q[i] + 0.0).to(q[i].dtype),)
-                for e in tl.range(first, last, disable_licm=True):
-                    entry = find_entry(text, rule, e)
+                for i in tl.static_range(HELD):
+                    entry = find_entry(text, rule, first + i, first + i < last)
+                    if entry.exists:
+                        f = attend_once(again, held[i], factor, FEATURES)
+                        mix = consider(
+                            mix, entry, f, z, zz, text, rule, moments, trace_entries, at,
+                            GOAL, HEAD_DIM, FEATURES,
+                        )  # fmt: skip
+                for e in tl.range(first + HELD, last, disable_licm=True):
+                    entry = find_entry(text, rule, e, True)
                     if entry.exists:
                         f = attend_entry(
                             again, text, entry, h, factor,
@@ -808,7 +864,7 @@ def attention(
                         o, limited = finish(mix, z, zz, rule, norms, at, GOAL)
                         if trace_entries is not None:
                             # With `max` only the winner has a gate, and only now is it known.
-                            to = trace_entries + mix.best * size + at.own + n
+                            to = trace_entries + mix.best.to(tl.int64) * size + at.own + n
                             tl.store(to, mix.best_g, mask=inside & (largest == 1))
 
             if GOAL == "output":

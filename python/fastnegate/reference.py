@@ -271,21 +271,24 @@ def _measure(
 
 def _gate(rule: Rule, r: Tensor, values: dict[str, Tensor], nudge: Nudge) -> Tensor:
     threshold, width = values["threshold"] + nudge.threshold, values["width"]
+    # A similarity that is NaN stays one whatever the gate: it has to show in the output.
     if rule.gate == "open":
-        return torch.ones_like(r)
+        return torch.where(r.isnan(), r, 1.0)
     if rule.gate == "step":
-        return (r > threshold).to(r.dtype)
+        return torch.where(r.isnan(), r, (r > threshold).to(r.dtype))
     if rule.gate == "ramp":
         return _divide(r - threshold, width.expand_as(r)).clamp(0, 1)
     return torch.sigmoid(width * (r - threshold))
 
 
 def _keep_largest(entries: list[Entry], runner_up: bool) -> None:
-    """`select="max"`: zero every gate but the largest; ties: larger r, lower concept, lower entry."""
+    """`select="max"`: zero every gate but the largest, which a NaN is; ties: larger r, lower concept, lower
+    entry."""
     order = sorted(range(len(entries)), key=lambda i: (entries[i].concept, entries[i].index))
     g = torch.stack(torch.broadcast_tensors(*[entries[i].g for i in order]))
     r = torch.stack(torch.broadcast_tensors(*[entries[i].r for i in order]))
-    chosen = torch.where(g == g.amax(0), r, -torch.inf).argmax(0)
+    largest = torch.where(g.isnan(), torch.inf, g)
+    chosen = torch.where(largest == largest.amax(0), r, -torch.inf).argmax(0)  # of numbers and NaN it is NaN
     if runner_up and len(entries) > 1:
         rest = g.scatter(0, chosen.unsqueeze(0), -1.0)
         chosen = torch.where(rest == rest.amax(0), r, -torch.inf).argmax(0)

@@ -15,7 +15,7 @@ import torch
 from fastnegate.benchmarks import roofline
 from fastnegate.benchmarks.operator.cases import CONCEPTS, LAYERS, METHODS, Case, make
 from fastnegate.benchmarks.operator.measure import compulsory_bytes
-from fastnegate.benchmarks.roofline import GPUS, Bar, Counts, Gpu, Times, count, prompts_loaded
+from fastnegate.benchmarks.roofline import GPUS, Bar, Counts, Gpu, Times, count, heads_met
 from fastnegate.triton_kernels import tiles as sizing
 from fastnegate.triton_kernels.tiles import Tiles, Work
 
@@ -89,7 +89,7 @@ def assert_counted(problem: Problem, programs: int | None = None) -> list[Counts
     places = A100.multiprocessors * sizing.resident(work, tile, A100.shared_memory)
     number = programs or sizing.programs(work, tile.rows, places)
     lengths = Case("", problem.query, problem.key, problem.value, problem.concepts, problem.rule).lengths
-    counted = count(work, tile, prompts_loaded(work, tile.rows, number), problem.rule, lengths)
+    counted = count(work, tile, heads_met(work, tile.rows, number), problem.rule, lengths)
     launches = simulated(problem)
     assert len(launches) == len(counted)
     of_prompt = [asked_by_threads(work, tile, tile.keys, work.keys, keys) for keys in (True, False)]
@@ -147,14 +147,15 @@ def test_counts_are_those_of_the_compiled_kernel(case: dict, cache: None) -> Non
 
 @compiled_by_triton
 def test_programs_with_several_tiles(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of a prompt that fits are read once per program, those of concepts per tile."""
+    """Keys and values of a prompt that fits and of the first entry are read once per program, those of other
+    entries per tile."""
     monkeypatch.setattr(sizing, "programs", lambda work, rows, places: 3)
     monkeypatch.setattr(backend, "_launches", {})  # what was planned before, for this shape too
-    problem = problem_of(batch=1, heads=2, queries=3 * 128 + 1)
+    problem = problem_of(64, batch=1, heads=2, queries=3 * 128 + 1)
     (counted,) = assert_counted(problem, programs=3)
-    row = 2 * 80
+    row = 2 * 64
     # Eight tiles, 2 + 3 + 3: the second program sees both heads.
-    assert counted.key == 4 * 77 * row and counted.concept_key == 8 * 16 * row
+    assert counted.key == 4 * 77 * row and counted.concept_key == (4 + 8) * 8 * row
 
 
 @compiled_by_triton
@@ -179,27 +180,27 @@ def test_counts_by_hand() -> None:
     tile = Tiles(rows=16, keys=16, kept=True, tokens=8, streamed=False, channels=32, features=24, warps=1)
     row = 2 * 24 * 2
     products = 2 * 16 * (32 + 24)  # of a tile of queries with a token
-    (plain,) = count(work, tile, 4, METHODS["protore"], [[]])
+    (plain,) = count(work, tile, [4], METHODS["protore"], [[]])
     assert plain == Counts(
         40 * row, 2 * 10 * row, 2 * 10 * row, 0, 0, 0, 0, 40 * row, 6 * 16 * products, 6 * 16 * 16
     )
-    (negated,) = count(work, tile, 4, METHODS["protore"], [[5, 3]])
+    (negated,) = count(work, tile, [4], METHODS["protore"], [[5, 3]])
     assert negated.concept_key == negated.concept_value == 3 * (5 + 3) * row
     # The values of a tile of 8 tokens are summed as 16.
     assert negated.multiplies == plain.multiplies + 6 * 2 * 2 * 16 * (8 * 32 + 16 * 24)
     assert negated.exponentials == plain.exponentials + 6 * 2 * 16 * 8
-    (weighed,) = count(work, tile, 4, RULES["mass-limit"], [[5, 3]])
+    (weighed,) = count(work, tile, [4], RULES["mass-limit"], [[5, 3]])
     # Per row and entry, in four lanes: two for the share of mass, two for levels, since all entries count.
     assert weighed.exponentials - negated.exponentials == 6 * 2 * (2 + 2) * 4 * 16
     assert negated.asked == sum(negated[:8]) == plain.asked + 2 * 3 * 8 * row
-    (kept,) = count(work, tile, 4, METHODS["protore"], [[5, 3]], keeps=1)
-    assert kept.concept_key == (2 * 5 + 3 * 3) * row
+    (held,) = count(work, tile._replace(held=1), [4], METHODS["protore"], [[5, 3]])
+    assert held.concept_key == (2 * 5 + 3 * 3) * row
     streamed = tile._replace(keys=8, kept=False)
-    (found,) = count(work, streamed, 4, METHODS["protore"], [[]])
+    (found,) = count(work, streamed, [4], METHODS["protore"], [[]])
     assert found.key == 3 * 10 * row
     assert found.multiplies == 6 * 2 * 2 * 16 * (8 * 32 + 16 * 24)
     assert found.exponentials == plain.exponentials + 6 * 2 * 4 * 16  # the running top
-    norms, output = count(work, tile, 4, METHODS["nag"], [[5, 3]])
+    norms, output = count(work, tile, [4], METHODS["nag"], [[5, 3]])
     assert (norms.out, norms.sums_written, norms.sums_read) == (0, 2 * 4 * 2 * 40, 0)
     assert (output.out, output.sums_written, output.sums_read) == (40 * row, 0, 2 * 2 * 4 * 2 * 40)
 
@@ -251,12 +252,12 @@ def test_busiest() -> None:
     assert roofline._busiest(work, TILE, 12, 20) == pytest.approx(2 * 20 / 24)
 
 
-def test_prompts_loaded() -> None:
+def test_heads_met() -> None:
     """Three tiles of each of 8 heads: programs of whole heads, of parts, and of 4, 5, 5, 5 and 5 tiles, which
-    meet 2, 2, 3, 2 and 2 heads."""
+    meet 2, 2, 2, 3 and 2 heads."""
     work = Work(batch=2, heads=4, queries=130, keys=9, dim=64, longest=0, itemsize=2)
-    found = {programs: roofline.prompts_loaded(work, 64, programs) for programs in (1, 8, 24, 5)}
-    assert found == {1: 8, 8: 8, 24: 24, 5: 11}
+    found = {programs: heads_met(work, 64, programs) for programs in (1, 8, 24, 5)}
+    assert found == {1: [4, 4], 8: [4, 4], 24: [12, 12], 5: [5, 6]}
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))

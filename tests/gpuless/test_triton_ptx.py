@@ -135,9 +135,10 @@ class Expected:
             times = 1 if c["KEPT"] else tiles
             read.update(key=times * keys, value=times * values)
             softmax = [self.attended(len(prompt), c["KEYS"], not c["KEPT"])]
-            for tokens in entries:
+            for place, tokens in entries:
                 keys, values = self.loaded(tokens, c["TOKENS"])
-                read.update(concept_key=tiles * keys, concept_value=tiles * values)
+                times = 1 if place < c["HELD"] else tiles
+                read.update(concept_key=times * keys, concept_value=times * values)
                 softmax.append(self.attended(len(tokens), c["TOKENS"], c["STREAMED"]))
             numbers = self.numbers_of_entry() * len(entries)
             if entries and self.goal != "moments" and self.rule.combine == "joint":
@@ -196,7 +197,9 @@ class Expected:
 
     def count_written(self, written: Counter[str], lines: int, entries: int) -> None:
         if self.goal == "moments":
-            written["moments"] += 5 * 4 * lines * entries
+            products = self.rule.similarity == "cosine" or self.rule.direction in ("orthogonal", "projection")
+            numbers = 3 * products + ("direction" not in self.constants) + (self.rule.similarity == "mass")
+            written["moments"] += numbers * 4 * lines * entries
         elif self.goal == "norms":
             written["norms"] += 2 * 4 * lines * (entries > 0)
         else:
@@ -215,19 +218,21 @@ def kept_keys(problem: Problem) -> Tensor:
     return (problem.key_bias > -torch.inf).expand(batch, heads, 1, keys)[:, :, 0]
 
 
-def kept_tokens(problem: Problem) -> list[list[Tensor]]:
-    """Of each row the existing entries, and which tokens of their concepts are not masked."""
+def kept_tokens(problem: Problem) -> list[list[tuple[int, Tensor]]]:
+    """Of each row the places of existing entries, and which tokens of their concepts are not masked."""
     concepts, batch = problem.concepts, problem.sizes[0]
     sizes = [concepts.entries, concepts.concepts, concepts.concepts, batch + 1]
     concept, begin, length, rows = (part.tolist() for part in concepts.index.split(sizes))
     kept = torch.ones(concepts.tokens, dtype=torch.bool)
     if concepts.token_bias is not None:
         kept = concepts.token_bias > -torch.inf
-    found: list[list[Tensor]] = []
-    for first, last in itertools.pairwise(rows):
-        active = [concept[e] for e in range(first, last) if concepts.active[e] > 0]
-        tokens = [kept[begin[c] : begin[c] + length[c] * problem.rule.reads_tokens] for c in active]
-        found.append([t for t in tokens if t.any() or not problem.rule.reads_tokens])
+    found: list[list[tuple[int, Tensor]]] = [[] for _ in range(batch)]
+    for row, (first, last) in enumerate(itertools.pairwise(rows)):
+        for e in range(first, last):
+            c = concept[e]
+            tokens = kept[begin[c] : begin[c] + length[c] * problem.rule.reads_tokens]
+            if concepts.active[e] > 0 and (tokens.any() or not problem.rule.reads_tokens):
+                found[row].append((e - first, tokens))
     return found
 
 
@@ -492,8 +497,8 @@ ONE_TURN = "a concept of this kernel has 16 tokens at most: the loop has one tur
 # Why a mutation of a line changes nothing that is promised; kinds are separated by commas, empty: all.
 HARMLESS = {
     "b = head // heads": ("", WIDE),
-    "begin = all_tiles * tl.program_id(0) // tl.num_programs(0)": ("", WIDE),
-    "end = all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)": ("", WIDE),
+    "begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
+    "end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
     "for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):": ("", WIDE),
     "return (x + (div - 1)) // div": ("", WIDE),
     "moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)": ("subtraction backwards", "it is squared"),
@@ -519,13 +524,13 @@ HARMLESS = {
         "addend off by one", "asked is only whether there is an entry",
     ),
     "top = tl.maximum(top, tl.max(s, 1))": ("number changed", "no logit is below half of the lowest float"),
-    "to = trace_entries + mix.best * size + at.own + n": (
+    "to = trace_entries + mix.best.to(tl.int64) * size + at.own + n": (
         "barrier dropped", "another one stands between the accesses",
     ),
-    "for tile_number in range(first_tile, last_tile):": (
+    "for tile_number in tl.range(first_tile, last_tile, disable_licm=reads_shared(ROWS)):": (
         "bound off by one", "no program has a head without a tile",
     ),
-    "tl.store(to + 2 * at.rows, limited.to(tl.float32), mask=at.inside)": (
+    "tl.store(to + 2 * plane, limited.to(tl.float32), mask=at.inside)": (
         "offset off by one", "a share of queries may be wrong by one of them",
     ),
 }  # fmt: skip

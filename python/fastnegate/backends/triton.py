@@ -184,6 +184,7 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
         constants={
             "HEAD_DIM": dim, "CHANNELS": t.channels, "FEATURES": t.features, "ALIGNED": aligned,
             "ROWS": t.rows, "KEYS": t.keys, "KEPT": t.kept, "TOKENS": t.tokens, "STREAMED": t.streamed,
+            "HELD": t.held if tokens is not None else 0,
         },
         text=tuple(tokens is not None and read for read in (
             *[True] * 6, rule.reads_direction, rule.direction == "fixed", rule.reads_direction,
