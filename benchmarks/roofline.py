@@ -68,7 +68,7 @@ def count(
     Args:
         loads: how often programs load the prompt of a head, if that fits one tile, and the entries they
             hold: of each batch row (`heads_met`).
-        lengths: tokens of each existing entry of each batch row.
+        lengths: tokens of each entry of each batch row, all of which exist.
     """
     row = work.heads * work.dim * work.itemsize  # bytes of a query, key or value of all heads
     steps = -(-work.queries // tile.rows)

@@ -416,7 +416,7 @@ REFUSED = {
     "entries[0].tiles.channels": (40, 32),
     "entries[0].tiles.features": (32, 44),
     "entries[0].tiles.warps": (3, 0),
-    "entries[0].tiles.held": (-1, True, MISSING),
+    "entries[0].tiles.held": (-1, 5, True, MISSING),
     "entries[0].resident": (0, True, 1.5, MISSING),
 }
 

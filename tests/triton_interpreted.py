@@ -17,7 +17,7 @@ import torch
 import fastnegate as fn
 from fastnegate.backends import triton as backend
 from fastnegate.problem import Problem
-from fastnegate.rule import GATES, SELECTS, Rule
+from fastnegate.rule import COMBINES, GATES, SELECTS, Rule
 from gpuless import interpreter
 from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
 
@@ -196,14 +196,18 @@ def test_lowest_bias_is_a_number(rule: str, scale: float) -> None:
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("select", SELECTS)
-def test_similarity_that_is_nan_shows(select: str, gate: str) -> None:
+@pytest.mark.parametrize("combine", COMBINES)
+def test_similarity_that_is_nan_shows(combine: str, select: str, gate: str) -> None:
     """From a concept that holds one: negation that cannot be computed must not be left out."""
-    rule = Rule("direction", gate, "difference", select=select)
-    problem = make_problem(rule=rule, rows=[[0, 1], [1, 2], [2, 0]])
+    direction = "difference" if combine == "separate" else "raw"
+    rule = Rule("direction", gate, direction, combine, select=select)
+    problem = make_problem(rule=rule, rows=[[0, 1], [1, 2], [2, 0]], dtype=torch.float16)
     offset = torch.zeros(3)
     offset[1] = torch.nan
-    output = backend.run(with_concepts(problem, offset=offset))
+    output, tables = backend.run_with_statistics(with_concepts(problem, offset=offset))
     assert output[:2].isnan().all() and output[2].isfinite().all()
+    gates = tables.named.gate_max
+    assert gates.isnan().tolist() == [False, True, True, False, False, False] and not gates.isinf().any()
 
 
 def test_ties_of_max() -> None:
@@ -224,20 +228,22 @@ def test_ties_of_max() -> None:
     assert torch.equal(run([first, 2, 0], **larger), run([2], **larger))
 
 
-def test_indices_are_clamped() -> None:
+@pytest.mark.parametrize("begin, end", ((-5, 5), (2**31 - 1, 2**31 - 1), (-(2**31), -(2**31))))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_indices_are_clamped(dtype: torch.dtype, begin: int, end: int) -> None:
     """As in the reference, and nothing outside the arrays is read: NaN surrounds them."""
-    problem = make_problem(rule="eiup", rows="same")
+    problem = make_problem(rule="eiup", rows="same", dtype=dtype)
     concepts = problem.concepts
     entries, count = concepts.entries, concepts.concepts
     index = concepts.index.clone()
     index[0], index[1] = 99, -99  # concepts
     index[entries], index[entries + 1] = -7, concepts.tokens - 1  # begins
     index[entries + count : entries + 2 * count] = 10**6  # lengths
-    index[-4], index[-1] = -5, entries + 5  # rows
+    index[-4], index[-1] = begin, end  # rows
     padded = {}
     for name in ("key", "value", "token_bias", "token_weight", "direction", "update", "offset", "numbers"):
         tensor = getattr(concepts, name)
-        room = torch.full((len(tensor) + 64, *tensor.shape[1:]), torch.nan)
+        room = torch.full((len(tensor) + 64, *tensor.shape[1:]), torch.nan, dtype=tensor.dtype)
         padded[name] = room[32:-32].copy_(tensor)
     corrupt = with_concepts(problem, index=index, **padded)
     Judge(corrupt).check(backend.run(corrupt), "triton")

@@ -124,7 +124,7 @@ class Mix(NamedTuple):
     best_g: Any  # of the entries so far, for `max`
     best_r: Any
     best: Any
-    existing: Any  # entries so far
+    found: Any  # whether there was an entry
 
 
 class Place(NamedTuple):
@@ -276,9 +276,9 @@ def reads_shared(rows):
 
 @triton.jit
 def divide(x, y):
-    """x / y, and 0 where y < 1e-30: the operator's only epsilon."""
+    """x / y to 2 ulp, and 0 where y < 1e-30: the operator's only epsilon."""
     small = y < TINY
-    return tl.where(small, 0.0, tl.div_rn(x, tl.where(small, 1.0, y)))
+    return tl.where(small, 0.0, x / tl.where(small, 1.0, y))
 
 
 @triton.jit
@@ -389,7 +389,10 @@ def attended(sums, factor):
     """Means instead of sums, the top in base-2 logits, where what is not empty stays finite."""
     top = tl.maximum(sums.top * factor, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     top = tl.where(sums.top == float("-inf"), sums.top, top)
-    return Attended(scaled(sums.out, divide(1.0, sums.mass)), top, sums.mass)
+    # Rounded to nearest for the registers alone: with `divide` 56 bytes are spilled at head_dim 64 on 8.0.
+    small = sums.mass < TINY
+    inverse = tl.where(small, 0.0, tl.div_rn(1.0, tl.where(small, 1.0, sums.mass)))
+    return Attended(scaled(sums.out, inverse), top, sums.mass)
 
 
 @triton.jit
@@ -465,7 +468,7 @@ def gate(rule, numbers, e, r):
     if rule.gate == RAMP:
         psi = tl.minimum(tl.maximum(divide(above, width), 0.0), 1.0)
     if rule.gate == SIGMOID:
-        psi = 1 / (1 + tl.exp2(tl.minimum(above * (-LOG2E * width), 126.0)))
+        psi = 1 / (1 + tl.exp2(tl.minimum(above * width * -LOG2E, 126.0)))
     return tl.load(numbers + e * STRIDE + ACTIVE) * tl.minimum(psi, entry_number(numbers, e, CAP, rule.cap))
 
 
@@ -602,9 +605,9 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
             # amount 2^level, with an amount of 1 to 2, however small mass and gate are.
             amount = f.mass * g
             exponent = (amount.to(tl.int32, bitcast=True) >> 23) - 127
-            level = tl.where(amount == 0, float("-inf"), entry_top + exponent)
+            level = tl.where(amount <= 0, float("-inf"), entry_top + exponent)
             inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-            amount = tl.where(amount == 0, 0.0, amount * inverse)
+            amount = tl.where(amount <= 0, 0.0, amount * inverse)
 
         # It is added, or with `max` replaces the part of an entry it beats.
         best_g = mix.best_g
@@ -613,7 +616,7 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
         if rule.largest == 1:
             best_concept = concept_of(concepts, best, True)
             tie = (r > best_r) | ((r == best_r) & (entry.concept < best_concept))
-            wins = (g > best_g) | ((g == best_g) & tie)
+            wins = (g > best_g) | ((g == best_g) & tie) | (g != g)
             best_g = tl.where(wins, g, best_g)
             best_r = tl.where(wins, r, best_r)
             best = tl.where(wins, e, best)
@@ -637,7 +640,7 @@ def consider(mix, entry, f, z, zz, concepts, rule, moments, trace, at,
             sum_of(old, mix.removed, -(strength * amount * x * new), feature),
             mix.moved * old - strength * amount * step * new,
             mix.weight * old + amount * new,
-            level, best_g, best_r, best, mix.existing + 1,
+            level, best_g, best_r, best, True,
         )  # fmt: skip
 
 
@@ -714,8 +717,8 @@ def trace_row(rows, o, z, zz, limited, stored: tl.constexpr, at):
     nonfinite = tl.zeros([o[0].shape[0]], tl.float32)
     for i in tl.static_range(len(o)):
         moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)
-        finite = tl.abs(o[i].to(stored).to(tl.float32)) < float("inf")
-        nonfinite += tl.sum((~finite).to(tl.float32), 1)
+        nothing = o[i].to(stored).to(tl.float32) * 0  # but NaN of what is not finite
+        nonfinite += tl.sum((nothing != 0).to(tl.float32), 1)
     to = rows + at.b.to(tl.int64) * at.size + at.own + at.n
     plane = at.batch.to(tl.int64) * at.size
     tl.store(to, moved, mask=at.inside)
@@ -779,7 +782,7 @@ def attention(
     size = queries * heads
     # The tiles of all heads, one head after the other, in equal shares: few programs see two heads.
     tiles = tl.cdiv(queries, ROWS)
-    all_tiles = (batch * heads * tiles).to(tl.int64)
+    all_tiles = batch.to(tl.int64) * heads * tiles
     begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
     end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
     # Nothing is hoisted out of this loop and that of the entries: what is computed from constants and takes
@@ -801,7 +804,7 @@ def attention(
         last = 0
         if concept_key is not None:
             of_row = index + entries + 2 * concepts + b
-            first = tl.maximum(tl.load(of_row), 0)
+            first = tl.minimum(tl.maximum(tl.load(of_row), 0), entries)
             last = tl.minimum(tl.load(of_row + 1), entries)
         held = ()
         for i in tl.static_range(HELD):
@@ -832,7 +835,7 @@ def attention(
                 lowest = tl.full([ROWS], float("-inf"), tl.float32)
                 mix = Mix(
                     no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
-                    lowest, lowest, tl.zeros([ROWS], tl.int32), 0,
+                    lowest, lowest, tl.zeros([ROWS], tl.int32), False,
                 )  # fmt: skip
                 # As another value q lies in shared memory until an entry wants it, not in registers: without
                 # this, head_dim 80 and more spill.
@@ -860,7 +863,7 @@ def attention(
                         )  # fmt: skip
 
                 if GOAL != "moments":
-                    if mix.existing > 0:  # else O = Z to the last bit
+                    if mix.found:  # else O = Z to the last bit
                         o, limited = finish(mix, z, zz, rule, norms, at, GOAL)
                         if trace_entries is not None:
                             # With `max` only the winner has a gate, and only now is it known.

@@ -179,7 +179,7 @@ def flaw(entry: Tuned) -> str | None:
         "tiles.channels": t.channels < key.dim or t.channels % 16,
         "tiles.features": t.features < key.dim or t.features % 8,
         "tiles.warps": t.warps < 1 or t.warps & (t.warps - 1),
-        "tiles.held": t.held < 0 or (t.held > 0 and t.streamed),
+        "tiles.held": not 0 <= t.held <= 4 or (t.held > 0 and t.streamed),
         "resident": entry.resident < 1,
     }
     return next((field for field, is_bad in bad.items() if is_bad), None)

@@ -271,14 +271,15 @@ def _measure(
 
 def _gate(rule: Rule, r: Tensor, values: dict[str, Tensor], nudge: Nudge) -> Tensor:
     threshold, width = values["threshold"] + nudge.threshold, values["width"]
-    # A similarity that is NaN stays one whatever the gate: it has to show in the output.
     if rule.gate == "open":
-        return torch.where(r.isnan(), r, 1.0)
-    if rule.gate == "step":
-        return torch.where(r.isnan(), r, (r > threshold).to(r.dtype))
-    if rule.gate == "ramp":
-        return _divide(r - threshold, width.expand_as(r)).clamp(0, 1)
-    return torch.sigmoid(width * (r - threshold))
+        psi = torch.ones_like(r)
+    elif rule.gate == "step":
+        psi = (r > threshold).to(r.dtype)
+    elif rule.gate == "ramp":
+        psi = _divide(r - threshold, width.expand_as(r)).clamp(0, 1)
+    else:
+        psi = torch.sigmoid(width * (r - threshold))
+    return torch.where(r.isnan(), r, psi)  # NaN has to show in the output
 
 
 def _keep_largest(entries: list[Entry], runner_up: bool) -> None:

@@ -500,13 +500,10 @@ HARMLESS = {
     "begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
     "end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
     "for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):": ("", WIDE),
-    "return (x + (div - 1)) // div": ("", WIDE),
+    "return (x + (div - 1)) // div": ("", "another tile that has no query changes nothing"),
     "moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)": ("subtraction backwards", "it is squared"),
     "again = again + ((q[i] + 0.0).to(q[i].dtype),)": (
         "sub for add, store dropped", "x - 0 is x + 0, and the same bits are in shared memory already",
-    ),
-    'finite = tl.abs(o[i].to(stored).to(tl.float32)) < float("inf")': (
-        "bound off by one, constant of a bound off by one", "the lowest bit of what is compared is always 0",
     ),
     "": ("bound off by one, bit of an address, selection swapped, condition inverted", LENGTHS),
     "keep, added = unmasked(bias, bias_stride, first, token, token < count, factor)": (
@@ -519,9 +516,8 @@ HARMLESS = {
     "for first in range(0, length, 128):": (
         "addend off by one, bound off by one, constant of a bound off by one", ONE_TURN,
     ),
-    "return core.reduce(input, axis, _sum_combine, keep_dims=keep_dims)": ("selection swapped", ONE_TURN),
-    "level, best_g, best_r, best_concept, best, mix.existing + 1,": (
-        "addend off by one", "asked is only whether there is an entry",
+    "return core.reduce(input, axis, _sum_combine, keep_dims=keep_dims)": (
+        "selection swapped, barrier dropped", ONE_TURN,
     ),
     "top = tl.maximum(top, tl.max(s, 1))": ("number changed", "no logit is below half of the lowest float"),
     "to = trace_entries + mix.best.to(tl.int64) * size + at.own + n": (
