@@ -496,7 +496,15 @@ def concept_of(concepts, e, there):
 
 
 @triton.jit
-def find_entry(concepts, rule, e, there):
+def unmasked_tokens(concepts, first, count, WIDTH: tl.constexpr):
+    """How many of `count` tokens there are, of at most WIDTH."""
+    token = tl.arange(0, WIDTH)
+    bias = tl.load(concepts.token_bias + first + token, mask=token < count, other=float("-inf"))
+    return tl.sum((bias != float("-inf")).to(tl.int32))
+
+
+@triton.jit
+def find_entry(concepts, rule, e, there, TOKENS: tl.constexpr, STREAMED: tl.constexpr):
     """Entry e of the batch row, if it is there."""
     c = concept_of(concepts, e, there)
     begin = tl.load(concepts.index + concepts.entries + c)
@@ -508,10 +516,11 @@ def find_entry(concepts, rule, e, there):
     present = length
     if concepts.token_bias is not None:
         present = 0
-        for first in range(0, length, 128):
-            place = first + tl.arange(0, 128)
-            bias = tl.load(concepts.token_bias + begin + place, mask=place < length, other=float("-inf"))
-            present += tl.sum((bias != float("-inf")).to(tl.int32))
+        if STREAMED:
+            for first in range(0, length, 128):
+                present += unmasked_tokens(concepts, begin + first, length - first, 128)
+        else:
+            present = unmasked_tokens(concepts, begin, length, triton.next_power_of_2(TOKENS))
     return Entry(e, c, begin, length, active & ((present > 0) | (rule.reads_tokens == 0)))
 
 
@@ -808,7 +817,7 @@ def attention(
             last = tl.minimum(tl.load(of_row + 1), entries)
         held = ()
         for i in tl.static_range(HELD):
-            entry = find_entry(text, rule, first + i, first + i < last)
+            entry = find_entry(text, rule, first + i, first + i < last, TOKENS, STREAMED)
             held = held + (load_entry(text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS),)
         first_tile = tl.maximum(begin - head * tiles, 0)
         last_tile = tl.minimum(end - head * tiles, tiles)
@@ -843,7 +852,7 @@ def attention(
                 for i in tl.static_range(len(q)):
                     again = again + ((q[i] + 0.0).to(q[i].dtype),)
                 for i in tl.static_range(HELD):
-                    entry = find_entry(text, rule, first + i, first + i < last)
+                    entry = find_entry(text, rule, first + i, first + i < last, TOKENS, STREAMED)
                     if entry.exists:
                         f = attend_once(again, held[i], factor, FEATURES)
                         mix = consider(
@@ -851,7 +860,7 @@ def attention(
                             GOAL, HEAD_DIM, FEATURES,
                         )  # fmt: skip
                 for e in tl.range(first + HELD, last, disable_licm=True):
-                    entry = find_entry(text, rule, e, True)
+                    entry = find_entry(text, rule, e, True, TOKENS, STREAMED)
                     if entry.exists:
                         f = attend_entry(
                             again, text, entry, h, factor,

@@ -478,6 +478,7 @@ def checks() -> Iterator[Check | Ties | Clamped | Lengths]:
     )
     yield Check(change=masked, batch=2, rows=[[FIRST, SECOND, THIRD], [1]])
     yield Check(change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[far])
+    yield Check(rule="vsf", sharpness=30.0, rows=[far])
     yield Check(change=loud, queries=117, rule=without_norm, rows=[strong])
     yield Check(change=largest, rows=[[]])
     yield Check(rule=RULES["mass-limit"], queries=1, keys=5, concept_lengths=(1, 2, 3))  # little text
