@@ -267,7 +267,7 @@ def load_vector(vectors, c, h, heads, HEAD_DIM: tl.constexpr, FEATURES: tl.const
 def reads_shared(rows):
     """Whether matrix instructions read keys and values of the prompt where they lie in shared memory (wgmma,
     tcgen05), not in registers that the compiler has to fill."""
-    target = current_target()
+    target = None if triton.knobs.runtime.interpret else current_target()
     return target is not None and target.backend == "cuda" and 90 <= target.arch < 120 and rows >= 64
 
 
