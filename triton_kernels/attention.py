@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`negated_attention` in Triton: a program makes some tiles of output rows, one after the other.
 
-It loads the prompt's keys and values once for the tiles of a head. For each tile of queries it attends to the
-prompt (Z), then takes the entries of its batch row one by one: attention to the concept's tokens (F), inner
-products, gate, coefficients, one update of an accumulator. So one softmax is alive at a time, any number of
-entries fits, and Q is read and O is written once.
+It loads the prompt's keys and values once for the tiles of a head, and the tokens of the first entry if they
+are few (HELD). For each tile of queries it attends to the prompt (Z), then takes the entries of its batch
+row one by one: attention to the concept's tokens (F), inner products, gate, coefficients, one update of an
+accumulator. So one softmax is alive at a time, any number of entries fits, and Q is read and O is written
+once.
 
 Scope `feature` needs sums over heads before an output exists. The same kernel is then launched once
 per sum: to write the inner products of each head ("moments"), to write the norms of Y and Z of each
