@@ -819,7 +819,8 @@ def attention(
         held = ()
         for i in tl.static_range(HELD):
             entry = find_entry(text, rule, first + i, first + i < last, TOKENS, STREAMED)
-            held = held + (load_entry(text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS),)
+            of_entry = load_entry(text, entry, h, factor, HEAD_DIM, CHANNELS, FEATURES, ALIGNED, TOKENS)
+            held = held + ((entry, of_entry),)
         first_tile = tl.maximum(begin - head * tiles, 0)
         last_tile = tl.minimum(end - head * tiles, tiles)
         for tile_number in tl.range(first_tile, last_tile, disable_licm=reads_shared(ROWS)):
@@ -853,9 +854,9 @@ def attention(
                 for i in tl.static_range(len(q)):
                     again = again + ((q[i] + 0.0).to(q[i].dtype),)
                 for i in tl.static_range(HELD):
-                    entry = find_entry(text, rule, first + i, first + i < last, TOKENS, STREAMED)
+                    entry, of_entry = held[i]
                     if entry.exists:
-                        f = attend_once(again, held[i], factor, FEATURES)
+                        f = attend_once(again, of_entry, factor, FEATURES)
                         mix = consider(
                             mix, entry, f, z, zz, text, rule, moments, trace_entries, at,
                             GOAL, HEAD_DIM, FEATURES,
