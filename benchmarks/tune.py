@@ -124,8 +124,8 @@ def candidates(key: Key, shared_memory: int, columns: int = 8) -> list[Tuned]:
         wide = half and sharing == 1
         unit = columns if wide else 16
         keys, longest = up(key.keys, unit), up(key.longest, unit)
-        # Warps that share rows take 8 columns or more each, of pieces of 32 or more, as in `tiles`.
-        features = up(key.dim, columns if wide else max(32, 8 * sharing)) if half else usual.features
+        # Warps that share rows take 8 columns or more each, as in `tiles`.
+        features = up(key.dim, columns if wide else 8 * sharing) if half else usual.features
         prompts = [(keys, True)] * half  # in float32 operands lie in registers: no room for a whole prompt
         sizes = {min(up(n, unit), keys) for n in (usual.keys, *TILES)}
         prompts += [(n, False) for n in sorted(sizes) if n < keys or not half]

@@ -202,9 +202,10 @@ def offset(size, i):
 @triton.jit
 def inner(x, y):
     """<x, y> of each row."""
-    products = x[0] * y[0]
+    last: tl.constexpr = len(x) - 1  # the widest
+    products = x[last] * y[last]
     total = tl.zeros([products.shape[0]], tl.float32)
-    for i in tl.static_range(1, len(x)):
+    for i in tl.static_range(last):
         if x[i].shape[1] == products.shape[1]:
             products += x[i] * y[i]  # one sum across the threads, not one each
         else:

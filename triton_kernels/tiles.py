@@ -40,12 +40,14 @@ class Tiles(NamedTuple):
 
 
 def split(size: int) -> tuple[int, ...]:
-    """`size` as a sum of powers of two, largest first: what Triton can hold of it.
+    """`size` as a sum of powers of two: what Triton can hold of it.
 
     Pieces of at most 64: with 128 + 32 for 160, statistics spill; float32 sums of 128 and more products in
-    one chain miss the accuracy budget.
+    one chain miss the accuracy budget. The largest comes first, but from 96 on last: Triton lays out chained
+    products by the last, and has warps share 16 rows only if that one has more columns.
     """
-    return (64,) * (size // 64) + tuple(1 << i for i in reversed(range(6)) if size >> i & 1)
+    powers = tuple(1 << i for i in range(6) if size >> i & 1)
+    return powers + (64,) * (size // 64) if size >= 96 else (64,) * (size // 64) + powers[::-1]
 
 
 def up(size: int, unit: int) -> int:
@@ -64,12 +66,12 @@ def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
     dim = work.dim
     # Z, F and the sum of what is removed take dim / 2 registers each of a warp that owns 16 rows, Q dim / 4.
     # Up to 80 this fits: 8 warps of 16 rows, and K and V are read once for 128 rows. Beyond it, two warps
-    # (four from 168 on) share 16 rows and take half of the channels each, in pieces of at least 32.
+    # (four from 168 on) share 16 rows and take half of the channels each, at least 8 of a piece.
     # A long prompt is read again for every tile: up to 128, 128 rows are worth some spilled registers, since
     # 32 rows, which spill nothing, read it 4 times as often.
     wide = dim <= 80 or (dim <= 128 and work.keys > 96)
     rows, warps = (128, 8) if wide else (16, 2 if dim <= 160 else 4)
-    features = up(dim, columns if wide else 32)
+    features = up(dim, columns if wide else 8 * warps)
     # Scores of one tile of keys take keys / 2 registers beside Z, when nothing else is alive.
     unit = columns if wide else 16
     keys = up(work.keys, unit)

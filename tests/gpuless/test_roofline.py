@@ -289,7 +289,7 @@ def test_order_of_modelled_times() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "least", "filled", "verdict"),
+    ("value", "ideal", "filled", "verdict"),
     (
         (1.35, 1.0, 0.9, "pass"),
         (1.36, 1.0, 0.9, "FAIL"),
@@ -300,8 +300,8 @@ def test_order_of_modelled_times() -> None:
         (1.36, 1.0, None, "FAIL"),
     ),
 )
-def test_verdicts(value: float, least: float, filled: float | None, verdict: str) -> None:
-    assert Bar("", "", value, 1.35, least, filled).verdict == verdict
+def test_verdicts(value: float, ideal: float, filled: float | None, verdict: str) -> None:
+    assert Bar("", "", value, 1.35, ideal, filled).verdict == verdict
 
 
 def test_what_a_filled_gpu_must_read() -> None:
@@ -311,7 +311,7 @@ def test_what_a_filled_gpu_must_read() -> None:
     assert best.programs == 119
     assert best.bytes == pytest.approx((16 * 1024 + 119 * 77) / (16 * 1024 + 16 * 77))
     found = {bar.of: bar for bar in roofline.bars() if bar.promise == "all bytes over must"}
-    assert found["H100 sd15-32 none"].least == best.bytes > roofline.MOST_BYTES
+    assert found["H100 sd15-32 none"].ideal == best.bytes > roofline.MOST_BYTES
     assert "124 queries a multiprocessor" in found["H100 sd15-32 none"].why
 
 
