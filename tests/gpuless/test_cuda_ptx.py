@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import gc
 import importlib.util
-import itertools
 import re
 import shutil
 import subprocess
@@ -25,7 +24,29 @@ import pytest
 import torch
 from cuda_shim.backend import HEAD_DIMS, Shim
 from cuda_shim.build import CSRC, build, missing
-from ptxsim import Counts, Instruction, Program, PtxError, Result, mutations, parse, run
+from executed import (
+    BFLOAT16,
+    FAR,
+    FIRST,
+    FLOAT16,
+    SECOND,
+    SMALL,
+    STRONG,
+    THIRD,
+    THREE_SWEEPS,
+    all_weigh,
+    check_fates,
+    entries_of,
+    fate,
+    kept_keys,
+    largest,
+    loud,
+    masked,
+    only,
+    pointing_nowhere,
+    ties,
+)
+from ptxsim import Counts, Instruction, Mutation, Program, Result, mutations, parse, run
 from ptxsim.counts import SECTOR
 from ptxsim.memory import WARP
 from ptxsim.parse import Immediate, Register
@@ -37,13 +58,12 @@ from fastnegate.arguments import arguments
 from fastnegate.backends import cuda as backend
 from fastnegate.problem import Problem, Statistics
 from fastnegate.rule import Rule
-from support import RULES, Judge, make_problem, plain, with_concepts
+from support import RULES, Judge, make_problem, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NVCC = shutil.which("nvcc")
 RECORDER = Path(__file__).parent / "cuda_ptx_recorder" / "recorder.cpp"
-FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 TYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
 # Order of the addresses that the bindings take.
 ARGUMENTS = ("query", "key", "value", "out", "concept_key", "concept_value", "key_bias", "token_bias",
@@ -210,13 +230,6 @@ class Work(NamedTuple):
         return cls(+read, +written, mma, counts.exponentials)
 
 
-class Entry(NamedTuple):
-    """An active one."""
-
-    kept: Tensor  # whether a token of its concept is not masked
-    exists: bool
-
-
 class Expected:
     """What blocks of a launch have to do, from sizes alone."""
 
@@ -320,33 +333,6 @@ class Expected:
         return written
 
 
-def kept_keys(problem: Problem) -> Tensor:
-    """[B, H, M]: those that are not masked."""
-    batch, heads, _, keys, _ = problem.sizes
-    if problem.key_bias is None:
-        return torch.ones(batch, heads, keys, dtype=torch.bool)
-    return (problem.key_bias > -torch.inf).expand(batch, heads, 1, keys)[:, :, 0]
-
-
-def entries_of(problem: Problem) -> list[list[Entry]]:
-    """The active ones of each row."""
-    concepts, batch = problem.concepts, problem.sizes[0]
-    if concepts is None:
-        return [[]] * batch
-    sizes = [concepts.entries, concepts.concepts, concepts.concepts, batch + 1]
-    concept, begin, length, rows = (part.tolist() for part in concepts.index.split(sizes))
-    kept = torch.ones(concepts.tokens, dtype=torch.bool)
-    if concepts.token_bias is not None:
-        kept = concepts.token_bias > -torch.inf
-    reads = problem.rule.reads_tokens
-    found = []
-    for first, last in itertools.pairwise(rows):
-        active = [concept[e] for e in range(first, last) if concepts.active[e] > 0]
-        tokens = [kept[begin[c] : begin[c] + length[c] * reads] for c in active]
-        found.append([Entry(t, bool(t.any()) or not reads) for t in tokens])
-    return found
-
-
 def check_work(simulate: Simulator, problem: Problem, simulated: Simulated) -> None:
     """Each block does what it has to, and no byte more."""
     moved = 0
@@ -363,11 +349,6 @@ def check_work(simulate: Simulator, problem: Problem, simulated: Simulated) -> N
 
 
 # ---- results ----------------------------------------------------------------------------------------
-
-THREE_SWEEPS = Rule(
-    "cosine", "ramp", "projection", select="max", norm="limit", norm_order=1, scope="feature", strength=2.0
-)
-SMALL = {"batch": 2, "heads": 1, "queries": 20, "keys": 21, "dim": 40, "dtype": FLOAT16}
 
 
 def same(problem: Problem) -> Problem:
@@ -481,19 +462,6 @@ def test_row_does_not_depend_on_other_rows(name: str, simulate: Simulator) -> No
         assert torch.equal(simulate(only(problem, row), True, TWO).output[0], output[row])
 
 
-def only(problem: Problem, row: int) -> Problem:
-    """The problem of one batch row."""
-    concepts, batch = problem.concepts, problem.sizes[0]
-    concept, places, rows = concepts.index.tensor_split([concepts.entries, -batch - 1])
-    mine = slice(*rows[row : row + 2].tolist())
-    index = torch.cat([concept[mine], places, rows[row : row + 2] - rows[row]])
-    alone = with_concepts(
-        problem, index=index, numbers=concepts.numbers[mine], entries=len(concept[mine])
-    ).concepts
-    tensors = (x[row : row + 1] for x in (problem.query, problem.key, problem.value))
-    return Problem(*tensors, None, alone, problem.rule, problem.scale)
-
-
 @pytest.mark.parametrize("name", ("protore", "three-sweeps", "streamed-text"))
 def test_tilings(name: str, simulate: Simulator) -> None:
     """Bits do not depend on how many blocks there are, nor on what fits in shared memory."""
@@ -513,11 +481,6 @@ def test_tilings(name: str, simulate: Simulator) -> None:
 
 # ---- what finds mistakes ----------------------------------------------------------------------------
 
-FIRST, SECOND, THIRD = (
-    {"concept": 0, "strength": 5.0, "threshold": 0.1, "width": 0.75, "cap": 0.95, "active": 0.8},
-    {"concept": 1, "logit_bias": 0.2},
-    {"concept": 2, "strength": 4.0},
-)
 # A head_dim for which operands are in registers and in shared memory, channels steps of 16 and of 8.
 MUTATED: dict = {**SMALL, "batch": 1, "keys": 77, "dim": 72, "rows": [[FIRST, SECOND, THIRD]]}
 
@@ -533,8 +496,8 @@ class Check:
         if least:
             self.gpu = simulate.smaller(self.problem, gpu, STREAMED[least])
         self.judge = Judge(self.problem)
-        existing = [[entry for entry in entries if entry.exists] for entries in entries_of(self.problem)]
-        self.without = [row for row, entries in enumerate(existing) if not entries]
+        rows = enumerate(entries_of(self.problem))
+        self.without = [row for row, entries in rows if not any(entry.exists for entry in entries)]
         self.z = simulate(plain(self.problem), gpu=self.gpu).output if self.without else self.problem.query
 
     def __call__(self, **options) -> list[Launched]:
@@ -554,30 +517,12 @@ class Check:
 
 
 class Ties:
-    """Equal gates: the larger similarity, then the lower concept, then the first entry wins. Concepts 0 and 1
-    are twins."""
-
     def __init__(self, simulate: Simulator) -> None:
         self.simulate = simulate
-        loser, capped = {"strength": 1.0}, {"cap": 0.01, "strength": 9.0}
-        self.problem, self.same = (
-            self.twins(make_problem(**{**MUTATED, "batch": 3, "rows": rows, "concept_lengths": (8, 8, 12)}))
-            for rows in (
-                [[1, {"concept": 1, **loser}], [{"concept": 1, **loser}, 0], [{"concept": 2, **capped}, 0]],
-                [[1], [0], [0, {"concept": 2, **capped}]],
-            )
-        )
-
-    @staticmethod
-    def twins(problem: Problem) -> Problem:
-        changed = {}
-        for name in ("key", "value", "token_bias", "token_weight"):
-            changed[name] = getattr(problem.concepts, name).clone()
-            changed[name][8:16] = changed[name][:8]
-        return with_concepts(problem, **changed)
+        self.problem, self.winners = ties(**MUTATED)
 
     def __call__(self, **options) -> list[Launched]:
-        simulated, same = (self.simulate(p, True, ONE, **options) for p in (self.problem, self.same))
+        simulated, same = (self.simulate(p, True, ONE, **options) for p in (self.problem, self.winners))
         assert torch.equal(simulated.output, same.output)
         return simulated.launches
 
@@ -587,14 +532,7 @@ class Clamped:
 
     def __init__(self, simulate: Simulator) -> None:
         self.simulate = simulate
-        problem = make_problem(**{**MUTATED, "batch": 2, "rows": [[FIRST, SECOND, THIRD], [0]]})
-        concepts = problem.concepts
-        entries, count, index = concepts.entries, concepts.concepts, concepts.index.clone()
-        index[0], index[1] = 99, -99  # concepts
-        index[entries], index[entries + 1] = -7, concepts.tokens - 1  # begins
-        index[entries + count : entries + 2 * count] = 10**6  # lengths
-        index[-3], index[-1] = -5, entries + 5  # rows
-        self.problem = with_concepts(problem, index=index)
+        self.problem = pointing_nowhere(**MUTATED)
         self.judge = Judge(self.problem)
 
     def __call__(self, **options) -> list[Launched]:
@@ -603,38 +541,13 @@ class Clamped:
         return simulated.launches
 
 
-def masked(problem: Problem) -> Problem:
-    """Of concept 0 no token, of concept 1 each, of concept 2 by the lowest number, which is no mask."""
-    bias = problem.concepts.token_bias.nan_to_num(neginf=0.0)
-    bias[8:11], bias[11:] = -torch.inf, torch.finfo(torch.float32).min
-    return with_concepts(problem, token_bias=bias)
-
-
-def all_weigh(problem: Problem) -> Problem:
-    return with_concepts(problem, token_weight=torch.ones_like(problem.concepts.token_weight))
-
-
 def quiet(problem: Problem) -> Problem:
     """All logits are far below 0."""
     return dataclasses.replace(problem, key_bias=torch.full((1, 1, 1, problem.sizes[3]), -300.0))
 
 
-def loud(problem: Problem) -> Problem:
-    """Outputs are too large for float16."""
-    factor = 2.0**14
-    concepts = dataclasses.replace(problem.concepts, value=problem.concepts.value * factor)
-    return dataclasses.replace(problem, value=problem.value * factor, concepts=concepts)
-
-
-def largest(problem: Problem) -> Problem:
-    """Outputs are the largest float16."""
-    return dataclasses.replace(problem, value=torch.full_like(problem.value, torch.finfo(FLOAT16).max))
-
-
 def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
     """The first reveals most; each of the others what no other one does."""
-    far = [{"concept": 0, "logit_bias": 300.0}, {"concept": 1, "logit_bias": -300.0}, 2]
-    strong = [{**entry, "strength": 1e4} for entry in (FIRST, SECOND, THIRD)]
     without_norm = dataclasses.replace(Rule.preset("protore"), norm="none")
     sigmoid = Rule("cosine", "sigmoid", "difference", norm="preserve", width=5.0)
     step = Rule("cosine", "step", "projection", select="max", threshold=0.4)
@@ -656,9 +569,9 @@ def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
         rows=[[FIRST, THIRD], [1]],
     )  # fmt: skip
     yield check(change=masked, batch=2, rows=[[FIRST, SECOND, THIRD], [1]], keys=15)
-    yield check(rule="vsf", change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[far])
+    yield check(rule="vsf", change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[FAR])
     yield check(rule="vsf", change=quiet, rows=[[{"concept": i, "logit_bias": 300.0} for i in range(3)]])
-    yield check(change=loud, queries=117, rule=without_norm, rows=[strong])
+    yield check(change=loud, queries=117, rule=without_norm, rows=[STRONG])
     yield check(change=largest, rows=[[]], keys=79)
     yield check(mask="additive", heads=2)
     yield check(mask="padding", batch=2, rows=[[0], [1]], layout="bnhd")
@@ -679,18 +592,6 @@ def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
     yield check(TWO, rule=sigmoid, queries=37, keys=0)
     yield Ties(simulate)
     yield Clamped(simulate)
-
-
-def fate(found_by: list, change: Callable[[Program], Program], steps: int) -> str:
-    """What reveals a changed program."""
-    for check in found_by:
-        try:
-            check(change=change, limit=steps)
-        except PtxError:
-            return "simulator"
-        except AssertionError:
-            return "result"
-    return "nothing"
 
 
 def most_steps(launches: list[Launched]) -> int:
@@ -824,27 +725,19 @@ def test_mutations(per_kind: int | None, simulate: Simulator) -> None:
     if per_kind is not None:
         some = [m for m in some if (m.kind, line_of(program.code[m.place])) not in HARMLESS]
     tried = {mutation.description: mutation for mutation in (*every, *some)}.values()
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    survivors = []
-    for mutation in tried:
-        # Whoever comes to a branch and does not take it has not executed it.
+
+    def coming(mutation: Mutation) -> Iterator[Check | Ties | Clamped]:
+        """Whoever comes to a branch and does not take it has not executed it."""
         guarded = program.code[mutation.place].guard is not None
-        coming = [check for check, places in executed if guarded or mutation.place in places]
-        found = fate(coming, lambda _, mutation=mutation: mutation.program, steps)
-        table[mutation.kind][found] += 1
-        if found == "nothing":
-            survivors.append((mutation, line_of(program.code[mutation.place])))
-    columns = ("simulator", "result", "nothing")
-    print(f"\n{'':32}" + "".join(f"{column:>10}" for column in columns))
-    for kind, row in table.items():
-        print(f"{kind:32}" + "".join(f"{row[column] or '':>10}" for column in columns))
-    unexplained = []
-    for mutation, line in survivors:
-        reasons = [why for (kind, text), why in HARMLESS.items() if kind == mutation.kind and text == line]
-        print(f"{mutation.description} | {line} | {reasons}")
-        unexplained += [mutation.description] * (not reasons)
-    assert len(tried) >= 60 and len(survivors) <= (0.1 if per_kind is None else 0.05) * len(tried)
-    assert not unexplained
+        return (check for check, places in executed if guarded or mutation.place in places)
+
+    def source(mutation: Mutation) -> str:
+        return line_of(program.code[mutation.place])
+
+    def why_harmless(mutation: Mutation, line: str) -> str:
+        return HARMLESS.get((mutation.kind, line), "")
+
+    check_fates(tried, coming, steps, source, why_harmless, 0.1 if per_kind is None else 0.05)
 
 
 # ---- mistakes in the inline assembly ----------------------------------------------------------------

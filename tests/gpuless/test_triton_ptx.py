@@ -5,10 +5,9 @@ and mutations of the kernel, which these checks find."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import linecache
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,15 +18,34 @@ from torch import Tensor
 from fastnegate.backends import triton as backend
 from fastnegate.problem import Problem, Statistics
 from fastnegate.rule import Rule
-from support import RULES, Judge, make_problem, plain, with_concepts
+from support import RULES, Judge, make_problem, plain
 
 triton = pytest.importorskip("triton")
+from executed import (  # noqa: E402
+    BFLOAT16,
+    FAR,
+    FIRST,
+    FLOAT16,
+    SECOND,
+    SMALL,
+    STRONG,
+    THIRD,
+    THREE_SWEEPS,
+    all_weigh,
+    check_fates,
+    entries_of,
+    kept_keys,
+    largest,
+    loud,
+    masked,
+    only,
+    pointing_nowhere,
+    ties,
+)
 from fastnegate.triton_kernels import attention, tiles  # noqa: E402
 from fastnegate.triton_kernels.tiles import split  # noqa: E402
-from ptxsim import PtxError  # noqa: E402
 from ptxsim.device import A100, Launched, SimulatedDevice  # noqa: E402
 from ptxsim.mutations import Mutation, mutations  # noqa: E402
-from ptxsim.parse import Instruction  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "cache"),
@@ -36,11 +54,7 @@ pytestmark = [
     ),
 ]
 
-FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
-THREE_SWEEPS = Rule(
-    "cosine", "ramp", "projection", select="max", norm="limit", norm_order=1, scope="feature", strength=2.0
-)
-SMALL = {"batch": 2, "heads": 1, "queries": 20, "keys": 21, "dim": 40, "dtype": FLOAT16}
+FLOAT32 = torch.float32
 CASES = {
     "protore": {**SMALL, "batch": 4, "queries": 65, "keys": 77},
     "nag": {**SMALL, "rule": "nag", "heads": 2, "queries": 33, "keys": 77, "dim": 64, "dtype": BFLOAT16,
@@ -111,7 +125,9 @@ class Expected:
         self.goal = constants["GOAL"]
         self.statistics = "trace_rows" not in constants  # a tensor that is missing is a constant
         self.prompts = kept_keys(problem)
-        self.entries = kept_tokens(problem) if "concept_key" not in constants else [[]] * problem.sizes[0]
+        self.entries = [[entry for entry in row if entry.exists] for row in entries_of(problem)]
+        if "concept_key" in constants:
+            self.entries = [[]] * problem.sizes[0]
         # 8 warps have 16 rows each; 16 rows are shared by all warps, each of which has some columns. Scores
         # of float32, without matrix instructions, are spread over all threads.
         self.beside = self.threads // 32 if self.rows == 16 and self.size == 2 else 1
@@ -135,11 +151,11 @@ class Expected:
             times = 1 if c["KEPT"] else tiles
             read.update(key=times * keys, value=times * values)
             softmax = [self.attended(len(prompt), c["KEYS"], not c["KEPT"])]
-            for place, tokens in entries:
-                keys, values = self.loaded(tokens, c["TOKENS"])
-                times = 1 if place < c["HELD"] else tiles
+            for entry in entries:
+                keys, values = self.loaded(entry.kept, c["TOKENS"])
+                times = 1 if entry.place < c["HELD"] else tiles
                 read.update(concept_key=times * keys, concept_value=times * values)
-                softmax.append(self.attended(len(tokens), c["TOKENS"], c["STREAMED"]))
+                softmax.append(self.attended(len(entry.kept), c["TOKENS"], c["STREAMED"]))
             numbers = self.numbers_of_entry() * len(entries)
             if entries and self.goal != "moments" and self.rule.combine == "joint":
                 numbers += 2  # both levels
@@ -210,32 +226,6 @@ class Expected:
                 written["trace_rows"] += 4 * 4 * lines
 
 
-def kept_keys(problem: Problem) -> Tensor:
-    """[B, H, M]: those that are not masked."""
-    batch, heads, _, keys, _ = problem.sizes
-    if problem.key_bias is None:
-        return torch.ones(batch, heads, keys, dtype=torch.bool)
-    return (problem.key_bias > -torch.inf).expand(batch, heads, 1, keys)[:, :, 0]
-
-
-def kept_tokens(problem: Problem) -> list[list[tuple[int, Tensor]]]:
-    """Of each row the places of existing entries, and which tokens of their concepts are not masked."""
-    concepts, batch = problem.concepts, problem.sizes[0]
-    sizes = [concepts.entries, concepts.concepts, concepts.concepts, batch + 1]
-    concept, begin, length, rows = (part.tolist() for part in concepts.index.split(sizes))
-    kept = torch.ones(concepts.tokens, dtype=torch.bool)
-    if concepts.token_bias is not None:
-        kept = concepts.token_bias > -torch.inf
-    found: list[list[tuple[int, Tensor]]] = [[] for _ in range(batch)]
-    for row, (first, last) in enumerate(itertools.pairwise(rows)):
-        for e in range(first, last):
-            c = concept[e]
-            tokens = kept[begin[c] : begin[c] + length[c] * problem.rule.reads_tokens]
-            if concepts.active[e] > 0 and (tokens.any() or not problem.rule.reads_tokens):
-                found[row].append((e - first, tokens))
-    return found
-
-
 def pieces(size: int, least: int = COLUMNS) -> Iterator[tuple[int, int]]:
     """Where each begins, and its size."""
     begin = 0
@@ -296,19 +286,6 @@ def test_row_does_not_depend_on_other_rows(name: str) -> None:
         assert torch.equal(simulate(only(problem, row), True).output[0], output[row])
 
 
-def only(problem: Problem, row: int) -> Problem:
-    """The problem of one batch row."""
-    concepts, batch = problem.concepts, problem.sizes[0]
-    concept, places, rows = concepts.index.tensor_split([concepts.entries, -batch - 1])
-    mine = slice(*rows[row : row + 2].tolist())
-    index = torch.cat([concept[mine], places, rows[row : row + 2] - rows[row]])
-    alone = with_concepts(
-        problem, index=index, numbers=concepts.numbers[mine], entries=len(concept[mine])
-    ).concepts
-    tensors = (x[row : row + 1] for x in (problem.query, problem.key, problem.value))
-    return Problem(*tensors, None, alone, problem.rule, problem.scale)
-
-
 @pytest.mark.parametrize("options", (
     {**CASES["zero-tokens"], "batch": 1, "queries": 300},  # 3 tiles of a head
     {**CASES["vsf"], "batch": 1, "heads": 1, "queries": 70},  # 5 tiles
@@ -331,11 +308,6 @@ def test_tiles_of_a_program(options: dict) -> None:
 
 # All problems of one compiled kernel: prompts of 73 to 80 keys, concepts of 9 to 16 tokens, any rule.
 MUTATED: dict = {**SMALL, "batch": 1, "keys": 77, "dim": 64}
-FIRST, SECOND, THIRD = (
-    {"concept": 0, "strength": 5.0, "threshold": 0.1, "width": 0.75, "cap": 0.95, "active": 0.8},
-    {"concept": 1, "logit_bias": 0.2},
-    {"concept": 2, "strength": 4.0},
-)
 tiles_of = tiles.tiles
 
 
@@ -354,7 +326,8 @@ class Check:
         self.problem = change(make_problem(**{**MUTATED, "rows": [[FIRST, SECOND, THIRD]], **options}))
         self.multiprocessors = multiprocessors
         self.judge = Judge(self.problem)
-        self.without = [row for row, entries in enumerate(kept_tokens(self.problem)) if not entries]
+        rows = enumerate(entries_of(self.problem))
+        self.without = [row for row, entries in rows if not any(entry.exists for entry in entries)]
         self.z = simulate(plain(self.problem)).output if self.without else self.problem.query
 
     def __call__(self, **options) -> Simulated:
@@ -375,29 +348,11 @@ class Check:
 
 
 class Ties:
-    """Equal gates: the larger similarity, then the lower concept, then the first entry wins. Concepts 0 and 1
-    are twins."""
-
     def __init__(self) -> None:
-        loser, capped = {"strength": 1.0}, {"cap": 0.01, "strength": 9.0}
-        self.problem, self.same = (
-            self.twins(make_problem(**{**MUTATED, "batch": 3, "rows": rows, "concept_lengths": (8, 8, 12)}))
-            for rows in (
-                [[1, {"concept": 1, **loser}], [{"concept": 1, **loser}, 0], [{"concept": 2, **capped}, 0]],
-                [[1], [0], [0, {"concept": 2, **capped}]],
-            )
-        )
-
-    @staticmethod
-    def twins(problem: Problem) -> Problem:
-        changed = {}
-        for name in ("key", "value", "token_bias", "token_weight"):
-            changed[name] = getattr(problem.concepts, name).clone()
-            changed[name][8:16] = changed[name][:8]
-        return with_concepts(problem, **changed)
+        self.problem, self.winners = ties(**MUTATED)
 
     def __call__(self, **options) -> Simulated:
-        simulated, same = (simulate(problem, True, **options) for problem in (self.problem, self.same))
+        simulated, same = (simulate(problem, True, **options) for problem in (self.problem, self.winners))
         assert torch.equal(simulated.output, same.output)
         return simulated
 
@@ -426,14 +381,7 @@ class Clamped:
     """An index that points nowhere reads nothing outside of the arrays."""
 
     def __init__(self) -> None:
-        problem = make_problem(**{**MUTATED, "batch": 2, "rows": [[FIRST, SECOND, THIRD], [0]]})
-        concepts = problem.concepts
-        entries, count, index = concepts.entries, concepts.concepts, concepts.index.clone()
-        index[0], index[1] = 99, -99  # concepts
-        index[entries], index[entries + 1] = -7, concepts.tokens - 1  # begins
-        index[entries + count : entries + 2 * count] = 10**6  # lengths
-        index[-3], index[-1] = -5, entries + 5  # rows
-        self.problem = with_concepts(problem, index=index)
+        self.problem = pointing_nowhere(**MUTATED)
         self.judge = Judge(self.problem)
 
     def __call__(self, **options) -> Simulated:
@@ -442,33 +390,8 @@ class Clamped:
         return simulated
 
 
-def masked(problem: Problem) -> Problem:
-    """Of concept 0 no token, of concept 1 each, of concept 2 by the lowest number, which is no mask."""
-    bias = problem.concepts.token_bias.nan_to_num(neginf=0.0)
-    bias[8:11], bias[11:] = -torch.inf, torch.finfo(torch.float32).min
-    return with_concepts(problem, token_bias=bias)
-
-
-def all_weigh(problem: Problem) -> Problem:
-    return with_concepts(problem, token_weight=torch.ones_like(problem.concepts.token_weight))
-
-
-def loud(problem: Problem) -> Problem:
-    """Outputs are too large for float16."""
-    factor = 2.0**14
-    concepts = dataclasses.replace(problem.concepts, value=problem.concepts.value * factor)
-    return dataclasses.replace(problem, value=problem.value * factor, concepts=concepts)
-
-
-def largest(problem: Problem) -> Problem:
-    """Outputs are the largest float16."""
-    return dataclasses.replace(problem, value=torch.full_like(problem.value, torch.finfo(FLOAT16).max))
-
-
 def checks() -> Iterator[Check | Ties | Clamped | Lengths]:
     """The first reveals most; each of the others what no other one does."""
-    far = [{"concept": 0, "logit_bias": 300.0}, {"concept": 1, "logit_bias": -300.0}, 2]
-    strong = [{**entry, "strength": 1e4} for entry in (FIRST, SECOND, THIRD)]
     without_norm = dataclasses.replace(Rule.preset("protore"), norm="none")
     yield Check(batch=2, rows=[[FIRST, SECOND, THIRD], []])
     yield Check(1, heads=2, queries=140)  # four tiles of two heads by one program
@@ -477,9 +400,9 @@ def checks() -> Iterator[Check | Ties | Clamped | Lengths]:
         rule="vsf", batch=2, heads=2, queries=50, concept_lengths=(8, 0, 12), rows=[[FIRST, THIRD], [1]]
     )
     yield Check(change=masked, batch=2, rows=[[FIRST, SECOND, THIRD], [1]])
-    yield Check(change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[far])
-    yield Check(rule="vsf", sharpness=30.0, rows=[far])
-    yield Check(change=loud, queries=117, rule=without_norm, rows=[strong])
+    yield Check(change=all_weigh, sharpness=30.0, queries=85, keys=75, rows=[FAR])
+    yield Check(rule="vsf", sharpness=30.0, rows=[FAR])
+    yield Check(change=loud, queries=117, rule=without_norm, rows=[STRONG])
     yield Check(change=largest, rows=[[]])
     yield Check(rule=RULES["mass-limit"], queries=1, keys=5, concept_lengths=(1, 2, 3))  # little text
     yield Check(rule=RULES["joint-max"])
@@ -538,21 +461,9 @@ def why_harmless(mutation: Mutation, line: str) -> str:
     return reason if not kinds or mutation.kind in kinds.split(", ") else ""
 
 
-def fate(found_by: list, mutation: Mutation) -> str:
-    """What reveals it."""
-    for check in found_by:
-        try:
-            check(change=lambda program: mutation.program, limit=STEPS)
-        except PtxError:
-            return "simulator"
-        except AssertionError:
-            return "result"
-    return "nothing"
-
-
-def line_of(instruction: Instruction) -> str:
-    """The text of the kernel, or of Triton's library, that it was compiled from; some are from none."""
-    name, _, number = instruction.source.partition(":")
+def line_of(mutation: Mutation) -> str:
+    """The text of the kernel, or of Triton's library, that it is in; some are in none."""
+    name, _, number = mutation.program.code[mutation.place].source.partition(":")
     module = {"attention.py": attention, "standard.py": triton.language.standard}.get(name)
     return linecache.getline(module.__file__, int(number)).strip() if module else ""
 
@@ -567,23 +478,7 @@ def test_mutations(per_kind: int | None) -> None:
     kinds = [*mutations(program, per_kind, among=executed)]
     barriers = [*mutations(program, among=executed, kinds=["barrier dropped"])]
     tried = {mutation.description: mutation for mutation in (*barriers, *kinds)}.values()
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    survivors = []
-    for mutation in tried:
-        found = fate(every, mutation)
-        table[mutation.kind][found] += 1
-        if found == "nothing":
-            survivors.append((mutation, line_of(program.code[mutation.place])))
-    columns = ("simulator", "result", "nothing")
-    print(f"\n{'':32}" + "".join(f"{column:>10}" for column in columns))
-    for kind, row in table.items():
-        print(f"{kind:32}" + "".join(f"{row[column] or '':>10}" for column in columns))
-    unexplained = []
-    for mutation, line in survivors:
-        reason = why_harmless(mutation, line)
-        print(f"{mutation.description} | {line} | {reason}")
-        unexplained += [mutation.description] * (not reason)
     # Of all mutations 9 % leave an equivalent program: they turn around a difference that is squared,
     # or compare whether the 7th of 73 keys exists.
-    assert len(tried) >= 60 and len(survivors) <= (0.1 if per_kind is None else 0.05) * len(tried)
-    assert not unexplained
+    most = 0.1 if per_kind is None else 0.05
+    check_fates(tried, lambda _: every, STEPS, line_of, why_harmless, most)
