@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastnegate.triton_kernels import tiles as sizing
 from fastnegate.triton_kernels.tiles import VERSION, Key, Tiles, Tuned, Work, key_of, resident, tiles, up
 
 from fastnegate.backends import triton as backend
@@ -88,7 +89,7 @@ def tune(key: Key, timings: Sequence[Timing], gpu: Gpu, rounds: int) -> dict[str
     # Layers that differ in B, H and N alone run the same kernels: they are judged once.
     calls = dict.fromkeys((LAYERS[t.layer].keys, t.dtype, t.method, t.concepts) for t in timings)
     facts = backend._device_facts(torch.empty(0, device=gpu.device))
-    choices = candidates(key, *facts[:-1])
+    choices = candidates(key, *facts)
     default = named(choices[0])
     dropped = screen(choices, [judge(key.dim, *call) for call in calls], gpu.device)
     kept = {named(c): c for c in choices if c.tiles not in dropped}
@@ -112,20 +113,20 @@ def tune(key: Key, timings: Sequence[Timing], gpu: Gpu, rounds: int) -> dict[str
 # ---- tilings ----------------------------------------------------------------------------------
 
 
-def candidates(key: Key, shared_memory: int, columns: int = 8) -> list[Tuned]:
+def candidates(key: Key, shared_memory: int, columns: int, multiprocessors: int) -> list[Tuned]:
     """The default, then tilings of all shapes that cut the prompt or the concepts as it does."""
     work = Work(1, 1, 1, key.keys, key.dim, key.longest, key.itemsize)
-    usual = tiles(work, shared_memory, columns)
+    usual = tiles(work, shared_memory, columns, multiprocessors)
     found, half = [usual], key.itemsize == 2
     if usual.held:
         found += [usual._replace(held=held) for held in (0, 2)]
     for rows, warps in SHAPES:
-        sharing = 16 * warps // rows
-        wide = half and sharing == 1
+        wide = half and rows == 16 * warps
         unit = columns if wide else 16
         keys, longest = up(key.keys, unit), up(key.longest, unit)
-        # Warps that share rows take 8 columns or more each, as in `tiles`.
-        features = up(key.dim, columns if wide else 8 * sharing) if half else usual.features
+        features = usual.features
+        if half:
+            features = up(key.dim, columns) if wide else sizing.shared(key.dim, rows, warps)
         prompts = [(keys, True)] * half  # in float32 operands lie in registers: no room for a whole prompt
         sizes = {min(up(n, unit), keys) for n in (usual.keys, *TILES)}
         prompts += [(n, False) for n in sorted(sizes) if n < keys or not half]

@@ -72,9 +72,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_candidates(gpu: str) -> None:
     columns = 8 if gpu.startswith("sm_") else 16
     for key in KEYS:
-        found = tune.candidates(key, GPUS[gpu].shared, columns)
+        found = tune.candidates(key, GPUS[gpu].shared, columns, 108)
         work = Work(2, 8, 4096, key.keys, key.dim, key.longest, key.itemsize)
-        default = sizing.tiles(work, GPUS[gpu].shared, columns)
+        default = sizing.tiles(work, GPUS[gpu].shared, columns, 108)
         assert found[0] == Tuned(key, default, sizing.resident(work, default, GPUS[gpu].shared))
         assert len({*found}) == len(found) >= 6
         assert len({tune.named(c) for c in found}) == len(found)
@@ -91,8 +91,8 @@ def test_candidates(gpu: str) -> None:
 
 def test_candidates_vary_everything() -> None:
     """On a GPU where everything fits: each choice next to the default's others."""
-    found = {c.tiles for c in tune.candidates(Key(2, 64, 80, 80), 227 << 10)}
-    default = tune.candidates(Key(2, 64, 80, 80), 227 << 10)[0].tiles
+    found = {c.tiles for c in tune.candidates(Key(2, 64, 80, 80), 227 << 10, 8, 132)}
+    default = tune.candidates(Key(2, 64, 80, 80), 227 << 10, 8, 132)[0].tiles
     assert {(t.rows, t.warps) for t in found} == {*tune.SHAPES}
     for rows, warps in tune.SHAPES:
         of = [t for t in found if (t.rows, t.warps) == (rows, warps)]
@@ -101,11 +101,11 @@ def test_candidates_vary_everything() -> None:
         prompts = {(80, True), (32, False), (64, False)}
         assert of_shape == {(80, True, *t) for t in texts} | {(*p, 16, True) for p in prompts}
     assert (default.keys, default.kept, default.tokens, default.streamed) == (80, True, 16, True)
-    short = [c.tiles for c in tune.candidates(Key(2, 64, 80, 8), 227 << 10)]
+    short = [c.tiles for c in tune.candidates(Key(2, 64, 80, 8), 227 << 10, 8, 132)]
     assert {t.held for t in short if t._replace(held=1) == short[0]} == {0, 1, 2}
-    few = {c.tiles for c in tune.candidates(Key(2, 160, 512, 8), 99 << 10)}
+    few = {c.tiles for c in tune.candidates(Key(2, 160, 512, 8), 99 << 10, 8, 128)}
     assert few and not any(t.kept for t in few), "512 keys do not fit"
-    usual, twice, half = (c.resident for c in tune.candidates(Key(2, 160, 80, 8), 227 << 10)[:3])
+    usual, twice, half = (c.resident for c in tune.candidates(Key(2, 160, 80, 8), 227 << 10, 8, 132)[:3])
     assert (twice, half) == (2 * usual, -(-usual // 2)) and usual > 1
 
 
@@ -133,12 +133,28 @@ def launched(problem: Problem, choice: Tuned | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("itemsize", (2, 4))
 @pytest.mark.parametrize("columns", (8, 16))
-def test_a_key_is_all_that_tiles_depend_on(itemsize: int, columns: int) -> None:
+@pytest.mark.parametrize("multiprocessors", (84, 108, 132))
+def test_a_key_is_all_that_tiles_depend_on(itemsize: int, columns: int, multiprocessors: int) -> None:
     for dim, keys, longest in product((40, 80, 128, 256), (*range(1, 130), 512), (0, 7, 8, 9, 77, 80, 320)):
         work = Work(3, 5, 77, keys, dim, longest, itemsize)
         key = key_of(work)
         same = Work(1, 1, 1, key.keys, key.dim, key.longest, key.itemsize)
-        assert sizing.tiles(work, 163 << 10, columns) == sizing.tiles(same, 163 << 10, columns)
+        found, wanted = (sizing.tiles(w, 163 << 10, columns, multiprocessors) for w in (work, same))
+        assert found == wanted
+        rows = 64 if itemsize == 2 and (columns, multiprocessors, dim) == (8, 108, 80) else None
+        assert found.rows == (rows or found.rows) and (found.rows == 64) == (rows == 64)
+
+
+def test_warps_that_share_rows() -> None:
+    """Have 8 columns each of every piece, and Triton lets them share: the last has more columns than rows."""
+    for dim, rows, warps in product(range(8, 257, 8), (16, 32), (2, 4, 8)):
+        padded = sizing.shared(dim, rows, warps)
+        assert dim <= padded and padded % (8 * warps) == 0
+        assert min(split(padded)) >= 8 * warps and split(padded)[-1] > rows
+        if padded > 8 * warps:
+            smaller = range(sizing.up(dim, 8 * warps), padded, 8 * warps)
+            assert all(split(size)[-1] <= rows for size in smaller)
+    assert [sizing.shared(dim, 16, 2) for dim in (40, 72, 80, 88, 112, 160)] == [64, 96, 96, 96, 112, 160]
 
 
 def test_calls_by_key() -> None:
@@ -215,7 +231,7 @@ def options(out: Path, **changes: Any) -> Namespace:
 def few(monkeypatch: pytest.MonkeyPatch) -> list[Tuned]:
     """Some candidates, and problems that a simulator runs in a second."""
     choices = [Tuned(TINY_KEY, t, 1) for t in ROWS.values()]
-    monkeypatch.setattr(tune, "candidates", lambda key, shared_memory, columns: choices)
+    monkeypatch.setattr(tune, "candidates", lambda *_: choices)
     monkeypatch.setattr(tune, "QUERIES", 20)
     return choices
 

@@ -202,7 +202,7 @@ def offset(size, i):
 @triton.jit
 def inner(x, y):
     """<x, y> of each row."""
-    last: tl.constexpr = len(x) - 1  # the widest
+    last: tl.constexpr = len(x) - 1  # from 96 columns on the widest, maybe of several
     products = x[last] * y[last]
     total = tl.zeros([products.shape[0]], tl.float32)
     for i in tl.static_range(last):
@@ -322,7 +322,7 @@ def load_tokens(key, value, bias, bias_stride, weight, b, h, first, count, facto
             weights = weights + (tl.load(weight + first + token, mask=keep, other=0.0).to(tl.float32),)
         if width(TILE, i) < DEPTH:
             token = offset(TILE, i) + tl.arange(0, DEPTH)
-            keep = (token < count) & (token < TILE)
+            keep = (token < count) & (token < offset(TILE, i) + width(TILE, i))
             keep, _ = unmasked(bias, bias_stride, first, token, keep, factor)
         values = values + (load_rows(value, b, h, first, token, keep, HEAD_DIM, FEATURES, ALIGNED),)
     return Tokens(keys, values, biases, weights)

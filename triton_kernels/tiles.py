@@ -43,8 +43,7 @@ def split(size: int) -> tuple[int, ...]:
     """`size` as a sum of powers of two: what Triton can hold of it.
 
     Pieces of at most 64: with 128 + 32 for 160, statistics spill; float32 sums of 128 and more products in
-    one chain miss the accuracy budget. The largest comes first, but from 96 on last: Triton lays out chained
-    products by the last, and has warps share 16 rows only if that one has more columns.
+    one chain miss the accuracy budget. The largest comes first, but from 96 on last: see `shared`.
     """
     powers = tuple(1 << i for i in range(6) if size >> i & 1)
     return powers + (64,) * (size // 64) if size >= 96 else (64,) * (size // 64) + powers[::-1]
@@ -55,7 +54,16 @@ def up(size: int, unit: int) -> int:
     return max(-(-size // unit), 1) * unit
 
 
-def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
+def shared(dim: int, rows: int, warps: int) -> int:
+    """`dim` padded for warps that share rows: 8 columns for each in every piece, and more columns than rows
+    in the last. For NVIDIA, Triton lays out chained products by the last: with fewer columns, each warp would
+    have 16 rows of its own, and where there are not as many, the same as others.
+    """
+    unit = 8 * warps
+    return next(size for size in range(up(dim, unit), 2 * unit * dim, unit) if split(size)[-1] > rows)
+
+
+def tiles(work: Work, shared_memory: int, columns: int, multiprocessors: int) -> Tiles:
     """Tiles of a problem, on a device with so many bytes of shared memory for a program, whose matrix
     instructions make `columns` columns: 8 on NVIDIA, 16 on AMD.
 
@@ -66,12 +74,13 @@ def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
     dim = work.dim
     # Z, F and the sum of what is removed take dim / 2 registers each of a warp that owns 16 rows, Q dim / 4.
     # Up to 80 this fits: 8 warps of 16 rows, and K and V are read once for 128 rows. Beyond it, two warps
-    # (four from 168 on) share 16 rows and take half of the channels each, at least 8 of a piece.
+    # (four from 168 on) share 16 rows and take half of the channels each: with 128 rows, 96 spills 8 bytes on
+    # 9.0 and 280 on 10.0, 160 everywhere.
     # A long prompt is read again for every tile: up to 128, 128 rows are worth some spilled registers, since
     # 32 rows, which spill nothing, read it 4 times as often.
     wide = dim <= 80 or (dim <= 128 and work.keys > 96)
     rows, warps = (128, 8) if wide else (16, 2 if dim <= 160 else 4)
-    features = up(dim, columns if wide else 8 * warps)
+    features = up(dim, columns) if wide else shared(dim, rows, warps)
     # Scores of one tile of keys take keys / 2 registers beside Z, when nothing else is alive.
     unit = columns if wide else 16
     keys = up(work.keys, unit)
@@ -80,12 +89,16 @@ def tiles(work: Work, shared_memory: int, columns: int = 8) -> Tiles:
     # Scores of a concept come on top of everything else: 80 at a time spill, even at head_dim 40.
     tokens = up(work.longest, unit)
     # Each held entry is another copy of the code that takes it, with addresses of its own. With one, four
-    # concepts of 8 tokens move less than 1.35 of the bytes that must move. It spills beyond 64, and on the
-    # architectures with little shared memory: 8 bytes on 8.6 and 8.9, 40 on 12.0.
+    # concepts of 8 tokens move less than 1.35 of the bytes that must move. Beyond 64 it spills somewhere (80
+    # bytes at 80 on 10.0), as on the architectures with little shared memory (8 on 8.6 and 8.9, 40 on 12.0).
     large = columns == 8 and shared_memory >= 160 << 10
     held = 1 if large and dim <= 64 and tokens <= 16 else 0
     most = 128 if dim <= 80 else 96
     kept = keys <= most and (keys + 16 + 16 * held) * bytes_of_key + queries <= shared_memory
+    # The layer of 80 is Stable Diffusion's of 32 x 32: with guidance 128 tiles of 128 queries. On the 108
+    # multiprocessors of an A100 some would make two while most make one: there a tile has half of the rows.
+    if dim == 80 and columns == 8 and 86 <= multiprocessors < 128:
+        rows, warps = 64, 4
     return Tiles(
         rows=rows,
         keys=keys if kept else 64 if dim <= 80 else 32,
@@ -124,8 +137,8 @@ def resident(work: Work, tile: Tiles, shared_memory: int) -> int:
     return max(min(8 // tile.warps, shared_memory // used), 1)
 
 
-def programs(work: Work, rows: int, places: int) -> int:
-    """Programs of a launch on a device that runs `places` of them at a time.
+def programs(work: Work, rows: int, multiprocessors: int, resident: int) -> int:
+    """Programs of a launch on a device whose multiprocessors run `resident` of them at a time.
 
     Each takes an equal share of all tiles of `rows` queries and reads K and V of every head that it meets:
     so there are as few as take no longer than one for every place. But most places get one, since those
@@ -133,7 +146,9 @@ def programs(work: Work, rows: int, places: int) -> int:
     """
     heads = work.batch * work.heads
     steps = heads * -(-work.queries // rows)
-    if steps <= places:
+    places = resident * multiprocessors
+    # Programs of two tiles could meet on one multiprocessor, while the device hands out single tiles evenly.
+    if steps <= (places if resident == 1 else 3 * places // 2):
         return max(steps, 1)
     fewest = max(-(-steps // -(-steps // places)), -(-9 * places // 10))
     of_heads = up(fewest, heads)
@@ -142,7 +157,7 @@ def programs(work: Work, rows: int, places: int) -> int:
 
 # ---- tiles that were measured -----------------------------------------------------------------------
 
-VERSION = 2  # of a table: another one for another format, or when tiles mean something else to the kernel
+VERSION = 3  # of a table: another one for another format, or when tiles mean something else to the kernel
 
 
 class Key(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import torch
-from ptxsim import Mutation, Program, PtxError
+from ptxsim import Instruction, Mutation, Program, PtxError
 from torch import Tensor
 
 from fastnegate.problem import Problem
@@ -157,14 +157,16 @@ def fate(checks: Iterable[Callable], change: Callable[[Program], Program], limit
 
 
 def check_fates(
+    program: Program,
     tried: Collection[Mutation],
     checks_of: Callable[[Mutation], Iterable[Callable]],
     limit: int,
-    line_of: Callable[[Mutation], str],
+    line_of: Callable[[Instruction], str],
     why_harmless: Callable[[Mutation, str], str],
     most: float,
 ) -> None:
-    """Prints what reveals mutations, by kind, and those that nothing reveals with why they are harmless.
+    """Prints what reveals mutations of the program, by kind; and of those that nothing does, why they are
+    harmless.
 
     Raises:
         AssertionError: more than this share survives, or one without a reason.
@@ -181,8 +183,9 @@ def check_fates(
         print(f"{kind:32}" + "".join(f"{row[column] or '':>10}" for column in columns))
     unexplained = []
     for mutation in survivors:
-        reason = why_harmless(mutation, line_of(mutation))
-        print(f"{mutation.description} | {line_of(mutation)} | {reason}")
+        line = line_of(program.code[mutation.place])
+        reason = why_harmless(mutation, line)
+        print(f"{mutation.description} | {line} | {reason}")
         unexplained += [mutation.description] * (not reason)
     assert len(tried) >= 60 and len(survivors) <= most * len(tried)
     assert not unexplained

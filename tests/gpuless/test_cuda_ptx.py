@@ -194,7 +194,7 @@ class Simulator:
             return Simulated(output, tables.named, launches)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
     if missing() or NVCC is None:
         pytest.skip(missing() or "there is no nvcc")
@@ -731,13 +731,10 @@ def test_mutations(per_kind: int | None, simulate: Simulator) -> None:
         guarded = program.code[mutation.place].guard is not None
         return (check for check, places in executed if guarded or mutation.place in places)
 
-    def source(mutation: Mutation) -> str:
-        return line_of(program.code[mutation.place])
-
     def why_harmless(mutation: Mutation, line: str) -> str:
         return HARMLESS.get((mutation.kind, line), "")
 
-    check_fates(tried, coming, steps, source, why_harmless, 0.1 if per_kind is None else 0.05)
+    check_fates(program, tried, coming, steps, line_of, why_harmless, 0.1 if per_kind is None else 0.05)
 
 
 # ---- mistakes in the inline assembly ----------------------------------------------------------------

@@ -85,9 +85,9 @@ def asked_by_threads(work: Work, tile: Tiles, size: int, tokens: int, keys: bool
 def assert_counted(problem: Problem, programs: int | None = None) -> list[Counts]:
     """Bytes of every tensor, operations and exponentials of every launch."""
     work = work_of(problem)
-    tile = sizing.tiles(work, A100.shared_memory)
-    places = A100.multiprocessors * sizing.resident(work, tile, A100.shared_memory)
-    number = programs or sizing.programs(work, tile.rows, places)
+    tile = sizing.tiles(work, A100.shared_memory, A100.columns, A100.multiprocessors)
+    resident = sizing.resident(work, tile, A100.shared_memory)
+    number = programs or sizing.programs(work, tile.rows, A100.multiprocessors, resident)
     lengths = Case("", problem.query, problem.key, problem.value, problem.concepts, problem.rule).lengths
     counted = count(work, tile, heads_met(work, tile.rows, number), problem.rule, lengths)
     launches = simulated(problem)
@@ -131,6 +131,9 @@ def problem_of(dim: int = 80, rule: str = "protore", **changes: object) -> Probl
         {"rows": "none"},
         {"dim": 40, "queries": 140},
         {"dim": 64, "rows": "mixed", "concept_lengths": (8, 3, 5), "dtype": torch.bfloat16},
+        {"dim": 40, "keys": 104},  # pieces of 8, 32 and 64
+        {"dim": 72, "keys": 120},
+        {"dim": 112, "queries": 20},
         {"dim": 160, "queries": 40},
         {"dim": 160, "queries": 20, "keys": 120, "rule": "eiup"},
         {"rule": "vsf", "keys": 150},
@@ -149,7 +152,7 @@ def test_counts_are_those_of_the_compiled_kernel(case: dict, cache: None) -> Non
 def test_programs_with_several_tiles(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of a prompt that fits and of the first entry are read once per program, those of other
     entries per tile."""
-    monkeypatch.setattr(sizing, "programs", lambda work, rows, places: 3)
+    monkeypatch.setattr(sizing, "programs", lambda *_: 3)
     monkeypatch.setattr(backend, "_launches", {})  # what was planned before, for this shape too
     problem = problem_of(64, batch=1, heads=2, queries=3 * 128 + 1)
     (counted,) = assert_counted(problem, programs=3)

@@ -170,12 +170,12 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
     work = sizing.Work(batch, heads, queries, keys, dim, sizes[3], itemsize)
     path, table = ("", {}) if tuned is not None else _table(_device(problem.query))
     tuned = tuned or table.get(sizing.key_of(work))
-    t = tuned.tiles if tuned else sizing.tiles(work, shared_memory, columns)
+    t = tuned.tiles if tuned else sizing.tiles(work, shared_memory, columns, multiprocessors)
     resident = tuned.resident if tuned else sizing.resident(work, t, shared_memory)
     return Launch(
         tiles=t,
         table=path if tuned else "",
-        grid=(sizing.programs(work, t.rows, resident * multiprocessors), 1, 1),
+        grid=(sizing.programs(work, t.rows, multiprocessors, resident), 1, 1),
         goals=(*(rule.sums_over_heads if tokens is not None else ()), "output"),
         scalars=(
             *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
