@@ -740,6 +740,13 @@ def trace_row(rows, o, z, zz, limited, stored: tl.constexpr, at):
 
 # ---- the kernel ---------------------------------------------------------------------------------
 
+
+@triton.jit
+def share(count, i, n):
+    """count * i // n, for n^2 < 2^31 without 64 bits: to divide those takes a hundred instructions."""
+    return count // n * i + count % n * i // n
+
+
 # Sizes change from call to call, capacities when concepts are swapped: neither may recompile.
 RUN_TIME = (
     "query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row", "value_batch", "value_head",
@@ -793,9 +800,8 @@ def attention(
     size = queries * heads
     # The tiles of all heads, one head after the other, in equal shares: few programs see two heads.
     tiles = tl.cdiv(queries, ROWS)
-    all_tiles = batch.to(tl.int64) * heads * tiles
-    begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)
-    end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)
+    begin = share(batch * heads * tiles, tl.program_id(0), tl.num_programs(0))
+    end = share(batch * heads * tiles, tl.program_id(0) + 1, tl.num_programs(0))
     # Nothing is hoisted out of this loop and that of the entries: what is computed from constants and takes
     # one instruction, such as addresses in shared memory, would take more registers than there are. Out of
     # the loop of tiles keys and values have to be, which is how mma.sync finds them in shared memory.

@@ -416,17 +416,12 @@ def checks() -> Iterator[Check | Ties | Clamped | Lengths]:
     yield Lengths()
 
 
-WIDE = "numbers below 2^31 are divided by 64 bits or by 32, with the same result"
 LENGTHS = (
     "with other lengths of text this kernel is another one: pieces that are always full are compared, too"
 )
 ONE_TURN = "a concept of this kernel has 16 tokens at most: the loop has one turn"
 # Why a mutation of a line changes nothing that is promised; kinds are separated by commas, empty: all.
 HARMLESS = {
-    "b = head // heads": ("", WIDE),
-    "begin = (all_tiles * tl.program_id(0) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
-    "end = (all_tiles * (tl.program_id(0) + 1) // tl.num_programs(0)).to(tl.int32)": ("", WIDE),
-    "for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):": ("", WIDE),
     "return (x + (div - 1)) // div": ("", "another tile that has no query changes nothing"),
     "moved += tl.sum((o[i] - z[i]) * (o[i] - z[i]), 1)": ("subtraction backwards", "it is squared"),
     "again = again + ((q[i] + 0.0).to(q[i].dtype),)": (
