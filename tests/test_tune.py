@@ -141,8 +141,18 @@ def test_a_key_is_all_that_tiles_depend_on(itemsize: int, columns: int, multipro
         same = Work(1, 1, 1, key.keys, key.dim, key.longest, key.itemsize)
         found, wanted = (sizing.tiles(w, 163 << 10, columns, multiprocessors) for w in (work, same))
         assert found == wanted
-        rows = 64 if itemsize == 2 and (columns, multiprocessors, dim) == (8, 108, 80) else None
-        assert found.rows == (rows or found.rows) and (found.rows == 64) == (rows == 64)
+        halves = (itemsize, columns, multiprocessors, dim) == (2, 8, 108, 80)
+        assert (found.rows == 64) == halves
+
+
+def test_few_tiles_are_handed_out_one_by_one() -> None:
+    """128 tiles of 128 queries, or 256 of 64, on the 108 multiprocessors of an A100."""
+    work = Work(2, 8, 1024, 77, 80, 8, 2)
+    assert sizing.programs(work, 64, 108, 2) == 256
+    assert sizing.programs(work, 128, 108, 1) < 108
+    assert sizing.programs(work, 128, 132, 1) == 128
+    many = work._replace(queries=4096)
+    assert sizing.programs(many, 64, 108, 2) <= 216
 
 
 def test_warps_that_share_rows() -> None:

@@ -74,8 +74,8 @@ def tiles(work: Work, shared_memory: int, columns: int, multiprocessors: int) ->
     dim = work.dim
     # Z, F and the sum of what is removed take dim / 2 registers each of a warp that owns 16 rows, Q dim / 4.
     # Up to 80 this fits: 8 warps of 16 rows, and K and V are read once for 128 rows. Beyond it, two warps
-    # (four from 168 on) share 16 rows and take half of the channels each: with 128 rows, 96 spills 8 bytes on
-    # 9.0 and 280 on 10.0, 160 everywhere.
+    # (four from 168 on) share 16 rows and take half of the channels each: with 128 rows, 96 spills 280
+    # bytes on 10.0, 160 from 240 on 8.0 to 744 on 10.0.
     # A long prompt is read again for every tile: up to 128, 128 rows are worth some spilled registers, since
     # 32 rows, which spill nothing, read it 4 times as often.
     wide = dim <= 80 or (dim <= 128 and work.keys > 96)
@@ -90,7 +90,7 @@ def tiles(work: Work, shared_memory: int, columns: int, multiprocessors: int) ->
     tokens = up(work.longest, unit)
     # Each held entry is another copy of the code that takes it, with addresses of its own. With one, four
     # concepts of 8 tokens move less than 1.35 of the bytes that must move. Beyond 64 it spills somewhere (80
-    # bytes at 80 on 10.0), as on the architectures with little shared memory (8 on 8.6 and 8.9, 40 on 12.0).
+    # bytes at 80 on 10.0), as on the architectures with little shared memory (8 at 64).
     large = columns == 8 and shared_memory >= 160 << 10
     held = 1 if large and dim <= 64 and tokens <= 16 else 0
     most = 128 if dim <= 80 else 96

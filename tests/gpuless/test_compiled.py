@@ -138,8 +138,8 @@ def sharing(dim: int) -> int:
 
 # Matrix instructions may be 1.10 of what the arithmetic needs. For concepts of 8 tokens they are more where
 # warps share queries: two compute the scores of 16 tokens, four those of 32. Z, F and what is removed are
-# 3 dim / 2 registers of a warp with 16 queries to itself, of 255: at 160, 240. At 96 that spills 8 bytes on
-# 9.0 and 280 on 10.0.
+# 3 dim / 2 registers of a warp with 16 queries to itself, of 255: at 160, 240. At 96 that spills 280 bytes
+# on 10.0.
 NEEDLESS = {88: 1.19, 96: 1.125, 112: 1.125, 128: 1.125, 160: 1.125, 256: 1.44}
 
 

@@ -419,7 +419,6 @@ def checks() -> Iterator[Check | Ties | Clamped | Lengths]:
 LENGTHS = (
     "with other lengths of text this kernel is another one: pieces that are always full are compared, too"
 )
-ONE_TURN = "a concept of this kernel has 16 tokens at most: the loop has one turn"
 # Why a mutation of a line changes nothing that is promised; kinds are separated by commas, empty: all.
 HARMLESS = {
     "return (x + (div - 1)) // div": ("", "another tile that has no query changes nothing"),
@@ -434,12 +433,6 @@ HARMLESS = {
     "out = out + (tl.load(at[:, None] + channel[None, :], mask=mask, other=0.0),)": (
         "barrier dropped, guard dropped",
         "nothing was in shared memory before; all of the first 64 keys exist when there are 73",
-    ),
-    "for first in range(0, length, 128):": (
-        "addend off by one, bound off by one, constant of a bound off by one", ONE_TURN,
-    ),
-    "return core.reduce(input, axis, _sum_combine, keep_dims=keep_dims)": (
-        "selection swapped, barrier dropped", ONE_TURN,
     ),
     "top = tl.maximum(top, tl.max(s, 1))": ("number changed", "no logit is below half of the lowest float"),
     "to = trace_entries + mix.best.to(tl.int64) * size + at.own + n": (
