@@ -186,7 +186,7 @@ def screen(choices: Sequence[Tuned], judges: Iterable[Judge], device: str) -> di
                 continue
             launch = backend._new_launch(problem, choice)
             try:
-                output = backend._run(problem, None, launch, backend._start)
+                output = backend._run(problem, None, launch)
             except Exception as error:  # whatever a compiler may raise
                 if choice is default:
                     raise
@@ -215,7 +215,7 @@ def timed(timings: Iterable[Timing], choices: Mapping[str, Tuned], gpu: Gpu, rou
         timers = {}
         for name, choice in choices.items():
             launch = backend._new_launch(problem, choice)
-            call = partial(backend._run, problem, None, launch, backend._start)
+            call = partial(backend._run, problem, None, launch)
             timers[name] = gpu.timers(call, problem.query)[STATE]
         found[f"{layer} {dtype} {method} {concepts}"] = interleave(timers, rounds, WARM, _asked)
     return found

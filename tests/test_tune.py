@@ -128,7 +128,7 @@ def key_of_problem(problem: Problem) -> Key:
 
 
 def launched(problem: Problem, choice: Tuned | None = None) -> torch.Tensor:
-    return backend._run(problem, None, backend._new_launch(problem, choice), backend._start)
+    return backend._run(problem, None, backend._new_launch(problem, choice))
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))
@@ -307,7 +307,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[Tiles, Any]:
     """What each tiling does, instead of kernels: spills so many registers, or raises."""
     does: dict[Tiles, Any] = {}
 
-    def run(problem: Problem, tables: None, launch: Any, start: Any) -> torch.Tensor:
+    def run(problem: Problem, tables: None, launch: Any) -> torch.Tensor:
         done = does[launch.tiles]
         if isinstance(done, Exception):
             raise done

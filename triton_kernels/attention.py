@@ -142,18 +142,6 @@ class Place(NamedTuple):
     queries: Any
 
 
-class _OfTriton(str):
-    """A module's name for Inductor, which copies the kernel's source into a file of its own and there imports
-    what it names, but from Triton's modules only (torch/_inductor/codegen/wrapper.py)."""
-
-    def startswith(self, prefix: Any, *within: int) -> bool:
-        return prefix == "triton" or super().startswith(prefix, *within)
-
-
-for _tuple in (View, Concepts, Rule, Tokens, Attended, Entry, Moments, Mix, Place):
-    _tuple.__module__ = _OfTriton(__name__)
-
-
 def _word(words: tuple[str, ...], word: str) -> tl.constexpr:
     return tl.constexpr(float(words.index(word)))
 
@@ -176,6 +164,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
 LOWEST = tl.constexpr(-3e38)
 DEPTH = tl.constexpr(16)  # what a matrix instruction sums over
+HOISTING_HELPS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 
 
 # ---- pieces -------------------------------------------------------------------------------------
@@ -266,11 +255,17 @@ def load_vector(vectors, c, h, heads, HEAD_DIM: tl.constexpr, FEATURES: tl.const
 
 
 @triton.constexpr_function
-def reads_shared(rows):
-    """Whether matrix instructions read keys and values of the prompt where they lie in shared memory (wgmma,
-    tcgen05), not in registers that the compiler has to fill."""
+def kept_inside(rows):
+    """Whether nothing is hoisted out of the loop of tiles.
+
+    Hoisting is how mma.sync finds keys and values of the prompt in shared memory, but only from Triton 3.9
+    on: before, it takes registers alone (head_dim 64 on 8.0 spills 24 bytes). Where matrix instructions read
+    shared memory themselves (wgmma, tcgen05), there is nothing to hoist.
+    """
     target = None if triton.knobs.runtime.interpret else current_target()
-    return target is not None and target.backend == "cuda" and 90 <= target.arch < 120 and rows >= 64
+    if target is None or not HOISTING_HELPS.value:
+        return True
+    return target.backend == "cuda" and 90 <= target.arch < 120 and rows >= 64
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -803,8 +798,8 @@ def attention(
     begin = share(batch * heads * tiles, tl.program_id(0), tl.num_programs(0))
     end = share(batch * heads * tiles, tl.program_id(0) + 1, tl.num_programs(0))
     # Nothing is hoisted out of this loop and that of the entries: what is computed from constants and takes
-    # one instruction, such as addresses in shared memory, would take more registers than there are. Out of
-    # the loop of tiles keys and values have to be, which is how mma.sync finds them in shared memory.
+    # one instruction, such as addresses in shared memory, would take more registers than there are. The
+    # loop of tiles is another matter: see `kept_inside`.
     for head in tl.range(begin // tiles, tl.cdiv(end, tiles), disable_licm=True):
         b = head // heads
         h = head % heads
@@ -830,7 +825,7 @@ def attention(
             held = held + ((entry, of_entry),)
         first_tile = tl.maximum(begin - head * tiles, 0)
         last_tile = tl.minimum(end - head * tiles, tiles)
-        for tile_number in tl.range(first_tile, last_tile, disable_licm=reads_shared(ROWS)):
+        for tile_number in tl.range(first_tile, last_tile, disable_licm=kept_inside(ROWS)):
             line = tl.arange(0, ROWS)
             top_line = tile_number * ROWS
             n = top_line + line
@@ -861,7 +856,8 @@ def attention(
                 for i in tl.static_range(len(q)):
                     again = again + ((q[i] + 0.0).to(q[i].dtype),)
                 for i in tl.static_range(HELD):
-                    entry, of_entry = held[i]
+                    entry = Entry(*held[i][0])
+                    of_entry = Tokens(*held[i][1])
                     if entry.exists:
                         f = attend_once(again, of_entry, factor, FEATURES)
                         mix = consider(

@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from .backends import load
 from .problem import Problem, Tables
@@ -102,26 +99,6 @@ for _name, _impl, _meta in (
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnegate::{_name}", _meta, lib=_library)
-
-
-def _decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """What compilers see: the Triton kernel, which Inductor then launches itself, else this operator.
-
-    As `torch.library.triton_op` does it, but without importing Triton here and without the time that its
-    `custom_op` takes for each call in eager mode. Exported programs keep the operator: kernels do not
-    serialize.
-    """
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    if args[-1] != "triton" or custom_triton_ops_decomposition_disabled():
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-    with mode:
-        return load("triton").traced(_problem(*args))
-
-
-torch.library.register_torch_dispatch(
-    "fastnegate::negated_attention", FunctionalTensorMode, _decompose, lib=_library
-)
 
 
 def _flat(problem: Problem, backend: str) -> tuple[object, ...]:

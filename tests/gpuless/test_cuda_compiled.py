@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from cuda_shim.backend import HEAD_DIMS
-from cuda_shim.build import CSRC
+from cuda_shim.build import CSRC, NVCC_OPTIONS
 
 from support import pairwise
 
@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
 def compiled(folder: Path, arch: int, dtype: str, dim: int) -> Compiled:
     source = folder / f"{arch}-{dtype}-{dim}.cu"
     source.write_text(KERNEL.format(dtype=dtype, dim=dim))
-    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--fmad=false", f"-arch=sm_{arch}"]
+    command = [NVCC, "-std=c++17", "-O3", *NVCC_OPTIONS, f"-arch=sm_{arch}"]
     command += ["-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin", source]
     command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     done = subprocess.run([*command, "-o", source.with_suffix(".cubin")], capture_output=True, text=True)

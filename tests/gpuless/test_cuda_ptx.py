@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cuda_shim.backend import HEAD_DIMS, Shim
-from cuda_shim.build import CSRC, build, missing
+from cuda_shim.build import CSRC, NVCC_OPTIONS, build, missing
 from executed import (
     BFLOAT16,
     FAR,
@@ -140,7 +140,7 @@ class Simulator:
             }}
         """)
         includes = [f"-I{path}" for path in (folder, CSRC, CSRC / "include")]
-        options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-arch=sm_80", "-ptx"]
+        options = ["-std=c++17", "-O3", *NVCC_OPTIONS, "-lineinfo", "-arch=sm_80", "-ptx"]
         subprocess.run([NVCC, *options, *includes, "-o", target, source], check=True)
         return parse(target.read_text())
 

@@ -438,7 +438,7 @@ HARMLESS = {
     "to = trace_entries + mix.best.to(tl.int64) * size + at.own + n": (
         "barrier dropped", "another one stands between the accesses",
     ),
-    "for tile_number in tl.range(first_tile, last_tile, disable_licm=reads_shared(ROWS)):": (
+    "for tile_number in tl.range(first_tile, last_tile, disable_licm=kept_inside(ROWS)):": (
         "bound off by one", "no program has a head without a tile",
     ),
     "tl.store(to + 2 * plane, limited.to(tl.float32), mask=at.inside)": (

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,11 @@ from ..tokens import ConceptTokens
 
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of Triton's compiler, for every kernel: whoever compiles one, in tests or ahead of time, takes these.
+OPTIONS = {
+    "num_stages": 1,  # nothing to pipeline: text is short, its loops run once or twice
+    "enable_fp_fusion": False,  # else rounding depends on what the compiler finds around
+}
 
 
 def unavailable() -> str | None:
@@ -94,17 +98,12 @@ def describe(problem: Problem) -> str:
 
 
 def run(problem: Problem) -> Tensor:
-    return _run(problem, None, _launch(problem, False), _start)
-
-
-def traced(problem: Problem) -> Tensor:
-    """`run` for a compiler: the kernel is a node of its graph."""
-    return _run(problem, None, _new_launch(problem), _trace)
+    return _run(problem, None, _launch(problem, False))
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     trace = Trace.empty(problem)
-    return _run(problem, trace, _launch(problem, True), _start), trace.tables()
+    return _run(problem, trace, _launch(problem, True)), trace.tables()
 
 
 # ---- a launch without its tensors -------------------------------------------------------------------
@@ -151,7 +150,6 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
     """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
     batch, heads, queries, keys, dim = problem.sizes
-    keys = int(keys)  # of a compiler's dynamic sizes, too: tiles depend on it
     tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
     if tokens is not None and (tokens.concepts == 0 or (rule.reads_direction and tokens.direction is None)):
         tokens = None  # no entry exists
@@ -162,7 +160,7 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
         bias = [problem.key_bias.expand(batch, heads, 1, keys).stride(i) for i in (0, 1, 3)]
     if tokens is not None:
         text = [x.stride(i) for x in (tokens.key, tokens.value) for i in (1, 0)]
-        sizes = [tokens.entries, tokens.concepts, tokens.tokens, int(tokens.longest)]
+        sizes = [tokens.entries, tokens.concepts, tokens.tokens, tokens.longest]
     # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
     unit = 16 // itemsize
     aligned = unit if all(s % unit == 0 for s in strides + text) else 1
@@ -267,13 +265,8 @@ def _tensors(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _run(
-    problem: Problem,
-    trace: Trace | None,
-    launch: Launch,
-    start: Callable[[Launch, str, tuple[Tensor | None, ...]], None],
-) -> Tensor:
-    """`start` each kernel of the launch."""
+def _run(problem: Problem, trace: Trace | None, launch: Launch) -> Tensor:
+    """Start each kernel of the launch."""
     query = problem.query
     batch, heads, queries, _, dim = problem.sizes
     out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
@@ -288,7 +281,7 @@ def _run(
     entries, rows = trace if trace is not None else (None, None)
     for goal in launch.goals:
         writes_output = goal == "output"
-        start(launch, goal, (
+        _start(launch, goal, (
             query, problem.key, problem.value, out, problem.key_bias, *text,
             moments, norms if goal != "moments" else None,
             entries if writes_output and text[0] is not None else None, rows if writes_output else None,
@@ -310,14 +303,5 @@ def _start(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> Non
             compiled[launch.grid](*tensors, *launch.scalars, goal, *launch.constants.values())
             return
         launch.compiled[goal] = _kernel()[launch.grid](
-            *tensors, *launch.scalars, GOAL=goal, **launch.constants,
-            num_warps=launch.tiles.warps,
-            num_stages=1,  # nothing to pipeline: text is short, its loops run once or twice
-            enable_fp_fusion=False,  # else rounding depends on what the compiler finds around
-        )  # fmt: skip
-
-
-def _trace(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
-    torch.library.wrap_triton(_kernel())[launch.grid](
-        *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, num_stages=1
-    )
+            *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, **OPTIONS
+        )

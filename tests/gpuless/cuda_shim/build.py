@@ -19,6 +19,7 @@ from pathlib import Path
 SHIM = Path(__file__).resolve().parent
 CSRC = SHIM.parents[2] / "csrc"
 GXX = shutil.which("g++")
+NVCC_OPTIONS = (CSRC / "cuda" / "nvcc.options").read_text().split()  # those of the shipped kernels
 
 # Kernels see memory as words of other types, as nvcc lets them. Kernels say where a multiply-add is fused.
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra"]
