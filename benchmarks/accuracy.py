@@ -13,13 +13,14 @@ import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastnegate as fn
 from fastnegate import reference
-from fastnegate.problem import Problem, Statistics
+from fastnegate.problem import Problem, Statistics, Tables
 from fastnegate.reference import Nudge
 from fastnegate.rule import Rule
 
@@ -223,24 +224,37 @@ class Judge:
 
     Args:
         truth: another float64 [B, H, N, D] to judge by, for identities that the definition promises.
+        leave_near: do not judge rows next to a jump, however many there are.
     """
 
-    def __init__(self, problem: Problem, truth: Tensor | None = None) -> None:
+    leave_near = False
+
+    def __init__(self, problem: Problem, truth: Tensor | None = None, leave_near: bool = False) -> None:
+        self._begin(problem)
+        self.leave_near = leave_near
+        nominal = reference.evaluate(problem, nudge=Nudge(delta=self.delta))
+        self.truth = nominal.output if truth is None else truth
+        self.magnitude = nominal.magnitude
+        self.near = nominal.near_jump
+        self.tables = nominal.tables
+        self.others = []
+        if self.near.any() and not leave_near:
+            sides = itertools.product((0.0, self.delta, -self.delta), (False, True))
+            nudged = (reference.evaluate(problem, nudge=Nudge(*side)) for side in list(sides)[1:])
+            self.others = [(n.output[self.near], n.magnitude[self.near]) for n in nudged]
+
+    def _begin(self, problem: Problem) -> None:
         self.problem = problem
         self.dtype = problem.query.dtype
         self.delta = delta(self.dtype)
-        self.nominal = reference.evaluate(problem, nudge=Nudge(delta=self.delta))
-        self.truth = self.nominal.output if truth is None else truth
-        self.near = self.nominal.near_jump
-        self.near_share = self.near.double().mean().item() if self.near.numel() else 0.0
-        self.near_limit = 0.001 if self.dtype == torch.float32 else 0.05
-        self.others = []
-        if self.near.any():
-            sides = itertools.product((0.0, self.delta, -self.delta), (False, True))
-            self.others = [
-                reference.evaluate(problem, nudge=Nudge(threshold, runner_up))
-                for threshold, runner_up in list(sides)[1:]
-            ]
+
+    @property
+    def near_share(self) -> float:
+        return self.near.double().mean().item() if self.near.numel() and not self.leave_near else 0.0
+
+    @property
+    def near_limit(self) -> float:
+        return 0.001 if self.dtype == torch.float32 else 0.05
 
     @functools.cached_property
     def allowed(self) -> tuple[float, float]:
@@ -253,12 +267,43 @@ class Judge:
         t = eps(self.dtype)
         return 2 * eager.max().item() + 2 * t, 1.25 * eager.mean().item() + t / 4
 
+    @functools.cached_property
+    def sides(self) -> list[Tables]:
+        """Statistics with each similarity a little less and a little more above the threshold."""
+        if self.problem.concepts is None or self.problem.rule.gate == "open":
+            return []
+        nudges = (Nudge(threshold) for threshold in (self.delta, -self.delta))
+        return [reference.evaluate(self.problem, nudge=nudge).tables for nudge in nudges]
+
+    def state(self) -> dict[str, Any]:
+        """All that was computed, in tensors and numbers that `torch.load(weights_only=True)` reads. In 16 bit
+        truth is rounded to float32, which is nothing beside a budget of 2^-10."""
+        stored = torch.float64 if self.dtype == torch.float32 else torch.float32
+        return {
+            "truth": self.truth.to(stored), "magnitude": self.magnitude.to(stored), "near": self.near,
+            "others": [tuple(t.to(stored) for t in other) for other in self.others],
+            "allowed": self.allowed, "tables": tuple(self.tables), "sides": [tuple(t) for t in self.sides],
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, problem: Problem, state: Mapping[str, Any]) -> Judge:
+        """The judge of the problem with that state: nothing is computed again."""
+        judge = cls.__new__(cls)
+        judge._begin(problem)
+        judge.truth, judge.magnitude = state["truth"].double(), state["magnitude"].double()
+        judge.near, judge.allowed = state["near"], state["allowed"]
+        judge.others = [tuple(t.double() for t in other) for other in state["others"]]
+        judge.tables, judge.sides = Tables(*state["tables"]), [Tables(*t) for t in state["sides"]]
+        return judge
+
     def errors(self, actual: Tensor) -> Tensor:
         """[B, H, N], relative to each row's magnitude."""
-        error = _relative(actual, self.truth, self.nominal.magnitude, self.dtype)
-        for other in self.others:
-            beside = _relative(actual, other.output, other.magnitude, self.dtype)
-            error = torch.where(self.near, torch.minimum(error, beside), error)
+        error = _relative(actual, self.truth, self.magnitude, self.dtype)
+        if self.leave_near:
+            return error.masked_fill(self.near, 0.0)
+        for output, magnitude in self.others:
+            beside = _relative(actual[self.near], output, magnitude, self.dtype)
+            error[self.near] = torch.minimum(error[self.near], beside)
         return error
 
     def check(self, actual: Tensor, label: str = "") -> float:
@@ -288,11 +333,7 @@ class Judge:
         rows = self.near.shape[0]
         concepts = self.problem.concepts
         assert all(t.dtype == torch.float32 for t in actual)
-        nudged = [
-            reference.evaluate(self.problem, nudge=Nudge(threshold)).tables.named
-            for threshold in (self.delta, -self.delta)
-            if concepts is not None and self.problem.rule.gate != "open"
-        ]
+        nudged = [tables.named for tables in self.sides]
         near_row = self.near.flatten(1).double().mean(1) if self.near.numel() else torch.zeros(rows)
         near_query = self.near.any(1)
         if concepts is not None:
@@ -302,9 +343,7 @@ class Judge:
         else:
             near_entry, near_heat = torch.zeros(0), torch.zeros(0, self.near.shape[2])
         queries = max(self.near.shape[2], 1)
-        for name, value, truth, *sides in zip(
-            Statistics._fields, actual, self.nominal.tables.named, *(n for n in nudged)
-        ):
+        for name, value, truth, *sides in zip(Statistics._fields, actual, self.tables.named, *nudged):
             value = value.double()
             assert value.shape == truth.shape and value.isfinite().all(), f"{label}: {name}"
             both = torch.stack([truth, *sides])

@@ -121,12 +121,19 @@ def by_sdpa(case: Case) -> Call:
 
 def _separate(case: Case, attend: Callable[..., Tensor]) -> Call:
     concepts = concept_tensors(case)
+    return lambda: negated(case, attend, case.query, case.key, case.value, concepts)
 
-    def call() -> Tensor:
-        z = attend(case.query, case.key, case.value)
-        return _tail(case, z, [attend(case.query, k, v) for k, v in concepts])
 
-    return call
+def negated(
+    case: Case,
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    concepts: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """What the case computes, of other tensors: one attention per segment, then the formula."""
+    return _tail(case, attend(query, key, value), [attend(query, k, v) for k, v in concepts])
 
 
 def _joint(case: Case, attend: Callable[..., Tensor]) -> Call:

@@ -7,6 +7,7 @@ Tensors lie in memory as the models make them: [B, N, H, D], viewed as [B, H, N,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -114,31 +115,49 @@ def make(
     dtype: torch.dtype = torch.float32,
     *,
     sparse: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Case:
-    """A case on random tensors; cases of one layer and dtype share the prompt's.
+    """A case on `noise`: the same numbers on every device. Cases of one layer, dtype and seed share the
+    prompt's tensors.
 
     Dense: concept values are .7 of prompt values and .3 noise, and the threshold is -1, so that every
     gate is open. Sparse: the last eighth of the queries, which is a band of the image, looks at prompt
     tokens that the concepts resemble, the others at other tokens; the threshold is the rule's. Concepts
     are made from the prompt of the first batch row, so in the others hardly a gate is open.
     """
-    query, key, value = _prompt(layer, dtype)
-    generator = torch.Generator().manual_seed(1)
+    query, key, value = _prompt(layer, dtype, device, seed)
     resembled = layer.keys // 4 if sparse else layer.keys  # prompt tokens that concepts are made from
     keys, values = [], []
     for c in range(concepts.count):
         near = [(c * concepts.tokens + t) % resembled for t in range(concepts.tokens)]
-        noise = [torch.randn(concepts.tokens, layer.heads, layer.dim, generator=generator) for _ in "kv"]
+        shape = (concepts.tokens, layer.heads, layer.dim)
+        of_key, of_value = (noise(1000 * seed + 2 * c + i + 3, *shape, device=device) for i in range(2))
         like = [0.7 * x[0][:, near].transpose(0, 1) for x in (key, value)]
-        keys.append(((like[0] if sparse else 0.0) + (0.3 if sparse else 1.0) * noise[0]).to(dtype))
-        values.append((like[1] + 0.3 * noise[1]).to(dtype))
+        keys.append(((like[0] if sparse else 0.0) + (0.3 if sparse else 1.0) * of_key).to(dtype))
+        values.append((like[1] + 0.3 * of_value).to(dtype))
     if sparse:
-        query = _pointed(layer, query, key, resembled, generator)
+        query = _pointed(layer, query, key, resembled)
     threshold = rule.threshold if sparse else DENSE
     tokens = ConceptTokens.uniform(keys, values, layer.batch, threshold=threshold) if keys else None
     kind = "sparse " if sparse else ""
     name = f"{layer.name} {concepts.name} {kind}{rule.name} {str(dtype).removeprefix('torch.')}"
     return Case(name, query, key, value, tokens, rule, threshold)
+
+
+def noise(seed: int, *shape: int, device: str = "cpu") -> Tensor:
+    """float32 numbers of mean 0 and variance 1, the same to the last bit on every device and with every
+    version of torch: sums of four uniform integers, from a hash (the finalizer of MurmurHash3) of their
+    places. They are within 3.5 of zero."""
+    place = torch.arange(math.prod(shape), device=device)
+    sums = torch.zeros_like(place)
+    for part in range(2):
+        word = (place * 2 + part + seed * 0x9E3779B1) & 0xFFFFFFFF
+        for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13), (1, 16)):
+            word = (word ^ word >> shift) * factor & 0xFFFFFFFF
+        sums += (word & 0xFFFF) + (word >> 16)
+    middle, deviation = 2 * 0xFFFF, (4 * (2**32 - 1) / 12) ** 0.5
+    return ((sums - middle).float() * (1 / deviation)).reshape(shape)
 
 
 def moved(holder: Any, device: str) -> Any:
@@ -154,20 +173,18 @@ def moved(holder: Any, device: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _prompt(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(rows: int) -> Tensor:
-        memory = torch.randn(layer.batch, rows, layer.heads, layer.dim, generator=generator)
+def _prompt(layer: Layer, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def normal(number: int, rows: int) -> Tensor:
+        memory = noise(1000 * seed + number, layer.batch, rows, layer.heads, layer.dim, device=device)
         return memory.to(dtype).transpose(1, 2)
 
-    return normal(layer.queries), normal(layer.keys), normal(layer.keys)
+    return normal(0, layer.queries), normal(1, layer.keys), normal(2, layer.keys)
 
 
-def _pointed(layer: Layer, query: Tensor, key: Tensor, resembled: int, generator: torch.Generator) -> Tensor:
+def _pointed(layer: Layer, query: Tensor, key: Tensor, resembled: int) -> Tensor:
     """Queries that put nearly all their weight on one token: of the resembled ones in the last eighth,
     of the others elsewhere."""
-    inside = layer.queries // 8
+    inside, generator = layer.queries // 8, torch.Generator().manual_seed(1)
     targets = torch.cat(
         [
             torch.randint(resembled, layer.keys, (layer.queries - inside,), generator=generator),

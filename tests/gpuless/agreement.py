@@ -55,7 +55,7 @@ def used(judge: Judge, output: Tensor) -> float:
 
 def distance(a: Tensor, b: Tensor, judge: Judge) -> float:
     """Largest difference of a row over its magnitude, in roundings."""
-    gap = (a.double() - b.double()).abs().amax(-1) / judge.nominal.magnitude
+    gap = (a.double() - b.double()).abs().amax(-1) / judge.magnitude
     return (gap[~judge.near] / torch.finfo(a.dtype).eps).max().item()
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +105,12 @@ def run(problem: Problem) -> Tensor:
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     trace = Trace.empty(problem)
     return _run(problem, trace, _launch(problem, True)), trace.tables()
+
+
+def prepare(problem: Problem, with_statistics: bool = False) -> None:
+    """Compile what calls like this one launch, and launch nothing: from then on it is in Triton's cache."""
+    trace = Trace.empty(problem) if with_statistics else None
+    _run(problem, trace, _new_launch(problem), _compile)
 
 
 # ---- a launch without its tensors -------------------------------------------------------------------
@@ -265,8 +272,10 @@ def _tensors(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _run(problem: Problem, trace: Trace | None, launch: Launch) -> Tensor:
-    """Start each kernel of the launch."""
+def _run(
+    problem: Problem, trace: Trace | None, launch: Launch, start: Callable[..., None] | None = None
+) -> Tensor:
+    """`start` each kernel of the launch."""
     query = problem.query
     batch, heads, queries, _, dim = problem.sizes
     out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
@@ -281,7 +290,7 @@ def _run(problem: Problem, trace: Trace | None, launch: Launch) -> Tensor:
     entries, rows = trace if trace is not None else (None, None)
     for goal in launch.goals:
         writes_output = goal == "output"
-        _start(launch, goal, (
+        (start or _start)(launch, goal, (
             query, problem.key, problem.value, out, problem.key_bias, *text,
             moments, norms if goal != "moments" else None,
             entries if writes_output and text[0] is not None else None, rows if writes_output else None,
@@ -305,3 +314,10 @@ def _start(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> Non
         launch.compiled[goal] = _kernel()[launch.grid](
             *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, **OPTIONS
         )
+
+
+def _compile(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
+    _kernel().warmup(
+        *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, **OPTIONS,
+        grid=launch.grid,
+    )  # fmt: skip

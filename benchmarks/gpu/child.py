@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that end: with everything that they started, when their time is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, NamedTuple
+
+
+class Done(NamedTuple):
+    status: int | None  # None: its time was over
+    output: str  # both streams
+    seconds: float
+
+    @property
+    def why(self) -> str:
+        """Why it failed, in a line."""
+        if self.status is None:
+            return f"killed after {self.seconds:.0f} s"
+        if self.status < 0:
+            return f"died of {signal.Signals(-self.status).name}"
+        last = self.output.strip().rpartition("\n")[2]
+        return f"exit status {self.status}: {last}"
+
+
+def start(
+    command: Sequence[str], output: IO[str], environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """A process that leads a group of its own, in the current folder; it reads nothing."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, **(environment or {})}, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """It and what it started, also what outlived it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None) -> Done:
+    """Run a command for at most `limit` seconds."""
+    begun = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: whoever holds one is waited for
+        process = start(command, output, environment)
+        try:
+            status: int | None = process.wait(max(limit, 0.1))
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            kill(process)
+        output.seek(0)
+        return Done(status, output.read(), time.monotonic() - begun)
