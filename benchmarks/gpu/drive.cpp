@@ -78,9 +78,9 @@ const std::vector<Case> kSmall = {
     {"attention, masked keys", kHalf, 2, 130, 77, 64, {}, {0, 0}, kProtore, true},
     {"protore 4x8, statistics", kBrain, 2, 200, 77, 64, {8, 8, 8, 8}, {4, 3}, kProtore, false, true},
     {"protore 4x8, masked keys", kHalf, 2, 57, 77, 40, {8, 8, 8, 8}, {4, 0}, kProtore, true},
-    {"protore 8, 3, 16, more tiles than warps", kBrain, 8, 2200, 20, 40, {8, 3, 16}, {3, 2}, kProtore, false, false, 7},
+    {"protore 8, 3, 16, more tiles than warps", kBrain, 8, 1100, 20, 40, {8, 3, 16}, {3, 2}, kProtore, false, false, 7},
     {"protore 3x77, concepts in pieces", kBrain, 2, 150, 77, 160, {77, 77, 77}, {3, 1}, kProtore},
-    {"protore 4x8, prompt in pieces", kHalf, 8, 300, 333, 160, {8, 8, 8, 8}, {4, 2}, kProtore, true, true, 3},
+    {"protore 4x8, prompt in pieces", kHalf, 4, 280, 333, 160, {8, 8, 8, 8}, {4, 2}, kProtore, true, true, 3},
     {"nag 2x77", kBrain, 3, 100, 77, 64, {77, 77}, {1, 2}, kNag, false, true},
     {"nag 77, masked keys", kHalf, 3, 70, 77, 40, {77}, {1, 1}, kNag, true},
     {"protore 4x8 over all heads", kHalf, 3, 90, 77, 64, {8, 8, 8, 8}, {2, 4}, over_all_heads(kProtore), false, true},
@@ -401,7 +401,7 @@ Outputs run(const Case& c, const Inputs& in, int launches, std::string& cut) {
 
 // ---- verdicts -----------------------------------------------------------------------------------------
 
-// What is wrong with one query of one head, or nothing. `used` becomes the share of what rounding may cost that
+// What is wrong with one query of one head, or nothing. `used` grows to the share of what rounding may cost that
 // the output has used.
 std::string wrong(const Case& c, const Inputs& in, const Outputs& got, const Expected& want, double eps, int64_t b,
                   int64_t h, int64_t n, double& used) {
@@ -472,11 +472,16 @@ bool drive(const Case& c, int launches) {
   int64_t checked = 0;
   for (int64_t b = 0; b < kBatch; ++b)
     for (const int64_t n : sampled(c)) {
-      const auto want = expected(c, in, b, n, false, eps), other = expected(c, in, b, n, true, eps);
+      const auto want = expected(c, in, b, n, false, eps);
       for (int64_t h = 0; h < c.heads; ++h, ++checked) {
-        const std::string what = wrong(c, in, got, want[h], eps, b, h, n, used);
-        const bool either = want[h].near && wrong(c, in, got, other[h], eps, b, h, n, used).empty();
-        if (!what.empty() && !either) return fails(b, h, n, what);
+        double share = 0.;
+        std::string what = wrong(c, in, got, want[h], eps, b, h, n, share);
+        if (!what.empty() && want[h].near) {
+          share = 0.;
+          if (wrong(c, in, got, expected(c, in, b, n, true, eps)[h], eps, b, h, n, share).empty()) what.clear();
+        }
+        if (!what.empty()) return fails(b, h, n, what);
+        used = std::max(used, share);
       }
     }
   std::printf("%s: ok: %lld rows, %.2f of the allowed error, %s\n", name.c_str(), static_cast<long long>(checked), used,

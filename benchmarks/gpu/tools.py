@@ -68,7 +68,7 @@ class Done(NamedTuple):
     @property
     def last(self) -> str:
         """The last line that says something."""
-        lines = [line.strip("= ") for line in self.output.splitlines()]
+        lines = [line.removeprefix("=========").strip() for line in self.output.splitlines()]
         return next((line for line in reversed(lines) if line), "no output")
 
 
@@ -95,8 +95,8 @@ def _run(setting: Setting, name: str, limit: float, command: Sequence[str | Path
             status = child.wait(min(limit, left))
         except subprocess.TimeoutExpired:
             if left < limit:
-                raise NotDone(skipped=f"no time left: stopped after {left:.0f} s") from None
-            raise NotDone(failed=f"{name}: stopped after {limit:.0f} s, its limit") from None
+                raise NotDone(skipped=f"no time left: stopped after {left:.1f} s") from None
+            raise NotDone(failed=f"{name}: stopped after {limit:.1f} s, its limit") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # the whole group: the tool's own children, too
