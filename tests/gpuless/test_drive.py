@@ -31,10 +31,15 @@ FAULTS = {
     "masses of statistics": (KERNEL, "to[2 * apart] = mass[r];", "to[2 * apart] = mass[r] + .1f * FAULT;"),
 }  # fmt: skip
 
+BEGIN = "int driver = 0, devices = 0;"  # of the first thing that is done with the device
 SWITCH = """
 #pragma once
 #include <cstdlib>
 #include <cstring>
+extern "C" int fastnegate_shim_fail_next(const char* function, int error);
+inline void arrange_failure() {
+  if (const char* function = std::getenv("FAIL")) fastnegate_shim_fail_next(function, 719);
+}
 inline int fault(const char* name) {
   const char* on = std::getenv("FAULT");
   return on && std::strcmp(on, name) == 0;
@@ -54,12 +59,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def faulty(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the faults, those of the kernel in bfloat16 only."""
+    """The same with the faults, those of the kernel in bfloat16 only. The first call of the function that the
+    variable FAIL names fails."""
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "cuda").mkdir()
     (folder / "fault.h").write_text(SWITCH)
     for file in (LAUNCH, KERNEL):
         text = (CSRC / "cuda" / file).read_text()
+        assert (BEGIN in text) == (file == LAUNCH)
+        text = text.replace(BEGIN, f"arrange_failure(); {BEGIN}")
         for name, (place, right, wrong) in FAULTS.items():
             if place == file:
                 assert text.count(right) == 1, name
@@ -101,6 +109,22 @@ def test_a_fault_is_found(name: str, faulty: Path) -> None:
 
 def test_without_a_fault_none_is_found(faulty: Path) -> None:
     assert drive(faulty, "small").returncode == 0
+
+
+@pytest.mark.parametrize("function", (
+    "cudaMalloc", "cudaMemcpy", "cudaMemset", "cudaLaunchKernel", "cudaDeviceSynchronize",
+))  # fmt: skip
+def test_a_call_that_fails(function: str, faulty: Path) -> None:
+    done = drive(faulty, "small", FAIL=function)
+    named = "the kernel" if function == "cudaDeviceSynchronize" else function
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"drive: {named}") and "unspecified launch failure" in done.stderr
+
+
+def test_no_device(faulty: Path) -> None:
+    done = drive(faulty, "small", FAIL="cudaGetDeviceCount")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "drive: cudaGetDeviceCount: unspecified launch failure\n"
 
 
 def test_its_layers_are_those_of_the_benchmarks(program: Path) -> None:
