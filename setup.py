@@ -8,12 +8,16 @@ FASTNEGATE_BUILD_CUDA  the same for the CUDA kernels, which need nvcc of CUDA 13
 FASTNEGATE_CUDA_ARCHS  compute capabilities to build them for: "90" is binary and PTX, "90-real" the binary
                        alone, "90-virtual" the PTX alone; separated by semicolons
 MAX_JOBS               compilers that run at a time; default: one per core
+CMAKE_ARGS             more arguments for CMake, of both extensions, quoted as for a shell; with
+                       "-DFASTNEGATE_DRIVE=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=/a/folder" a build of the CUDA
+                       kernels puts benchmarks/gpu/drive.cpp there as a program
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +51,16 @@ def archs() -> str:
             "semicolons; 90 is binary and PTX, 90-real the binary alone, 90-virtual the PTX alone"
         )
     return value
+
+
+def cmake_arguments() -> list[str]:
+    value = os.environ.get("CMAKE_ARGS", "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise SystemExit(
+            f"CMAKE_ARGS={value!r}: {error}; allowed are arguments quoted as for a shell"
+        ) from error
 
 
 def build_cpu() -> bool:
@@ -138,6 +152,7 @@ class CMakeBuild(build_ext):
             libraries = Path(nvcc).resolve().parent.parent / "lib"
             if (libraries / "libcudart_static.a").exists():
                 environment["LIBRARY_PATH"] = f"{libraries}:{os.environ.get('LIBRARY_PATH', '')}"
+        configure += cmake_arguments()
         try:
             subprocess.run(configure, check=True, env=environment)
             subprocess.run(["cmake", "--build", str(work), "-j", str(jobs)], check=True, env=environment)
@@ -149,7 +164,7 @@ class CMakeBuild(build_ext):
 
 version = re.search(r'__version__ = "(.+)"', (HERE / "python/fastnegate/__init__.py").read_text())
 assert version is not None
-archs()
+archs(), cmake_arguments()
 cpu, nvcc = build_cpu(), build_cuda()
 extensions = {CPU: ("FASTNEGATE_BUILD_CPU", cpu), CUDA: ("FASTNEGATE_BUILD_CUDA", nvcc)}
 setup(
@@ -158,6 +173,7 @@ setup(
         *find_packages("python"),
         "fastnegate.triton_kernels",
         "fastnegate.benchmarks",
+        "fastnegate.benchmarks.gpu",
         "fastnegate.benchmarks.operator",
         "fastnegate.benchmarks.pipeline",
     ],

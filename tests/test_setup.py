@@ -22,7 +22,7 @@ import fastnegate as fn
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("FASTNEGATE_BUILD_CPU", "FASTNEGATE_BUILD_CUDA", "FASTNEGATE_CUDA_ARCHS", "CUDACXX", "CUDA_HOME",
-             "CUDA_PATH", "MAX_JOBS")  # fmt: skip
+             "CUDA_PATH", "MAX_JOBS", "CMAKE_ARGS")  # fmt: skip
 CPU, CUDA = "fastnegate._C", "fastnegate._cuda"
 
 
@@ -132,6 +132,12 @@ def test_architectures(choose, nvcc, capfd: pytest.CaptureFixture[str]):
     assert "CUDA kernels on for 80-virtual;90;120-real (" in capfd.readouterr().err
 
 
+def test_wrong_arguments_for_cmake(choose):
+    message = """CMAKE_ARGS='-DA="b': No closing quotation; allowed are arguments quoted as for a shell"""
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        choose(CMAKE_ARGS='-DA="b')
+
+
 # ---- builds -------------------------------------------------------------------------------------
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -142,7 +148,9 @@ needs_cmake = pytest.mark.skipif(
 )
 
 
-def build(folder: Path, wanted: str, cudacxx: str | Path) -> subprocess.CompletedProcess[str]:
+def build(
+    folder: Path, wanted: str, cudacxx: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The package with the CUDA kernels alone, one architecture, one head_dim."""
     environment = {
         **{name: value for name, value in os.environ.items() if name not in VARIABLES},
@@ -152,6 +160,7 @@ def build(folder: Path, wanted: str, cudacxx: str | Path) -> subprocess.Complete
         "FASTNEGATE_CUDA_ARCHS": "80-real;90-virtual",
         "CUDACXX": str(cudacxx),
         "CUDAFLAGS": '"-DFASTNEGATE_CUDA_DIMS(X)=X(64)"',
+        **variables,
     }
     command = [
         sys.executable,
@@ -173,6 +182,16 @@ def test_a_failing_build(nvcc, tmp_path: Path):
     assert (tmp_path / "lib/fastnegate/cli.py").exists()
     assert not any((tmp_path / "lib").rglob("_cuda*.so"))
     assert build(tmp_path, "1", nvcc()).returncode != 0
+
+
+@needs_cmake
+def test_cmake_gets_more_arguments(nvcc, tmp_path: Path):
+    cmake = nvcc(folder="programs").with_name("cmake")
+    cmake.write_text('#!/bin/sh\nprintf "[%s]" "$@"\nexit 1\n')
+    cmake.chmod(0o755)
+    path = f"{cmake.parent}{os.pathsep}{PATH}"
+    done = build(tmp_path, "1", nvcc(), PATH=path, CMAKE_ARGS="-DA=1 '-DB=two words'")
+    assert done.returncode != 0 and "[-DA=1][-DB=two words]" in done.stdout
 
 
 def system_nvcc() -> str | None:
@@ -199,7 +218,8 @@ def test_the_built_package_works_without_cuda(toolchain: str, tmp_path: Path):
             "system": "no nvcc in PATH or /usr/local/cuda",
             "PyPI": "nvidia-cuda-nvcc 13 is not installed, nor in a folder FASTNEGATE_CUDA_WHEELS",
         }[toolchain])  # fmt: skip
-    done = build(tmp_path, "1", compiler)
+    drive = f"-DFASTNEGATE_DRIVE=ON '-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={tmp_path / 'a folder'}'"
+    done = build(tmp_path, "1", compiler, CMAKE_ARGS=drive)
     assert done.returncode == 0, done.stdout + done.stderr
     (module,) = (tmp_path / "lib/fastnegate").glob("_cuda*.so")
     needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
@@ -221,6 +241,8 @@ def test_the_built_package_works_without_cuda(toolchain: str, tmp_path: Path):
     assert (cpu is None) or "  cpu: ok\n" in said.stdout
     if not has_driver():
         assert "  cuda: not available: no driver\n" in said.stdout
+        driven = subprocess.run([tmp_path / "a folder/drive", "small"], capture_output=True, text=True)
+        assert (driven.returncode, driven.stdout, driven.stderr) == (3, "", "drive: no driver\n")
 
 
 def has_driver() -> bool:

@@ -503,7 +503,7 @@ def test_failures_on_demand(shim: Shim) -> None:
     assert shim.error("coordinates") == "cudaErrorLaunchFailure"
     assert shim.error("coordinates") is None
     assert library.error_string(LAUNCH_FAILURE) == b"unspecified launch failure"
-    assert shim.fail_next("cudaMalloc", 2) == -1
+    assert shim.fail_next("cudaStreamCreate", 2) == -1
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def build(
 ) -> Path:
     """The shim and `sources` as an executable, or as a shared library if `target` ends with .so.
 
-    `flags` go to the compiler. `python`: with the headers of Python and pybind11. Objects lie beside it.
+    `flags` go to the compiler. `python`: with the headers of Python and pybind11. Objects lie beside it, and
+    may be sources of another one: they are linked as they are.
     """
     target = Path(target)
     includes = [SHIM / "include", CSRC, CSRC / "include"]
@@ -92,6 +93,9 @@ def build(
     common = [GXX, *FLAGS, *(f"-I{path}" for path in includes)]
     commands, objects = [], []
     for source in [SHIM / "shim.cpp", *map(Path, sources)]:
+        if source.suffix == ".o":
+            objects.append(source)
+            continue
         compiled = target.with_name(f"{target.name}.{len(objects)}.{source.stem}.o")
         is_shim = source == SHIM / "shim.cpp"
         options = (SHIM_OPTIONS if is_shim else OPTIONS)[sanitize]

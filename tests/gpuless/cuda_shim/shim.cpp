@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -738,6 +739,8 @@ const char* const functions[] = {
     "cudaDriverGetVersion", "cudaRuntimeGetVersion",  "cudaGetDeviceCount",
     "cudaGetDevice",        "cudaSetDevice",          "cudaDeviceGetAttribute",
     "cudaFuncSetAttribute", "cudaFuncGetAttributes",  "cudaLaunchKernel",
+    "cudaMalloc",           "cudaFree",               "cudaMemset",
+    "cudaMemcpy",           "cudaDeviceSynchronize",
 };
 
 // A call of the API: what was arranged for it, else what `work` finds. Remembers errors.
@@ -885,6 +888,41 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(facts.shared);
     }
     return cudaErrorInvalidValue;
+  });
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  return device_call("cudaDeviceSynchronize", [] { return cudaSuccess; });  // kernels have run
+}
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  return device_call("cudaMalloc", [&] {
+    *memory = std::malloc(bytes);
+    if (!*memory) return cudaErrorMemoryAllocation;
+    std::memset(*memory, 0xff, bytes);  // NaN: what is read before it is written shows
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaFree(void* memory) {
+  return device_call("cudaFree", [&] {
+    std::free(memory);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
+  return device_call("cudaMemset", [&] {
+    std::memset(memory, byte, bytes);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  return device_call("cudaMemcpy", [&] {
+    if (kind != cudaMemcpyHostToDevice && kind != cudaMemcpyDeviceToHost) return cudaErrorInvalidValue;
+    std::memcpy(to, from, bytes);
+    return cudaSuccess;
   });
 }
 
