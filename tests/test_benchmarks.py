@@ -19,6 +19,7 @@ from fastnegate.benchmarks.operator.baselines import baselines
 from fastnegate.benchmarks.operator.cases import CONCEPTS, METHODS, Case, Concepts, Layer, make
 from fastnegate.benchmarks.operator.measure import largest_gates, open_share, skipped_blocks
 from fastnegate.benchmarks.pipeline import __main__ as pipeline
+from fastnegate.benchmarks.pipeline import models
 from torch import Tensor
 
 from fastnegate import ConceptTokens, negated_attention
@@ -414,11 +415,13 @@ def test_what_the_count_leaves_out(place: str, left_out: bool) -> None:
 # ---- a denoising step -------------------------------------------------------------------------
 
 
-def test_pipeline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = {"block_out_channels": (64, 64, 64, 64), "sample_size": 16, "layers_per_block": 1}
-    monkeypatch.setattr(pipeline, "SD15", {**pipeline.SD15, **small})
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, model in models.MODELS.items():
+        monkeypatch.setitem(models.MODELS, name, models.small(model))
+
+
+def test_pipeline(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "step.json"
     for rows in ("all", "conditional"):
         assert pipeline.main(["--pairs", "2", "--rows", rows, "--json", str(file)]) == 0
@@ -430,15 +433,15 @@ def test_pipeline(
         pipeline.main(["--pairs", "0"])
 
 
-def test_pipeline_twin_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"block_out_channels": (64, 64, 64, 64), "sample_size": 16, "layers_per_block": 1}
-    monkeypatch.setattr(pipeline, "SD15", {**pipeline.SD15, **small})
-    pipe = pipeline.pipeline()
-    twin = pipeline.twin(pipe.unet)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_pipeline_twin_is_the_same_model(name: str, small: None) -> None:
+    model = models.MODELS[name]
+    pipe = models.pipeline(model, models.random_unet(model))
+    twin = models.twin(pipe.unet)
     shared = {p.data_ptr() for p in pipe.unet.parameters()}
     assert {p.data_ptr() for p in twin.parameters()} == shared
     with torch.inference_mode():
-        outputs = [pipeline._step(pipe, unet)() for unet in (pipe.unet, twin)]
+        outputs = [models.step(pipe, unet, 2)() for unet in (pipe.unet, twin)]
     assert torch.equal(*outputs)
     assert outputs[0].std() > 0.1  # the random weights neither lose nor blow up the signal
 
@@ -446,6 +449,7 @@ def test_pipeline_twin_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pipeline_is_full_size() -> None:
     import diffusers
 
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**pipeline.SD15)
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # Stable Diffusion 1.5
+    for name, parameters in (("sd15", 859_520_964), ("sdxl", 2_567_463_684)):  # of the published models
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel(**models.MODELS[name].unet)
+        assert sum(p.numel() for p in unet.parameters()) == parameters

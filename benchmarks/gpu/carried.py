@@ -84,6 +84,7 @@ def prepare(folder: Path) -> None:
         stored["gate"][name] = {"problem": flat, "state": judge.state()}
     with gzip.open(folder / REFERENCES, "wb") as file:  # exponents of random numbers are much alike
         torch.save(stored, file)
+    (folder / "commit").write_text(stored["commit"] + "\n")  # for a copy of the checkout without its history
     _download(folder / "wheels")
     carried = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {carried / 2**20:.1f} MiB")

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, NamedTuple
 
 
@@ -30,12 +31,15 @@ class Done(NamedTuple):
 
 
 def start(
-    command: Sequence[str], output: IO[str], environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    output: IO[str],
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """A process that leads a group of its own, in the current folder; it reads nothing."""
+    """A process that leads a group of its own and reads nothing."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **(environment or {})}, start_new_session=True,
+        env={**os.environ, **(environment or {})}, cwd=folder, start_new_session=True,
     )  # fmt: skip
 
 
@@ -46,7 +50,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def run(command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None) -> Done:
+def run(command: Sequence[str | Path], limit: float, environment: Mapping[str, str] | None = None) -> Done:
     """Run a command for at most `limit` seconds."""
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: whoever holds one is waited for

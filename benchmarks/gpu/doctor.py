@@ -12,6 +12,7 @@ from .step import Item, Setting
 
 
 def items(setting: Setting) -> Iterator[Item]:
+    yield Item("machine", setting.card.facts)
     yield Item("doctor", lambda: _doctor(setting))
 
 

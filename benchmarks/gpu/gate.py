@@ -27,7 +27,7 @@ Operator = Callable[[Problem], Tensor]
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    backend = setting.card.backends[setting.backend]
+    backend = setting.card.backends[setting.part]
     for name, judge in carried(setting.carried).gate.items():
         yield Item(name, partial(_judged, judge, backend, setting.card))
     for rule in ("protore", "nag"):  # one launch; sums over heads between launches

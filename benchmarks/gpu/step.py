@@ -40,7 +40,7 @@ class Setting:
     work: Path  # what was built
     carried: Path | None  # what `--prepare` made: see carried.py
     until: float  # as time.time()
-    backend: str = ""  # name in the report, for steps that are made once for each
+    part: str = ""  # which of a step that comes in several: a backend as the report names it, say
     small: bool = False  # a rehearsal: sizes that a processor can do
 
     def left(self) -> float:
@@ -52,7 +52,7 @@ class Job(NamedTuple):
     """What the process is told."""
 
     step: str  # a module of this package with `items(setting)`
-    backend: str
+    part: str
     work: str
     carried: str | None
     until: float
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = Job(**json.loads(Path(path).read_text()))
     card: Card = Rehearsal() if job.rehearse else CudaCard()
     carried = Path(job.carried) if job.carried else None
-    setting = Setting(card, Path(job.work), carried, job.until, job.backend, small=job.rehearse)
+    setting = Setting(card, Path(job.work), carried, job.until, job.part, small=job.rehearse)
     items = importlib.import_module(f"{__package__}.{job.step}").items
     with open(job.results, "a") as results:
 
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.write(json.dumps(line) + "\n")
             results.flush()
 
-        return run(items(setting), setting, write, job.done, job.failed)
+        with torch.inference_mode():
+            return run(items(setting), setting, write, job.done, job.failed)
 
 
 def run(

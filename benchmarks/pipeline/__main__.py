@@ -5,7 +5,6 @@ weights: negated through an installed engine, against the same step with diffuse
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import resource
 import statistics
@@ -14,31 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import fastnegate as fn
-from fastnegate.concepts import Concept
 from fastnegate.engine import Engine, Record
 
-from ..operator.cases import CONCEPTS, DENSE, METHODS
+from ..operator.cases import CONCEPTS, METHODS
 from ..operator.machine import facts
 from ..operator.measure import interleave, ratio
+from .models import MODELS, STEPS, negating, pipeline, policy, random_unet, step, twin
 
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    "attention_head_dim": 8,  # in this model: the number of heads
-    "cross_attention_dim": 768,
-}
-BATCH, TOKENS, STEPS = 2, 77, 1000
+BATCH = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,21 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(method: str, concepts: str, rows: str, pairs: int) -> dict[str, Any]:
     """Measure; `change` is the distance between the outputs, relative to the default one."""
-    pipe = pipeline()
+    model = MODELS["sd15"]
+    pipe = pipeline(model, random_unet(model))
     plain = twin(pipe.unet)
-    size = CONCEPTS[concepts]
-    bank = fn.ConceptBank.from_prompts(pipe, {"concept 0": "a"})
-    for i in range(size.count):
-        bank.update(f"concept {i}", Concept.from_embeddings(_normal(i, size.tokens, bank.width)))
-    engine = fn.install(pipe, bank, BATCH, rule=METHODS[method])
-    # As in the dense cases of the operator: a threshold below every cosine keeps all gates open.
-    threshold = None if METHODS[method].gate == "open" else DENSE
-    policy = fn.Policy({name: 1.0 for name in bank}, threshold=threshold)
-    if rows == "all":
-        engine.set_rows([policy] * BATCH)
-    else:
-        engine.set_rows([policy], row_map=[0] * BATCH, conditional=[False, True])
-    default, negated = (_step(pipe, unet) for unet in (plain, pipe.unet))
+    engine = negating(pipe, CONCEPTS[concepts], METHODS[method], BATCH)
+    if rows == "conditional":
+        of_both = policy(engine.bank, METHODS[method])
+        engine.set_rows([of_both], row_map=[0] * BATCH, conditional=[False, True])
+    default, negated = (step(pipe, unet, BATCH) for unet in (plain, pipe.unet))
     # One round that does not count; in it the engine projects the concepts, once per pipeline call.
     times = interleave({"default": default, "negated": negated}, pairs, warm=1)
     expected, (actual, share) = default(), _watched(engine, negated)
@@ -109,62 +87,6 @@ def run(method: str, concepts: str, rows: str, pairs: int) -> dict[str, Any]:
     }
 
 
-def pipeline() -> Any:
-    """The pipeline that an engine is installed in; its text encoder is a small one of the same width,
-    since no step runs it."""
-    width = SD15["cross_attention_dim"]
-    text = CLIPTextConfig(
-        vocab_size=2, hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=12,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    tokenizer = CLIPTokenizer(
-        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=TOKENS
-    )
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    scheduler.set_timesteps(STEPS)
-    return diffusers.StableDiffusionPipeline(
-        unet=_random(SD15), vae=None, text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-def twin(unet: Any) -> Any:
-    """A second model on the same weights, with processors of its own."""
-    with torch.device("meta"):
-        other = diffusers.UNet2DConditionModel(**SD15)
-    other.load_state_dict(unet.state_dict(), assign=True)
-    return other.eval()
-
-
-def _random(config: dict[str, Any]) -> Any:
-    """Weights that keep signals at their size; torch's own initialization would take much longer."""
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**config)
-    unet.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in unet.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:  # of norms, and biases
-            parameter.data.fill_(float(name.endswith("weight")))
-    return unet
-
-
-def _step(pipe: Any, unet: Any) -> Callable[[], Tensor]:
-    """The denoiser at one step after the other, so that the engine sees one long pipeline call; all
-    pipelines hand the same prompt tensor to every step."""
-    latents = _normal(0, BATCH, 4, SD15["sample_size"], SD15["sample_size"])
-    prompt = _normal(1, BATCH, TOKENS, SD15["cross_attention_dim"])
-    steps = itertools.count()
-
-    def call() -> Tensor:
-        timestep = pipe.scheduler.timesteps[next(steps)]
-        output: Tensor = unet(latents, timestep, encoder_hidden_states=prompt, return_dict=False)[0]
-        return output
-
-    return call
-
-
 def _watched(engine: Engine, step: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """The output of a step, and the share of queries of negated rows with an open gate."""
     records: list[Record] = []
@@ -177,10 +99,6 @@ def _watched(engine: Engine, step: Callable[[], Tensor]) -> tuple[Tensor, float]
         for row in {b for _, b, _ in record.entries}
     ]
     return output, float(torch.cat(open_gates).float().mean())
-
-
-def _normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 if __name__ == "__main__":

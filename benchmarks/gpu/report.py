@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run on a GPU: what is in report.json, and how it is read.
+
+Nothing here is measured or imported but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..tables import table
+
+VERSION = 1
+UNSHOWN = ("seconds", "report", "trace", "missing", "kernel")  # of tools: only in report.json
+Content = Mapping[str, Any]
+
+
+def begun(machine: Content, old: Content | None) -> dict[str, Any]:
+    """A report without steps, or with those of the old one."""
+    steps = {} if old is None else {name: dict(step) for name, step in old["steps"].items()}
+    took = {} if old is None else dict(old["took"])  # seconds of steps that came to their end
+    return {"version": VERSION, **machine, "took": took, "steps": steps}
+
+
+def check(old: Any) -> None:
+    """Raises ValueError unless it is a report of this version."""
+    fields = {"version": int, "steps": dict, "took": dict, "gpu": dict}
+    whole = isinstance(old, dict) and all(isinstance(old.get(f), kind) for f, kind in fields.items())
+    if not whole or old["version"] != VERSION:
+        raise ValueError(f"is no report of version {VERSION}")
+
+
+def another(old: Content, machine: Content) -> str | None:
+    """Why the old report cannot be continued on this machine, or None."""
+    for field in ("rehearsal", "gpu"):
+        was, now = (x.get(field) for x in (old, machine))
+        if field == "gpu":
+            was, now = (x.get("name") if isinstance(x, dict) else x for x in (was, now))
+        if was != now:
+            return f"the report to resume has {field} {was!r}, this machine {now!r}"
+    return None
+
+
+def complete(steps: Content, name: str) -> bool:
+    """Whether nothing of the step has to be run again."""
+    step = steps.get(name, {})
+    return step.get("status") == "done" and not any(map(is_open, step["items"].values()))
+
+
+def is_open(item: Content) -> bool:
+    return "failed" in item or "cut" in item
+
+
+def troubles(content: Content) -> Iterator[str]:
+    """What failed, what was cut off and what was not reached, each in a line."""
+    for name, step in content["steps"].items():
+        for item, found in step["items"].items():
+            if "failed" in found:
+                yield f"{name}: {item}: {found['failed']}"
+        if step["status"] not in ("done", "running"):
+            yield f"{name}: {step['status']}"
+
+
+def facts(content: Content) -> dict[str, Any]:
+    return dict(content["steps"].get("doctor", {}).get("items", {}).get("machine", {}))
+
+
+# ---- as it is read ----------------------------------------------------------------------------
+
+
+def markdown(content: Content) -> str:
+    parts = ["# Measured on a GPU" if not content["rehearsal"] else "# A rehearsal: nothing here is a GPU's"]
+    known = {"gpu": content["gpu"].get("name"), "driver": content["gpu"].get("driver_version")}
+    known |= {"commit": content["commit"], **facts(content)}
+    parts.append("\n".join(f"- {name}: {value}" for name, value in known.items() if name != "seconds"))
+    if failed := list(troubles(content)):
+        parts += ["## Failed or missing", "\n".join(f"- {line}" for line in failed)]
+    parts += ["## Steps", _steps(content)]
+    for title, part in (
+        ("Accuracy and promises", _gate(content)),
+        ("Host time of a call", _host(content)),
+        ("Times of layers", _times(content)),
+        ("Whole models", _models(content)),
+        ("Sanitizers and profiler", _tools(content)),
+        ("Doctor", _printed(content, "doctor", "doctor")),
+    ):
+        if part:
+            parts += [f"## {title}", part]
+    return "\n\n".join(parts) + "\n"
+
+
+def _items(content: Content, step: str) -> dict[str, Any]:
+    items: dict[str, Any] = content["steps"].get(step, {}).get("items", {})
+    return items
+
+
+def _steps(content: Content) -> str:
+    body = [
+        [name, step["status"], *(f"{step[key]:.0f}" if key in step else "-" for key in ("seconds", "limit")),
+         str(len(step["items"])), step.get("commit", "-")[:12]]
+        for name, step in content["steps"].items()
+    ]  # fmt: skip
+    return table(["step", "status", "s", "limit, s", "items", "commit"], body)
+
+
+def _gate(content: Content) -> str:
+    """By backend: how many problems were judged and the most of the budget that was used."""
+    body = []
+    for backend in ("cuda", "triton"):
+        items = _items(content, f"gate {backend}")
+        used = [item["used"] for item in items.values() if "used" in item]
+        counted = [sum(key in item for item in items.values()) for key in ("refused", "kept", "failed")]
+        if items:
+            most = f"{max(used):.2f}" if used else "-"
+            body.append([backend, str(len(used)), most, *map(str, counted)])
+    if not body:
+        return ""
+    head = ["backend", "problems", "most of the budget used", "refused", "promises kept", "failed"]
+    return "Of the accuracy budget 1 is the limit.\n\n" + table(head, body)
+
+
+def _host(content: Content) -> str:
+    found = _items(content, "host").get("host", {})
+    if "us" not in found:
+        return ""
+    over = found["over_sdpa"]
+    body = [[n, f"{us:.1f}", _interval(over[n]) if n in over else "1"] for n, us in found["us"].items()]
+    return table(["call", "us", "over sdpa"], body) + _left_out(found)
+
+
+def _times(content: Content) -> str:
+    items = _items(content, "times")
+    rows = {name: item for name, item in items.items() if "us" in item}
+    if not rows:
+        return ""
+    rates = items.get("rates", {})
+    text = [
+        f"Microseconds, medians, and ratios with 95 % bootstrap intervals. In the same run a copy moved "
+        f"{rates.get('copy', 0) / 1e12:.2f} TB/s and a bfloat16 product of 8192 made "
+        f"{rates.get('matmul', 0) / 1e12:.0f} TFLOP/s. `floor` is a kernel that does nothing."
+    ]
+    names = list(dict.fromkeys(name for item in rows.values() for name in item["us"]))
+    body = [
+        [layer, *(f"{item['us'][n]['median']:.1f}" if n in item["us"] else "-" for n in names)]
+        for layer, item in rows.items()
+    ]
+    text.append(table(["layer", *names], body))
+    for backend in ("cuda", "triton"):
+        over = {layer: item["over"][backend] for layer, item in rows.items() if backend in item["over"]}
+        others = list(dict.fromkeys(name for of in over.values() for name in of))
+        body = [
+            [layer, *(_interval(of[n]) if n in of else "-" for n in others),
+             f"{rows[layer]['gbytes'][backend]:.0f}", f"{rows[layer]['judged'].get(backend, -1):.2f}"]
+            for layer, of in over.items()
+        ]  # fmt: skip
+        if body:
+            head = [f"{backend} over", *others, "GB/s", "budget used"]
+            text.append(table(head, body))
+    left_out = {f"{layer}, {n}: {why}" for layer, item in rows.items() for n, why in item["left_out"].items()}
+    if left_out:
+        text.append("Could not run:\n" + "\n".join(f"- {line}" for line in sorted(left_out)))
+    return "\n\n".join(text)
+
+
+def _models(content: Content) -> str:
+    text = []
+    for step in ("models, batch 2", "models, batch 8", "models, compiled"):
+        for name, item in _items(content, step).items():
+            for way in ("eager", "graph"):
+                if way not in item:
+                    continue
+                over = item[way]["over_none"]
+                body = [
+                    [variant, f"{ms:.2f}", _interval(over[variant], 4) if variant in over else "-",
+                     f"{item['peak_mbytes'].get(variant, 0):.0f}"]
+                    for variant, ms in item[way]["ms"].items()
+                ]  # fmt: skip
+                way = "compiled" if step.endswith("compiled") else way
+                text.append(table([f"{name}, {way}", "ms a step", "over none", "peak MiB"], body))
+    return "\n\n".join(text)
+
+
+def _tools(content: Content) -> str:
+    body = []
+    for name, item in _items(content, "tools").items():
+        shown = {
+            k: v for k, v in item.items() if k not in ("seconds", "report", "trace", "missing", "kernel")
+        }
+        body.append([name, ", ".join(f"{key} {_short(value)}" for key, value in shown.items())])
+    return table(["tool", "found"], body) if body else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_short(item)}" for key, item in value.items()) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _printed(content: Content, step: str, item: str) -> str:
+    printed = _items(content, step).get(item, {}).get("printed")
+    return f"```\n{printed.strip()}\n```" if printed else ""
+
+
+def _interval(found: Mapping[str, float], digits: int = 2) -> str:
+    low, high = (f"{found[end]:.{digits}f}" for end in ("low", "high"))
+    return f"{found['median']:.{digits}f} [{low}, {high}]"
+
+
+def _left_out(found: Content) -> str:
+    return "".join(f"\n\n{name} is left out: {why}" for name, why in found.get("left_out", {}).items())
