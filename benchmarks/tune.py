@@ -2,8 +2,9 @@
 """Times other tilings of the Triton kernel than those that it chooses, on layers of real models, and writes a
 table of the best. It is used where FASTNEGATE_TRITON_TILES names it, and only on the same kind of GPU.
 
-Each tiling is first judged by the accuracy budget; a wrong one ends the command. Every call is a CUDA graph
-whose query was just written, as by the projection before a layer.
+Each tiling is first judged by the accuracy budget; one that fails is left out, with its reason in the table.
+Calls are timed in graphs whose inputs rotate through more memory than the last cache has. The table is whole
+after every key, and a second call with the same file does those that it lacks.
 """
 
 from __future__ import annotations
@@ -12,91 +13,168 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastnegate.triton_kernels import tiles as sizing
-from fastnegate.triton_kernels.tiles import VERSION, Key, Tiles, Tuned, Work, key_of, resident, tiles, up
+from fastnegate.triton_kernels.tiles import (
+    VERSION,
+    Key,
+    Tiles,
+    Tuned,
+    Work,
+    key_of,
+    load_table,
+    resident,
+    tiles,
+    up,
+)
+from torch import Tensor
 
 from fastnegate.backends import triton as backend
+from fastnegate.backends import unavailable
 from fastnegate.problem import Problem
 
 from .accuracy import Judge, fair, make_problem
-from .gpu_report import ROUNDS, WARM, CudaGpu, Gpu, Timing, _asked, _first_line, missing, plan
-from .operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, make, moved
+from .gpu.card import Call, Card, CudaCard
+from .gpu.step import first_line
+from .gpu.times import asked, inputs, problem_of
+from .operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, moved
 from .operator.measure import interleave, ratio
 
-STATE = "warm"  # one of gpu_report's
+ROUNDS, WARM, FEWEST = (
+    101,
+    5,
+    7,
+)  # measured rounds, ones before that do not count, and fewest where time is short
 SHAPES = (  # rows, warps
     *((32, 2), (64, 4), (128, 8)),  # a warp has 16 rows to itself
     *((16, 2), (16, 4), (16, 8), (32, 4), (32, 8)),  # warps share them
 )
 TILES = (32, 64)  # tokens of a text that is taken tile by tile
 QUERIES = 250  # of a problem that is judged: the last tile is not full
+TUNED_METHODS, TUNED_CONCEPTS = ("protore", "nag"), ("none", "4x8", "1x77")
+LATE, WRONG = "no time left", "wrong"  # how reasons begin why a tiling is left out
+
+
+class Timing(NamedTuple):
+    """A call that is timed."""
+
+    layer: str
+    dtype: str
+    method: str
+    concepts: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 if a tiling is wrong, 2 without a GPU."""
+    """Run the command; returns the exit status: 1 if a tiling is wrong or a default fails, 2 if nothing could
+    be run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=[*LAYERS])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="most of a comparison")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the whole command")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
-    parser.set_defaults(methods=["protore", "nag"], concepts=["none", "4x8", "1x77"])
+    parser.set_defaults(methods=TUNED_METHODS, concepts=TUNED_CONCEPTS)
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: must be >= 1")
-    if (reason := missing("triton")) is not None:
+    if not 0 < options.minutes <= 24 * 60:
+        parser.error(f"--minutes {options.minutes:g}: must be above 0 and at most {24 * 60}")
+    reason = "torch finds no GPU on this machine" if not torch.cuda.is_available() else unavailable("triton")
+    if reason is not None:
         print(f"tune: {reason}; nothing was run", file=sys.stderr)
         return 2
     try:
         with torch.inference_mode():
-            run(options, CudaGpu())
-    except AssertionError as error:
+            return run(options, CudaCard())
+    except ValueError as error:  # the file is no table of this machine
         print(f"tune: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 2
 
 
-def run(options: argparse.Namespace, gpu: Gpu) -> None:
-    """Tune for every key; the table is written after each, so that what breaks late loses little."""
+def run(options: argparse.Namespace, card: Card) -> int:
+    """Tune for every key that the table lacks; returns the exit status.
+
+    Raises:
+        ValueError: the file exists and is no table of this machine.
+    """
+    machine = backend.machine(card.device)
     entries: list[dict[str, Any]] = []
-    table = {"version": VERSION, **gpu.facts(), **backend.machine(gpu.device), "entries": entries}
-    for key, timings in by_key(options).items():
-        entries.append(tune(key, timings, gpu, options.rounds))
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
-        print(f"{key}: {entries[-1]['ratio']:.3f} of the default's time", flush=True)
+    if options.out.exists():
+        load_table(options.out, machine)
+        entries = json.loads(options.out.read_text())["entries"]
+    table = {"version": VERSION, **card.facts(), **machine, "entries": entries}
+    missing = {
+        key: of for key, of in by_key(options).items() if key._asdict() not in [e["key"] for e in entries]
+    }
+    end, failed = time.monotonic() + 60 * options.minutes, False
+    for number, (key, timings) in enumerate(missing.items()):
+        left = end - time.monotonic()
+        if left <= 0:
+            print(f"tune: {len(missing) - number} keys are left: run it again", flush=True)
+            break
+        try:
+            entry = tune(
+                key, timings, card, options.rounds, time.monotonic() + left / (len(missing) - number)
+            )
+        except Exception as error:  # of the default: the other keys are worth having
+            print(f"{key}: {first_line(error)}", flush=True)
+            failed = True
+            card.synchronize()  # raises again if the device is lost
+            continue
+        entries.append(entry)
+        _write(options.out, table)
+        wrong = [reason for reason in entry["dropped"].values() if reason.startswith(WRONG)]
+        failed |= bool(wrong)
+        said = f"{entry['ratio']:.3f} of the default's time, {len(entry['dropped'])} tilings left out"
+        print(f"{key}: {said}", *wrong, sep="\n  ", flush=True)
+    return int(failed)
+
+
+def _write(path: Path, table: Mapping[str, Any]) -> None:
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(table, indent=1) + "\n")
+    new.replace(path)
 
 
 def by_key(options: argparse.Namespace) -> dict[Key, list[Timing]]:
     """The calls that are timed; calls of one key get the same tiles."""
     found: dict[Key, list[Timing]] = {}
-    for step in plan(options):
-        if isinstance(step, Timing):
-            layer, longest, dtype = LAYERS[step.layer], CONCEPTS[step.concepts].tokens, DTYPES[step.dtype]
-            work = Work(1, layer.heads, layer.queries, layer.keys, layer.dim, longest, dtype.itemsize)
-            found.setdefault(key_of(work), []).append(step)
+    for timing in map(
+        Timing._make, product(options.layers, options.dtypes, options.methods, options.concepts)
+    ):
+        if timing.concepts == "none" and timing.method != options.methods[0]:
+            continue  # without concepts all methods are the same
+        layer, dtype = LAYERS[timing.layer], DTYPES[timing.dtype]
+        longest = CONCEPTS[timing.concepts].tokens
+        work = Work(1, layer.heads, layer.queries, layer.keys, layer.dim, longest, dtype.itemsize)
+        found.setdefault(key_of(work), []).append(timing)
     return found
 
 
-def tune(key: Key, timings: Sequence[Timing], gpu: Gpu, rounds: int) -> dict[str, Any]:
-    """An entry of the table."""
+def tune(key: Key, timings: Sequence[Timing], card: Card, rounds: int, until: float) -> dict[str, Any]:
+    """An entry of the table, made until a time of time.monotonic(): then what is left is left out."""
     # Layers that differ in B, H and N alone run the same kernels: they are judged once.
     calls = dict.fromkeys((LAYERS[t.layer].keys, t.dtype, t.method, t.concepts) for t in timings)
-    facts = backend._device_facts(torch.empty(0, device=gpu.device))
+    facts = backend._device_facts(torch.empty(0, device=card.device))
     choices = candidates(key, *facts)
     default = named(choices[0])
-    dropped = screen(choices, [judge(key.dim, *call) for call in calls], gpu.device)
+    begun = time.monotonic()
+    judges = [judge(key.dim, *call) for call in calls]
+    dropped = screen(choices, judges, card, begun + 0.5 * (until - begun))
     kept = {named(c): c for c in choices if c.tiles not in dropped}
-    means = ranked(timed(timings, kept, gpu, rounds))
+    first, late = timed(timings, kept, card, rounds, begun + 0.8 * (until - begun))
+    means = ranked(first)
     # Timed anew: of many that are as fast, the one that seemed to be the fastest was lucky.
     two = {name: kept[name] for name in (default, next(iter(means)))}
-    times = timed(timings, two, gpu, rounds)
+    times, _ = timed(timings, two, card, rounds, until)
     best, mean = next(iter(ranked(times).items()))
     return {
         "key": key._asdict(),
@@ -106,7 +184,7 @@ def tune(key: Key, timings: Sequence[Timing], gpu: Gpu, rounds: int) -> dict[str
         "ratio": mean,
         "ratios": {call: vars(ratio(of[best], of[default])) for call, of in times.items()},
         "timed": means,
-        "dropped": {named(Tuned(key, t, 1)): reason for t, reason in dropped.items()},
+        "dropped": {named(Tuned(key, t, 1)): reason for t, reason in dropped.items()} | late,
     }
 
 
@@ -171,28 +249,29 @@ def judge(dim: int, keys: int, dtype: str, method: str, concepts: str) -> Judge:
     return fair(problem(seed) for seed in range(9))
 
 
-def screen(choices: Sequence[Tuned], judges: Iterable[Judge], device: str) -> dict[Tiles, str]:
-    """Tiles that are not compiled or not loaded, or spill more than the first, the default's; and why.
-
-    Raises:
-        AssertionError: an output is not within the budget.
-    """
+def screen(choices: Sequence[Tuned], judges: Iterable[Judge], card: Card, until: float) -> dict[Tiles, str]:
+    """Tiles that are wrong, not compiled or not loaded, or spill more than the first, the default's; and why.
+    The default itself must be right: what it raises is raised."""
     default = choices[0]
     dropped: dict[Tiles, str] = {}
     for judged in judges:
-        problem, most = moved(judged.problem, device), 0
+        problem, most = moved(judged.problem, card.device), 0
         for choice in choices:
             if choice.tiles in dropped:
                 continue
+            if choice is not default and time.monotonic() > until:
+                dropped[choice.tiles] = LATE
+                continue
             launch = backend._new_launch(problem, choice)
             try:
-                output = backend._run(problem, None, launch)
+                judged.check(output_of(problem, launch).cpu(), named(choice))
             except Exception as error:  # whatever a compiler may raise
                 if choice is default:
                     raise
-                dropped[choice.tiles] = _first_line(error)
+                wrong = f"{WRONG}: " if isinstance(error, AssertionError) else ""
+                dropped[choice.tiles] = wrong + first_line(error)
+                card.synchronize()  # raises again if the device is lost
                 continue
-            judged.check(output.cpu(), named(choice))
             spills = max(kernel.n_spills for kernel in launch.compiled.values())
             if choice is default:
                 most = spills
@@ -201,24 +280,51 @@ def screen(choices: Sequence[Tuned], judges: Iterable[Judge], device: str) -> di
     return dropped
 
 
+def output_of(problem: Problem, launch: Any) -> Tensor:
+    return backend._run(problem, None, launch)
+
+
 # ---- time -------------------------------------------------------------------------------------
 
 Times = Mapping[str, Mapping[str, Sequence[float]]]  # seconds by call and tiling
 
 
-def timed(timings: Iterable[Timing], choices: Mapping[str, Tuned], gpu: Gpu, rounds: int) -> Times:
-    found = {}
-    for layer, dtype, method, concepts in timings:
-        case = moved(make(LAYERS[layer], CONCEPTS[concepts], METHODS[method], DTYPES[dtype]), gpu.device)
-        scale = LAYERS[layer].dim ** -0.5
-        problem = Problem(case.query, case.key, case.value, None, case.tokens, case.rule, scale)
-        timers = {}
+def timed(
+    timings: Sequence[Timing], choices: Mapping[str, Tuned], card: Card, rounds: int, until: float
+) -> tuple[Times, dict[str, str]]:
+    """Of every call as many rounds, up to `rounds`, as there is time for; and tilings that could not be timed
+    on each, with the reason. The first, the default, must be."""
+    found: dict[str, dict[str, list[float]]] = {}
+    dropped: dict[str, str] = {}
+    for number, timing in enumerate(timings):
+        share = (until - time.monotonic()) / (len(timings) - number)
+        end = time.monotonic() + share
+        cases = inputs(LAYERS[timing.layer], timing.concepts, card, timing.method, timing.dtype)
+        problems = [problem_of(case) for case in cases]
+        timers: dict[str, Call] = {}
         for name, choice in choices.items():
-            launch = backend._new_launch(problem, choice)
-            call = partial(backend._run, problem, None, launch)
-            timers[name] = gpu.timers(call, problem.query)[STATE]
-        found[f"{layer} {dtype} {method} {concepts}"] = interleave(timers, rounds, WARM, _asked)
-    return found
+            if name in dropped:
+                continue
+            if timers and time.monotonic() > end - share / 2:
+                dropped[name] = LATE
+                continue
+            launch = backend._new_launch(problems[0], choice)
+            try:
+                timers[name] = card.timer([partial(output_of, problem, launch) for problem in problems])
+            except Exception as error:
+                if not timers:
+                    raise
+                dropped[name] = first_line(error)
+                card.synchronize()
+        begun = time.monotonic()
+        interleave(timers, 1, 0, asked)
+        one = max(time.monotonic() - begun, 1e-9)
+        many = min(max(int((end - time.monotonic()) / one) - WARM, FEWEST), rounds)
+        found[" ".join(timing)] = interleave(timers, many, WARM, asked)
+    whole = {
+        call: {name: of for name, of in times.items() if name not in dropped} for call, times in found.items()
+    }
+    return whole, dropped
 
 
 def ranked(times: Times) -> dict[str, float]:

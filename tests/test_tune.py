@@ -25,9 +25,9 @@ pytest.importorskip("triton")
 import triton
 from compiler import GPUS, Compiled
 from fastnegate.benchmarks import tune
-from fastnegate.benchmarks.gpu_report import Timing
 from fastnegate.benchmarks.operator import cases
 from fastnegate.benchmarks.operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Layer
+from fastnegate.benchmarks.tune import Timing
 from fastnegate.triton_kernels import tiles as sizing
 from fastnegate.triton_kernels.tiles import Key, Tiles, Tuned, Work, key_of, load_table, split
 from ptxsim.device import SimulatedDevice
@@ -206,9 +206,9 @@ def test_ranked() -> None:
 
 
 class Still:
-    """Takes the place of a GPU. Times are those of `seconds`, by rows and by how often it was asked."""
+    """Takes the place of a GPU. Times are those of `seconds`, by tiles and how often those were asked for."""
 
-    device = "cpu"
+    device, cache, backends = "cpu", 0, {}
 
     def __init__(self, seconds: Callable[[Tiles, int], float]) -> None:
         self.seconds = seconds
@@ -217,14 +217,16 @@ class Still:
     def facts(self) -> dict[str, Any]:
         return {"gpu": "?", "capability": "?", "triton": "?", "torch": "2", "commit": "abc"}
 
-    def state(self) -> dict[str, str]:
-        return {}
+    def synchronize(self) -> None:
+        pass
 
-    def timers(self, call: partial[torch.Tensor], query: torch.Tensor) -> dict[str, Callable[[], float]]:
-        assert call.func is backend._run and call.args[0].query is query
-        tiles = call.args[2].tiles
+    def timer(self, calls: list[partial[torch.Tensor]]) -> Callable[[], float]:
+        problems = [call.args[0] for call in calls]
+        assert len({id(p.query) for p in problems}) == len(problems) == 2, "inputs rotate"
+        assert all(call.func is tune.output_of for call in calls)
+        tiles = calls[0].args[1].tiles
         self.asked[tiles] = time = self.asked.get(tiles, -1) + 1
-        return {"cold": lambda: 1 / 0, "warm": lambda: self.seconds(tiles, time), "repeated": lambda: 1 / 0}
+        return lambda: self.seconds(tiles, time)
 
 
 ROWS = {128: Tiles(128, 24, True, 8, False, 16, 16, 8), 64: Tiles(64, 24, True, 8, False, 16, 16, 4)}
@@ -234,7 +236,7 @@ TINY_KEY = Key(2, 16, 24, 8)
 
 def options(out: Path, **changes: Any) -> Namespace:
     chosen = {"layers": ["tiny"], "dtypes": ["float16"], "methods": ["protore"], "concepts": ["none", "4x8"]}
-    return Namespace(**{**chosen, "rounds": 3, "out": out, **changes})
+    return Namespace(**{**chosen, "rounds": 3, "minutes": 60.0, "out": out, **changes})
 
 
 @pytest.fixture
@@ -258,7 +260,7 @@ def test_a_table_is_made_and_used(
     out = tmp_path / "tiles.json"
     monkeypatch.setattr(triton.compiler.compiler, "max_shared_mem", lambda device: 16 << 10)
     with SimulatedDevice():
-        tune.run(options(out), gpu)
+        assert tune.run(options(out), gpu) == 0
     assert load_table(out, MACHINE) == {TINY_KEY: Tuned(TINY_KEY, ROWS[64], 1)}
     written = json.loads(out.read_text())
     assert {**MACHINE, "torch": "2", "commit": "abc"}.items() <= written.items()
@@ -289,17 +291,78 @@ def test_what_was_fastest_by_chance_is_not_chosen(few: list[Tuned], monkeypatch:
     gpu = Still(lambda tiles, time: luck[tiles.rows][time // 2])
     timings = tune.by_key(options(Path()))[TINY_KEY]
     with SimulatedDevice():
-        entry = tune.tune(TINY_KEY, timings, gpu, 3)
+        entry = tune.tune(TINY_KEY, timings, gpu, 3, 1e12)
     assert entry["tiles"] == ROWS[128]._asdict() and entry["ratio"] == 1
     assert gpu.asked == {ROWS[128]: 3, ROWS[64]: 3, ROWS[32]: 1}
 
 
-def test_a_wrong_tiling_ends_the_command(few: list[Tuned], tmp_path: Path) -> None:
-    """Here one that forgets some keys of the prompt."""
+def test_a_wrong_tiling_is_left_out(
+    few: list[Tuned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here one that forgets some keys of the prompt. The others are timed, the status says it."""
     few.append(Tuned(TINY_KEY, Tiles(64, 16, True, 8, False, 16, 16, 4), 1))
-    with SimulatedDevice(), pytest.raises(AssertionError, match=r"rows 64, keys 16.* errs by"):
-        tune.run(options(tmp_path / "tiles.json"), Still(lambda *_: 1.0))
-    assert not (tmp_path / "tiles.json").exists()
+    with SimulatedDevice():
+        assert tune.run(options(tmp_path / "tiles.json"), Still(lambda *_: 1.0)) == 1
+    (entry,) = json.loads((tmp_path / "tiles.json").read_text())["entries"]
+    reason = entry["dropped"][tune.named(few[-1])]
+    assert reason.startswith("wrong: AssertionError: ") and "errs by" in reason
+    assert {*entry["timed"]} == {tune.named(c) for c in few[:-1]} and reason in capsys.readouterr().out
+
+
+def test_a_second_call_does_what_is_missing(few: list[Tuned], tmp_path: Path) -> None:
+    out, asked = tmp_path / "tiles.json", Still(lambda *_: 1.0)
+    with SimulatedDevice():
+        assert tune.run(options(out), Still(lambda *_: 1.0)) == 0
+        before = out.read_text()
+        assert tune.run(options(out), asked) == 0
+        assert not asked.asked and out.read_text() == before
+        out.write_text(json.dumps({**json.loads(before), "gpu": "H100"}))
+        with pytest.raises(ValueError, match="gpu is 'H100'"):
+            tune.run(options(out), asked)
+    assert "H100" in out.read_text(), "another machine's table is not overwritten"
+
+
+def test_where_time_ends(few: list[Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is judged and timed, with the fewest rounds; what is late is left out by that reason; keys
+    that are not reached are for another call."""
+    monkeypatch.setattr(tune.time, "monotonic", iter(range(0, 10**9, 100)).__next__)
+    gpu = Still(lambda *_: 1.0)
+    with SimulatedDevice():
+        entry = tune.tune(TINY_KEY, tune.by_key(options(Path()))[TINY_KEY], gpu, 50, 100.0)
+    assert entry["dropped"] == {tune.named(c): tune.LATE for c in few[1:]}
+    assert [*entry["timed"]] == [tune.named(few[0])] and {*gpu.asked} == {ROWS[128]}
+    out = tmp_path / "tiles.json"
+    assert tune.run(options(out, minutes=1.0), gpu) == 0 and not out.exists()
+
+
+def test_a_default_that_fails_leaves_other_keys(
+    few: list[Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {TINY_KEY: [Timing("tiny", "float16", "protore", "4x8")]}
+    other = TINY_KEY._replace(longest=16)
+    monkeypatch.setattr(tune, "by_key", lambda options: {other: keys[TINY_KEY], **keys})
+    real = tune.tune
+    monkeypatch.setattr(tune, "tune", lambda key, *rest: 1 / 0 if key == other else real(key, *rest))
+    with SimulatedDevice():
+        assert tune.run(options(tmp_path / "tiles.json"), Still(lambda *_: 1.0)) == 1
+    assert len(json.loads((tmp_path / "tiles.json").read_text())["entries"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_tilings_that_cannot_be_timed_are_left_out(few: list[Tuned]) -> None:
+    def seconds(tiles: Tiles, time: int) -> float:
+        return 1.0
+
+    class Refusing(Still):
+        def timer(self, calls: list[partial[torch.Tensor]]) -> Callable[[], float]:
+            if calls[0].args[1].tiles == ROWS[64]:
+                raise RuntimeError("capture failed\nmore")
+            return super().timer(calls)
+
+    with SimulatedDevice():
+        entry = tune.tune(TINY_KEY, tune.by_key(options(Path()))[TINY_KEY], Refusing(seconds), 3, 1e12)
+    assert entry["dropped"] == {tune.named(few[1]): "RuntimeError: capture failed"}
+    assert len(entry["timed"]) == 2
 
 
 @pytest.fixture
@@ -321,14 +384,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[Tiles, Any]:
 
 def test_screen(few: list[Tuned], fake: dict[Tiles, Any]) -> None:
     judges = [tune.judge(16, 20, "float16", "protore", concepts) for concepts in ("none", "4x8")]
+    card = Still(lambda *_: 1.0)
     with SimulatedDevice():
         fake |= {ROWS[128]: 2, ROWS[64]: 2, ROWS[32]: 3}
-        assert tune.screen(few, judges, "cpu") == {ROWS[32]: "spills 3 registers, the default 2"}
+        assert tune.screen(few, judges, card, 1e12) == {ROWS[32]: "spills 3 registers, the default 2"}
         fake |= {ROWS[64]: RuntimeError("PassManager\nmore"), ROWS[32]: 0}
-        assert tune.screen(few, judges, "cpu") == {ROWS[64]: "RuntimeError: PassManager"}
+        assert tune.screen(few, judges, card, 1e12) == {ROWS[64]: "RuntimeError: PassManager"}
         fake[ROWS[128]] = RuntimeError("the default must work")
         with pytest.raises(RuntimeError, match="the default must work"):
-            tune.screen(few, judges, "cpu")
+            tune.screen(few, judges, card, 1e12)
 
 
 def test_judged_problems_run_the_kernels_that_are_timed() -> None:
@@ -361,25 +425,13 @@ def test_without_a_gpu_it_says_so_before_any_work(
     assert not (tmp_path / "tiles.json").exists()
 
 
-@pytest.mark.parametrize("wrong", (["--rounds", "0"], ["--layers", "sd9"], ["--dtypes", "int8"]))
+@pytest.mark.parametrize(
+    "wrong", (["--rounds", "0"], ["--layers", "sd9"], ["--dtypes", "int8"], ["--minutes", "0"])
+)
 def test_wrong_options(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--out", "tiles.json", *wrong])
     assert wrong[0] in capsys.readouterr().err
-
-
-def test_a_wrong_tiling_is_in_the_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(options: Namespace, gpu: Any) -> None:
-        assert (options.layers, options.concepts) == (["sd15-64"], ["none", "4x8", "1x77"])
-        raise AssertionError("rows 64: row (0, 0, 0) errs by 1")
-
-    monkeypatch.setattr(tune, "missing", lambda name: None)
-    monkeypatch.setattr(tune, "CudaGpu", lambda: None)
-    monkeypatch.setattr(tune, "run", run)
-    assert tune.main(["--layers", "sd15-64", "--out", "tiles.json"]) == 1
-    assert capsys.readouterr().err == "tune: rows 64: row (0, 0, 0) errs by 1\n"
 
 
 # ---- tables -----------------------------------------------------------------------------------

@@ -11,14 +11,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastnegate.backends import load
 from fastnegate.problem import Problem
 
-from ..operator.cases import LAYERS, moved
+from ..operator.cases import CONCEPTS, LAYERS, METHODS, make, moved
 from .card import Card, CudaCard
 from .carried import load as carried
 from .step import Item, Setting, first_line
-from .times import TIMED, case_of
+from .times import TIMED, problem_of
 
 SPARED = 4  # cores, for nvcc
 MOST_WORKERS = 12
@@ -32,10 +34,10 @@ def problems(card: Card, folder: Path | None) -> Iterator[tuple[str, Problem, bo
     """Name, problem and whether with statistics: the layers that are timed, then the gate's problems."""
     for layer in TIMED:
         for concepts in ("4x8", "none"):  # with 1x8 it is the same kernel as with 4x8
-            c = case_of(LAYERS[layer], concepts, card, 0)
-            scale = c.sizes[4] ** -0.5
-            problem = Problem(c.query, c.key, c.value, None, c.tokens, c.rule, scale)
-            yield f"{layer} {concepts}", problem, False
+            case = make(
+                LAYERS[layer], CONCEPTS[concepts], METHODS["protore"], torch.bfloat16, device=card.device
+            )
+            yield f"{layer} {concepts}", problem_of(case), False
     for with_statistics in (False, True):
         for name, judge in carried(folder).gate.items():
             yield name, moved(judge.problem, card.device), with_statistics

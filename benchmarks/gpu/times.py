@@ -23,7 +23,7 @@ from fastnegate.problem import Problem
 
 from ..accuracy import Judge
 from ..operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
-from ..operator.cases import CONCEPTS, LAYERS, METHODS, Case, make, moved
+from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make, moved
 from ..operator.measure import Ratio, compulsory_bytes, interleave, ratio
 from .card import Call, Card, Timer
 from .step import Item, Setting, first_line
@@ -52,7 +52,10 @@ def items(setting: Setting) -> Iterator[Item]:
 def timed(layer: str, concepts: str, setting: Setting, rounds: int, compiled: bool = False) -> dict[str, Any]:
     """Microseconds of every call, and what each backend's are of the others'."""
     card = setting.card
-    cases = inputs(layer, concepts, card, setting.small)
+    size = LAYERS[layer]
+    if setting.small:
+        size = replace(size, queries=min(size.queries, 64), heads=2)
+    cases = inputs(size, concepts, card)
     found: dict[str, Any] = {"sets": len(cases), "judged": {}, "left_out": {}}
     judge = judge_of(cases[0])
     timers: dict[str, Timer] = {}
@@ -97,19 +100,22 @@ def as_dict(found: Ratio) -> dict[str, float]:
 # ---- what is timed ----------------------------------------------------------------------------
 
 
-def inputs(layer: str, concepts: str, card: Card, small: bool = False) -> list[Case]:
+def inputs(
+    layer: Layer, concepts: str, card: Card, method: str = "protore", dtype: str = "bfloat16"
+) -> list[Case]:
     """As many sets as fill the last cache twice, at least two."""
-    size = LAYERS[layer]
-    if small:
-        size = replace(size, queries=min(size.queries, 64), heads=2)
-    first = case_of(size, concepts, card, 0)
-    sets = -(-2 * card.cache // compulsory_bytes(first))
-    return [first, *(case_of(size, concepts, card, seed) for seed in range(1, max(min(sets, MOST_SETS), 2)))]
+
+    def of_seed(seed: int) -> Case:
+        return make(layer, CONCEPTS[concepts], METHODS[method], DTYPES[dtype], device=card.device, seed=seed)
+
+    first = of_seed(0)
+    sets = min(-(-2 * card.cache // compulsory_bytes(first)), MOST_SETS)
+    return [first, *map(of_seed, range(1, max(sets, 2)))]
 
 
-def case_of(layer: Any, concepts: str, card: Card, seed: int) -> Case:
-    rule = METHODS["protore"]
-    return make(layer, CONCEPTS[concepts], rule, torch.bfloat16, device=card.device, seed=seed)
+def problem_of(case: Case) -> Problem:
+    scale = case.sizes[4] ** -0.5
+    return Problem(case.query, case.key, case.value, None, case.tokens, case.rule, scale)
 
 
 def what_is_timed(cases: Sequence[Case], card: Card, compiled: bool) -> dict[str, list[Call]]:
@@ -151,7 +157,4 @@ def judge_of(case: Case) -> Judge:
     """Of the sampled queries. The concepts of a dense case resemble each other: of many queries two gates are
     as good as equal, and those are not judged here."""
     alone = moved(replace(case, query=sampled(case.query)), "cpu")
-    problem = Problem(
-        alone.query, alone.key, alone.value, None, alone.tokens, alone.rule, alone.sizes[4] ** -0.5
-    )
-    return Judge(problem, leave_near=True)
+    return Judge(problem_of(alone), leave_near=True)
