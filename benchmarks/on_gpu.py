@@ -325,7 +325,8 @@ class Run:
         self.ended = {step.name for step in steps} - {step.name for step in self.pending}
         self.running: list[_Running] = []
         self.end = clock.time() + seconds
-        self.lost: str | None = None  # the step that lost the device
+        self.over = False  # nothing more can be run
+        self.status = 0
 
     def to_the_end(self) -> int:
         self.book.write()
@@ -342,15 +343,13 @@ class Run:
             for step in self.pending:
                 self._entry(step).setdefault("status", "not reached")
             self.book.write()
-        if self.lost is not None:
-            return STICKY
-        return int(any(report.troubles(self.book.content)))
+        return self.status or int(any(report.troubles(self.book.content)))
 
     def _start(self) -> bool:
         """Start what can be started; returns whether anything was, or waits for something."""
         started = False
         for step in list(self.pending):
-            if self.lost is not None or not self.ended.issuperset(step.after):
+            if self.over or not self.ended.issuperset(step.after):
                 continue
             if not step.beside and any(not running.step.beside for running in self.running):
                 continue
@@ -390,15 +389,13 @@ class Run:
             if status is None:
                 running.process.kill()
             self._close(running, self._status(running, status))
-            if running.step.vital and status != 0:
-                return self.pending.clear()
             if status == STICKY and running.step.module:
-                self.lost = running.step.name
-            if self.lost is not None:
+                self.status = STICKY
                 for other in self.running:
                     other.process.kill()
-                    self._close(other, f"killed: {self.lost} lost the device")
+                    self._close(other, f"killed: {running.step.name} lost the device")
                 self.running.clear()
+            self.over |= self.status == STICKY or (running.step.vital and status != 0)
             self.book.write()
 
     def _status(self, running: _Running, status: int | None) -> str:
@@ -408,7 +405,7 @@ class Run:
             return "done"
         if running.step.module:
             return {1: "cut: its time was over", STICKY: "lost the device"}.get(
-                status, f"died: status {status}"
+                status, f"died: exit status {status}"
             )
         return f"failed: exit status {status}"
 

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run on a GPU: what is in report.json, and how it is read.
+"""The report of a run on a GPU: what is in report.json, and how it is read. Nothing here is measured.
 
-Nothing here is measured or imported but the standard library.
+`python -m benchmarks.gpu.report` fills the README's table from the committed reports.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..tables import table
 
 VERSION = 1
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"  # <card>/report.json
+PLACE = re.compile(r"(<!-- measured on GPUs -->\n).*?(<!-- end -->)", re.DOTALL)  # of the README's table
 UNSHOWN = ("seconds", "report", "trace", "missing", "kernel")  # of tools: only in report.json
 Content = Mapping[str, Any]
 
@@ -209,3 +215,39 @@ def _interval(found: Mapping[str, float], digits: int = 2) -> str:
 
 def _left_out(found: Content) -> str:
     return "".join(f"\n\n{name} is left out: {why}" for name, why in found.get("left_out", {}).items())
+
+
+# ---- the README's table -----------------------------------------------------------------------
+
+
+def readme_table(results: Path = RESULTS) -> str:
+    """A row for each layer with four concepts of 8 tokens that a committed report has a time of."""
+    body = []
+    for path in sorted(results.glob("*/report.json")):
+        content = json.loads(path.read_text())
+        if content["rehearsal"]:
+            raise ValueError(f"{path} is a rehearsal: nothing in it was measured on a GPU")
+        rows = _items(content, "times")
+        for name, item in rows.items():
+            layer, _, concepts = name.partition(" ")
+            if concepts != "4x8" or "us" not in item:
+                continue
+            for backend in item["over"]:
+                none = rows.get(f"{layer} none", {}).get("us", {}).get(backend)
+                us = item["us"][backend]["median"]
+                body.append([
+                    content["gpu"]["name"], layer, backend, f"{us:.1f}",
+                    f"{us / none['median']:.2f}" if none else "-", _interval(item["over"][backend]["sdpa"]),
+                ])  # fmt: skip
+    head = ["card", "layer", "backend", "4 x 8, us", "over no concepts", "over torch's attention"]
+    return table(head, body)
+
+
+def filled(readme: str, results: Path = RESULTS) -> str:
+    """The README with that table."""
+    return PLACE.sub(lambda place: f"{place[1]}{readme_table(results)}\n{place[2]}", readme)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
