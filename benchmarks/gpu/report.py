@@ -163,9 +163,13 @@ def _times(content: Content) -> str:
         if body:
             head = [f"{backend} over", *others, "GB/s", "budget used"]
             text.append(table(head, body))
-    left_out = {f"{layer}, {n}: {why}" for layer, item in rows.items() for n, why in item["left_out"].items()}
-    if left_out:
-        text.append("Could not run:\n" + "\n".join(f"- {line}" for line in sorted(left_out)))
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for layer, item in rows.items():
+        for why in item["left_out"].items():
+            left_out.setdefault(why, []).append(layer)
+    lines = [f"- {name}: {why} ({', '.join(layers)})" for (name, why), layers in left_out.items()]
+    if lines:
+        text.append("Could not run:\n\n" + "\n".join(lines))
     return "\n\n".join(text)
 
 

@@ -84,7 +84,11 @@ def row(times: Mapping[str, Sequence[float]], card: Card, bytes_: int) -> dict[s
     return {
         "us": us,
         "over": {
-            name: {other: as_dict(ratio(times[name], t)) for other, t in times.items() if other != name}
+            name: {
+                other: as_dict(ratio(times[name], t))
+                for other, t in times.items()
+                if other not in (name, FLOOR)
+            }
             for name in card.backends
             if name in times
         },
