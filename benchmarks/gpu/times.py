@@ -83,18 +83,16 @@ def row(times: Mapping[str, Sequence[float]], card: Card, bytes_: int) -> dict[s
     us = {name: as_dict(ratio(t, [1e-6] * len(t))) for name, t in times.items()}
     return {
         "us": us,
-        "over": {
-            name: {
-                other: as_dict(ratio(times[name], t))
-                for other, t in times.items()
-                if other not in (name, FLOOR)
-            }
-            for name in card.backends
-            if name in times
-        },
+        "over": {name: over(times, name) for name in card.backends if name in times},
         "gbytes": {name: bytes_ / of["median"] / 1e3 for name, of in us.items() if name != FLOOR},
         "clocks": card.state(),
     }
+
+
+def over(times: Mapping[str, Sequence[float]], name: str) -> dict[str, dict[str, float]]:
+    """What a call's times are of the others'."""
+    others = (other for other in times if other not in (name, FLOOR))
+    return {other: as_dict(ratio(times[name], times[other])) for other in others}
 
 
 def as_dict(found: Ratio) -> dict[str, float]:
