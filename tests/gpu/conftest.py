@@ -67,5 +67,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         try:
             card.synchronize()
         except Exception as error:  # of whatever type torch makes of an error of CUDA
-            pytest.exit(f"{item.nodeid} left the GPU unusable: {type(error).__name__}: {error}", returncode=3)
+            why = f"{item.nodeid} left the GPU unusable: {type(error).__name__}: {error}"
+            if not hasattr(item.config, "workerinput"):
+                pytest.exit(why, returncode=3)
+            item.session.shouldstop = why  # pytest-xdist ends all processes for it; `exit` is an error to it
     return result
