@@ -17,7 +17,6 @@ from card import (
     BACKENDS,
     DEVICE,
     DTYPES_OF,
-    FEATURE_MAX,
     REHEARSED,
     SUPPORTED,
     call,
@@ -207,7 +206,7 @@ def test_auto_takes_the_first_that_can() -> None:
 @pytest.mark.full
 @every_backend
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("rule", ("protore", "nag", "vsf", FEATURE_MAX), ids=str)
+@pytest.mark.parametrize("rule", ("protore", "nag", "vsf", "ong"))
 def test_every_layer(rule: Any, layer: str, backend: str) -> None:
     check(layer_judge(layer, rule), backend)
 
@@ -229,11 +228,16 @@ MORE = {
     "backend, of", [("cpu" if REHEARSED else b, b) for b in ("cuda", "triton")], ids=("cuda", "triton")
 )
 def test_full_grid(backend: str, of: str, rule: str) -> None:
-    failed = []
-    for i, case in enumerate(pairwise({**factors(of), **MORE, "dim": WIDTHS[of]}, repeats=4)):
+    failed, unfair = [], []
+    cases = [*pairwise({**factors(of), **MORE, "dim": WIDTHS[of]}, repeats=4)]
+    for i, case in enumerate(cases):
         if case["rule"] == rule:
             try:
                 check_case(case, backend, seed=i)
             except AssertionError as error:
                 failed.append(f"{_name(case)}: {error}")
+            except ValueError as error:  # of `fair`: whatever the seed, too many rows are next to a jump
+                assert "next to a jump" in str(error)
+                unfair.append(_name(case))
     assert not failed, "\n".join(failed)
+    assert 20 * len(unfair) <= len(cases) // len(SUPPORTED), "\n".join(unfair)
