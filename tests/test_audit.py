@@ -159,27 +159,3 @@ def test_the_table_shows_the_verdicts() -> None:
     column = {"method": "protore", "step_ms": 2.0, "present": [False, True], "kept": [True, True]}
     text = demo.table({"prompt": "p", "concept": "c", "pictures": 2, "steps": 20, "columns": [column]})
     assert "1 of 2" in text and "2 of 2" in text
-
-
-def test_doctor_says_when_a_backend_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["doctor"]) == 0
-    assert "cpu: ok" in capsys.readouterr().out
-    from fastnegate.backends import load
-
-    right = load("cpu").run
-    monkeypatch.setattr(load("cpu"), "run", lambda problem: right(problem) * 1.001)
-    assert cli.main(["doctor"]) == 1
-    assert "off by" in capsys.readouterr().out
-
-
-def test_doctor_does_not_call_a_backend_right_that_refuses_everything(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from fastnegate.backends import load
-
-    monkeypatch.setattr(load("cpu"), "supports", lambda problem: "not today")
-    assert cli.main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert "cpu: not checked" in printed and "nag is refused: not today" in printed

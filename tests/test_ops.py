@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnegate as fn
 from fastnegate import ops, reference
+from fastnegate.backends import cuda
 from fastnegate.problem import Problem
 from fastnegate.rule import Rule
 from support import CPU_BACKENDS, eps, every_dtype, make_problem, plain, run, with_concepts
@@ -182,6 +183,18 @@ def test_compile_with_changing_rules_and_inference_mode() -> None:
         layer = Layer(dataclasses.replace(problem, rule=Rule.preset(name)))
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(problem.query), layer(problem.query))
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="the CUDA kernels are not part of this install")
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_compilers_trace_what_the_cuda_backend_asks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reference in the place of its kernels: on a CPU it would refuse before it asks."""
+    monkeypatch.setattr(cuda, "_refused_device", lambda query: None)
+    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "run", reference.run)
+    problem = make_problem(2, 2, 9, 7, 40, torch.float16, rows="same")
+    compiled = torch.compile(Layer(problem, backend), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(problem.query), Layer(problem, "cuda")(problem.query))
 
 
 @every_name

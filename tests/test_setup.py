@@ -238,7 +238,8 @@ def test_the_built_package_works_without_cuda(toolchain: str, tmp_path: Path):
     )
     assert said.returncode == 0, said.stdout + said.stderr
     assert "CUDA architectures of this build: 80-real;90-virtual\n" in said.stdout
-    assert (cpu is None) or "  cpu: ok\n" in said.stdout
+    assert (cpu is None) or "  cpu: ok: 8 presets in " in said.stdout
+    assert "; needed: CUDA 13.0 (driver 580) or later for this build\n" in said.stdout
     if not has_driver():
         assert "  cuda: not available: no driver\n" in said.stdout
         driven = subprocess.run([tmp_path / "a folder/drive", "small"], capture_output=True, text=True)

@@ -161,15 +161,25 @@ def noise(seed: int, *shape: int, device: str = "cpu") -> Tensor:
 
 
 def moved(holder: Any, device: str) -> Any:
-    """A case or a problem with every tensor in it, those of its concepts too, on a device."""
+    """A case or a problem with every tensor in it, those of its concepts too, on a device; each lies in
+    memory as it did."""
     changes = {}
     for field in fields(holder):
         item = getattr(holder, field.name)
         if isinstance(item, Tensor):
-            changes[field.name] = item.to(device)
+            changes[field.name] = _moved(item, device)
         elif isinstance(item, ConceptTokens):
             changes[field.name] = moved(item, device)
     return replace(holder, **changes)
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    """`to(device)` makes a tensor dense. Here all of its memory is copied, what lies in gaps as well, so that
+    strides, where it begins and so what its rows are aligned to stay."""
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    copied = memory.to(device, copy=True).untyped_storage()
+    there = torch.empty(0, dtype=tensor.dtype, device=device)
+    return there.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @lru_cache(maxsize=1)

@@ -31,4 +31,6 @@ PYBIND11_MODULE(_cuda, m) {
   }, "(warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
   m.def("supports_dim", [](int dim) { return cuda::kernel_float16(dim) != nullptr; });
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;
+  m.attr("OLDEST_DRIVER") = kOldestDriver;
+  m.attr("OLDEST_DRIVER_BRANCH") = kOldestDriverBranch;
 }

@@ -18,8 +18,6 @@ using cuda::Launch;
 
 namespace {
 
-constexpr int kOldestDriver = 13000;  // a binary of CUDA 13 runs with every driver of CUDA 13
-
 void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess)
     throw CudaError(std::string(call) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
@@ -46,6 +44,11 @@ int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
+}
+
+// As cudaDriverGetVersion numbers it: 13000 is CUDA 13.0.
+std::string release(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
 Kernel kernel_of(const Problem& p) {
@@ -75,8 +78,7 @@ std::string cuda_unavailable() {
   int driver = 0, devices = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no driver";
   if (driver < kOldestDriver)
-    return "the driver is for CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
-           ", older than 13.0";
+    return "the driver is for CUDA " + release(driver) + ", older than " + release(kOldestDriver);
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaErrorNoDevice || (error == cudaSuccess && devices == 0)) return "no CUDA device";
   if (error != cudaSuccess) return std::string("cudaGetDeviceCount: ") + cudaGetErrorString(error);

@@ -15,6 +15,11 @@ struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A binary of CUDA 13 runs with every driver of CUDA 13. The first of them is of branch 580: CUDA Toolkit Release
+// Notes, "CUDA Toolkit and Corresponding Driver Versions".
+constexpr int kOldestDriver = 13000;  // as cudaDriverGetVersion says it
+constexpr int kOldestDriverBranch = 580;
+
 // Why no CUDA kernel can run on this machine; empty if one can.
 std::string cuda_unavailable();
 

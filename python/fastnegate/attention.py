@@ -293,8 +293,9 @@ def _refusal(problem: Problem, name: str) -> str | None:
 
 def _inputs(problem: Problem) -> list[Tensor]:
     tensors = [problem.query, problem.key, problem.value, problem.key_bias]
-    if problem.concepts is not None:
-        tensors += [value for value in vars(problem.concepts).values() if isinstance(value, Tensor)]
+    if (tokens := problem.concepts) is not None:  # named one by one: compilers cannot always trace `vars`
+        tensors += [tokens.key, tokens.value, tokens.numbers, tokens.token_bias, tokens.token_weight]
+        tensors += [tokens.direction, tokens.update, tokens.offset]
     return [tensor for tensor in tensors if tensor is not None]
 
 

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fastnegate doctor`: versions, backends with reasons, and a self-check against the reference."""
+"""`fastnegate doctor`: versions, driver, backends with reasons, and a self-check against the reference."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from . import reference
 from .attention import backends, negated_attention
 from .backends import load, unavailable
-from .problem import Problem
+from .benchmarks.accuracy import Judge, fair, make_problem
+from .benchmarks.operator.cases import moved
 from .rule import presets
-from .tokens import ConceptTokens
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "pybind11")
-# The accuracy budget of small problems, in eps; a backend is checked in one dtype here, in all by the tests.
-_BUDGET = {torch.float32: 8, torch.float16: 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (head_dim, tokens of each concept): kernels are made for these sizes. Stable Diffusion 1.5 and SDXL with
+# prototypes, and a whole prompt of CLIP as the concept.
+_SIZES = ((40, (8, 8)), (64, (8, 8)), (64, (77,)))
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def run() -> int:
-    """Print the report; returns 0, or 1 if an available backend disagrees with the reference."""
+    """Print the report; returns 0, or 1 if an available backend fails or disagrees with the reference."""
     print(f"python {platform.python_version()} on {platform.machine()} {sys.platform}")
     for package in ("fastnegate", *_PACKAGES):
         try:
@@ -34,57 +41,128 @@ def run() -> int:
     if unavailable("cpu") is None:
         cpu = load("cpu")
         print(f"CPU instruction set: {cpu.instruction_set()}")
-    if (cuda := load("cuda")._cuda) is not None:
+    cuda = load("cuda")._cuda
+    print(f"NVIDIA driver: {_driver() or 'none found'}{_needed(cuda)}")
+    if cuda is not None:
         print(f"CUDA architectures of this build: {cuda.ARCHS}")
     failed = False
     print("backends:")
     for name, reason in backends().items():
         if reason is not None:
             print(f"  {name}: not available: {reason}")
-            continue
-        wrong = [] if name == "reference" else _disagreements(name)
-        failed |= bool(wrong)
-        print(f"  {name}: " + ("not checked" if wrong is None else "; ".join(wrong) or "ok"))
+        elif name == "reference":
+            print("  reference: ok: the definition, which the others are compared with")
+        else:
+            failed |= _report(name)
     return int(failed)
 
 
-def _disagreements(backend: str) -> list[str] | None:
-    """Presets whose result differs from the reference by more than the budget; None if all are refused."""
+# ---- the driver -------------------------------------------------------------------------------
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver; empty if there is none."""
+    try:
+        for word in _DRIVER.read_text().partition("\n")[0].split():
+            if word[0].isdigit() and "." in word:
+                return word
+    except OSError:
+        pass  # Linux has this file, the Linux within Windows has nvidia-smi alone
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "not known: nvidia-smi does not answer"
+    first = done.stdout.strip().partition("\n")[0]
+    return first if done.returncode == 0 else f"not known: nvidia-smi says {first or done.stderr.strip()!r}"
+
+
+def _needed(cuda: Any) -> str:
+    """By the CUDA kernels; nothing where they were built before they could say it."""
+    oldest, branch = getattr(cuda, "OLDEST_DRIVER", None), getattr(cuda, "OLDEST_DRIVER_BRANCH", None)
+    if oldest is None:
+        return ""
+    release = f"{oldest // 1000}.{oldest % 1000 // 10}"
+    return f"; needed: CUDA {release} (driver {branch}) or later for this build"
+
+
+# ---- the self-check ---------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """What came of one check: neither `refused` nor `wrong` if the backend is right."""
+
+    dtype: str
+    preset: str
+    refused: str = ""
+    wrong: str = ""
+
+
+def _report(backend: str) -> bool:
+    """Check a backend and print what was found; returns whether something is wrong."""
     device = "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
-    dtype = torch.float16 if backend == "cuda" else torch.float32
-    budget = _BUDGET[dtype] * torch.finfo(dtype).eps
-    wrong, checked = [], False
-    for name, rule in presets().items():
-        problem = dataclasses.replace(_problem(device, dtype), rule=rule)
-        reason = load(backend).supports(problem)
-        if reason is not None:
-            print(f"    {name} is refused: {reason}")
-            continue
-        checked = True
-        actual = negated_attention(
-            problem.query, problem.key, problem.value, problem.concepts, rule, backend=backend
-        )
-        truth = reference.evaluate(problem)
-        error = (actual.double() - truth.output).abs().amax(-1) / truth.magnitude.clamp(min=reference.TINY)
-        worst = error.max().item()
-        if not worst <= budget:
-            wrong.append(f"{name} is off by {worst:.1e} of the output's magnitude (allowed {budget:.1e})")
-    return wrong if checked else None
+    if backend == "triton":
+        print("  triton: compiles its kernels when they are first used, which takes minutes", flush=True)
+    found = [*_checks(backend, device)]
+    wrong = [f for f in found if f.wrong]
+    right = {(f.dtype, f.preset) for f in found if not f.refused} - {(f.dtype, f.preset) for f in wrong}
+    if wrong:
+        print(f"  {backend}: WRONG in {_named(wrong)}" + (f"; right in {_named(right)}" if right else ""))
+    elif right:
+        print(f"  {backend}: ok: {_named(right)} against the reference")
+    else:
+        print(f"  {backend}: not checked")
+    for f in wrong:
+        print(f"    {f.preset} in {f.dtype}, {f.wrong}")
+    for reason in dict.fromkeys(f.refused for f in found if f.refused):
+        print(f"    refused: {_named(f for f in found if f.refused == reason)}: {reason}")
+    return bool(wrong)
 
 
-def _problem(device: str, dtype: torch.dtype) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    heads, dim = 2, 40
-    query, key, value = normal(2, heads, 37, dim), normal(2, heads, 77, dim), normal(2, heads, 77, dim)
-    keys = [normal(tokens, heads, dim) for tokens in (8, 3)]
-    values = [normal(tokens, heads, dim) + 1 for tokens in (8, 3)]
-    direction = normal(2, heads, dim)
-    tokens = ConceptTokens.pack(
-        keys, values, [[0, 1], [1]], direction=direction / direction.flatten(1).norm(dim=1)[:, None, None]
+def _named(pairs: Iterable[tuple[str, ...]]) -> str:
+    """Dtypes and presets, those with the same presets together."""
+    presets_of: dict[str, list[str]] = {}
+    for dtype, preset, *_ in sorted(set((p[0], p[1]) for p in pairs)):
+        presets_of.setdefault(dtype, []).append(preset)
+    dtypes_of: dict[tuple[str, ...], list[str]] = {}
+    for dtype, names in presets_of.items():
+        dtypes_of.setdefault(tuple(names), []).append(dtype)
+    return ", ".join(
+        f"{f'{len(names)} presets' if len(names) > 2 else ' and '.join(names)} in {', '.join(dtypes)}"
+        for names, dtypes in dtypes_of.items()
     )
-    query, key, value = query.to(dtype), key.to(dtype), (value + 1).to(dtype)
-    return Problem(query, key, value, None, tokens.cast(dtype), presets()["protore"], dim**-0.5)
+
+
+def _checks(backend: str, device: str) -> Iterator[_Found]:
+    """Every preset in every dtype on every size."""
+    for dtype, name, (dim, lengths) in product(_DTYPES, presets(), _SIZES):
+        pair = str(dtype).removeprefix("torch."), name
+        sizes = {"queries": 37, "keys": 77, "dim": dim, "concept_lengths": lengths}
+        size = f"head_dim {dim}, concepts of {lengths[0]} tokens"
+        try:
+            judge = fair(
+                make_problem(2, dtype=dtype, rule=name, rows="same", **sizes, seed=s) for s in range(9)
+            )
+            p = moved(judge.problem, device)
+            reason = load(backend).supports(p)
+            if reason is not None:
+                yield _Found(*pair, refused=reason)
+                continue
+            output = negated_attention(
+                p.query, p.key, p.value, p.concepts, p.rule, scale=p.scale, backend=backend
+            )
+            wrong = _disagreement(judge, output.cpu())
+        except Exception as error:  # whatever a compiler or a driver may raise: the rest is worth knowing
+            first = str(error).strip().partition("\n")[0]
+            wrong = f"{type(error).__name__}: {first}"
+        yield _Found(*pair, wrong=wrong and f"{size}: {wrong}")
+
+
+def _disagreement(judge: Judge, output: torch.Tensor) -> str:
+    """Empty if the output is within the accuracy budget."""
+    worst, allowed = judge.errors(output).max().item(), judge.allowed[0]
+    if worst <= allowed:
+        return ""
+    return f"off by {worst:.1e} of the output's magnitude (allowed {allowed:.1e})"
