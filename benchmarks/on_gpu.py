@@ -33,7 +33,7 @@ MINUTES = 5.0
 MARGIN = 2.0  # seconds before its limit at which a step begins nothing new
 LEAST = 5.0  # seconds that are worth a process
 REHEARSAL = 6.0  # times the limits: few cores, and a processor in place of the card
-STICKY = 3  # exit status of a step that has lost the device
+STICKY, CUT = 3, 4  # exit status of a step that has lost the device, and of one whose time was over
 
 
 class Step(NamedTuple):
@@ -44,7 +44,7 @@ class Step(NamedTuple):
     part: str = ""
     seconds: float = 0.0  # its limit
     after: tuple[str, ...] = ()  # steps that must have ended
-    beside: bool = False  # runs while others do; without it one step has the device to itself
+    shared: bool = False  # runs beside others that are; what is timed has the machine to itself
     rest: bool = False  # also gets what no later step is planned to need
     vital: bool = False  # without it nothing else can run
 
@@ -52,20 +52,21 @@ class Step(NamedTuple):
 # In order of worth. Limits are two to three times what a step took: `site`, `build` and `triton` on 2 cores
 # (3 s; 54 s of processor time; 3 s a kernel), for 16; the others in `--rehearse`, start of the process (8 s)
 # included, with times of graphs and models counted for an H100. A report that is resumed corrects them.
+BUILT = ("build", "triton")
 PLAN = (
-    Step("site", "", seconds=12, beside=True, vital=True),
-    Step("build", "", seconds=60, after=("site",), beside=True),
-    Step("triton", "compile", seconds=60, after=("site",), beside=True),
-    Step("doctor", "doctor", seconds=15, after=("build", "triton")),
-    Step("gate cuda", "gate", "cuda", seconds=15, after=("build",)),
-    Step("gate triton", "gate", "triton", seconds=15, after=("triton",)),
-    Step("host", "host", seconds=12, after=("build", "triton")),
-    Step("times", "times", seconds=50, after=("build", "triton")),
-    Step("models, batch 2", "end_to_end", "2", seconds=50, after=("build", "triton")),
-    Step("tools", "tools", seconds=36, after=("build",)),
-    Step("models, batch 8", "end_to_end", "8", seconds=35, after=("build", "triton")),
-    Step("models, compiled", "end_to_end", "compiled", seconds=120, after=("build", "triton"), rest=True),
-    Step("tests", "gpu_tests", seconds=60, after=("build", "triton"), rest=True),
+    Step("site", "", seconds=12, shared=True, vital=True),
+    Step("build", "", seconds=60, after=("site",), shared=True),
+    Step("triton", "compile", seconds=60, after=("site",), shared=True),
+    Step("gate cuda", "gate", "cuda", seconds=20, after=("build",), shared=True),
+    Step("gate triton", "gate", "triton", seconds=20, after=BUILT, shared=True),
+    Step("doctor", "doctor", seconds=32, after=BUILT, shared=True),
+    Step("host", "host", seconds=12, after=BUILT),
+    Step("times", "times", seconds=52, after=BUILT),
+    Step("models, batch 2", "end_to_end", "2", seconds=54, after=BUILT),
+    Step("tools", "tools", seconds=40, after=("build",)),
+    Step("models, batch 8", "end_to_end", "8", seconds=38, after=BUILT),
+    Step("models, compiled", "end_to_end", "compiled", seconds=120, after=BUILT, rest=True),
+    Step("tests", "gpu_tests", seconds=60, after=BUILT, rest=True),
 )
 PLANNED = PLAN[:-2]  # what fits five minutes; the rest is for a second call, or for time that is left
 
@@ -351,7 +352,9 @@ class Run:
         for step in list(self.pending):
             if self.over or not self.ended.issuperset(step.after):
                 continue
-            if not step.beside and any(not running.step.beside for running in self.running):
+            if any(not running.step.shared for running in self.running):
+                continue
+            if not step.shared and (self.running or step is not self.pending[0]):
                 continue
             seconds = self._limit(step)
             if seconds < LEAST:
@@ -397,6 +400,8 @@ class Run:
                 self.running.clear()
             self.over |= self.status == STICKY or (running.step.vital and status != 0)
             self.book.write()
+            if self.over:
+                return
 
     def _status(self, running: _Running, status: int | None) -> str:
         if status is None:
@@ -404,9 +409,8 @@ class Run:
         if status == 0:
             return "done"
         if running.step.module:
-            return {1: "cut: its time was over", STICKY: "lost the device"}.get(
-                status, f"died: exit status {status}"
-            )
+            known = {CUT: "cut: its time was over", STICKY: "lost the device"}
+            return known.get(status, f"died: exit status {status}")
         return f"failed: exit status {status}"
 
     def _read(self, running: _Running) -> bool:

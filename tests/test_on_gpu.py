@@ -121,10 +121,12 @@ def test_the_plan_is_in_order() -> None:
 
 
 def test_building_and_compiling_run_side_by_side(tmp_path: Path) -> None:
-    _, fake, _ = run(tmp_path, {"build": Does(seconds=30), "triton": Does(seconds=20)})
+    _, fake, _ = run(tmp_path, {"build": Does(seconds=20), "triton": Does(seconds=30)})
     begun = {name: when for name, when, _ in fake.started}
     assert begun["build"] == begun["triton"] < 5
-    assert begun["gate triton"] < 30 < begun["gate cuda"], "what can run does not wait for the build"
+    assert begun["gate cuda"] < 30 < begun["gate triton"], "what can run does not wait for the other"
+    ended = begun["doctor"] + 3
+    assert begun["gate triton"] < ended <= begun["host"], "what is timed has the machine to itself"
     order = [name for name, *_ in fake.started if name in {"times", "models, batch 2", "tools", "tests"}]
     assert order == ["times", "models, batch 2", "tools", "tests"]
 
@@ -172,7 +174,10 @@ def test_a_lost_device_ends_the_run_and_is_named(tmp_path: Path) -> None:
     assert "- gate triton: 07 protore: AcceleratorError: illegal memory access" in text
 
 
-@pytest.mark.parametrize("status, said", ((1, "cut: its time was over"), (-11, "died: exit status -11")))
+@pytest.mark.parametrize(
+    "status, said",
+    ((4, "cut: its time was over"), (1, "died: exit status 1"), (-11, "died: exit status -11")),
+)
 def test_other_ends_are_named(status: int, said: str, tmp_path: Path) -> None:
     code, _, found = run(tmp_path, {"times": Does(status=status)})
     assert code == 1 and found["steps"]["times"]["status"] == said
@@ -291,7 +296,7 @@ def test_commands_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "--no-index" in machine._make_site() and "a-1-py3-none-any.whl" in machine._make_site()
     started: list[list[str]] = []
     monkeypatch.setattr(on_gpu, "_Started", lambda command, *rest: started.append(command))
-    machine.start(PLAN[4], 20.0, ["a"], ["b"])
+    machine.start(next(s for s in PLAN if s.name == "gate cuda"), 20.0, ["a"], ["b"])
     job = step.Job(**json.loads(Path(started[0][-1]).read_text()))
     assert (job.step, job.part, job.done, job.failed, job.rehearse) == ("gate", "cuda", ["a"], ["b"], False)
     assert job.until == pytest.approx(time.time() + 20 - on_gpu.MARGIN, abs=5)

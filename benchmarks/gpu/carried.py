@@ -9,6 +9,7 @@ import gzip
 import io
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,5 +122,5 @@ def load(folder: Path | None) -> Problems:
             for name, item in stored["gate"].items()
         }
         return Problems(stored["commit"], gate)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder / REFERENCES}: {error}: make it anew with --prepare {folder}") from error

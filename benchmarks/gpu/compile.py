@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastnegate import doctor
 from fastnegate.backends import load
 from fastnegate.problem import Problem
 
@@ -31,16 +32,18 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def problems(card: Card, folder: Path | None) -> Iterator[tuple[str, Problem, bool]]:
-    """Name, problem and whether with statistics: the layers that are timed, then the gate's problems."""
+    """Name, problem and whether with statistics: of the gate, the doctor and the layers that are timed."""
+    for with_statistics in (False, True):
+        for name, judge in carried(folder).gate.items():
+            yield name, moved(judge.problem, card.device), with_statistics
+    for name, problem in doctor.problems():
+        yield name, moved(problem, card.device), False
     for layer in TIMED:
         for concepts in ("4x8", "none"):  # with 1x8 it is the same kernel as with 4x8
             case = make(
                 LAYERS[layer], CONCEPTS[concepts], METHODS["protore"], torch.bfloat16, device=card.device
             )
             yield f"{layer} {concepts}", problem_of(case), False
-    for with_statistics in (False, True):
-        for name, judge in carried(folder).gate.items():
-            yield name, moved(judge.problem, card.device), with_statistics
 
 
 def compiled(card: Card, folder: Path | None, part: int, parts: int) -> tuple[int, dict[str, str]]:

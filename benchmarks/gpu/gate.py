@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastnegate import negated_attention, negated_attention_with_statistics
-from fastnegate.backends import load
+from fastnegate.backends import load, unavailable
 from fastnegate.problem import Problem, Statistics
 
 from ..accuracy import Judge, make_problem
@@ -45,6 +45,8 @@ def operator(problem: Problem, backend: str, function: Callable[..., Any] = nega
 
 def _judged(judge: Judge, backend: str, card: Card) -> dict[str, Any]:
     """The share of the accuracy budget that was used."""
+    if (reason := unavailable(backend)) is not None:
+        return {"failed": reason}
     problem = moved(judge.problem, card.device)
     if (reason := load(backend).supports(problem)) is not None:
         return {"refused": reason}

@@ -2,8 +2,8 @@
 """A step as a process: `python -m benchmarks.gpu.step JOB.json` runs its items in order of worth and writes
 one line of JSON for each, at once, so that a kill loses no more than the item that it hits.
 
-Exit status: 0 if the step is through, 1 if its time is over, 3 after an error that the device does not
-recover from, which every later call of this process would repeat.
+Exit status: 0 if the step is through, 4 if its time is over, 3 after an error that the device does not
+recover from, which every later call of this process would repeat; 1, Python's own, if the step itself broke.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from .card import Card, CudaCard, Rehearsal
 
-THROUGH, CUT, STICKY = 0, 1, 3
+THROUGH, STICKY, CUT = 0, 3, 4
 
 
 class Item(NamedTuple):

@@ -19,6 +19,7 @@ from .attention import backends, negated_attention
 from .backends import load, unavailable
 from .benchmarks.accuracy import Judge, fair, make_problem
 from .benchmarks.operator.cases import moved
+from .problem import Problem
 from .rule import presets
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "pybind11")
@@ -137,14 +138,11 @@ def _named(pairs: Iterable[tuple[str, ...]]) -> str:
 
 def _checks(backend: str, device: str) -> Iterator[_Found]:
     """Every preset in every dtype on every size."""
-    for dtype, name, (dim, lengths) in product(_DTYPES, presets(), _SIZES):
+    for dtype, name, size in product(_DTYPES, presets(), _SIZES):
         pair = str(dtype).removeprefix("torch."), name
-        sizes = {"queries": 37, "keys": 77, "dim": dim, "concept_lengths": lengths}
-        size = f"head_dim {dim}, concepts of {lengths[0]} tokens"
+        said = f"head_dim {size[0]}, concepts of {size[1][0]} tokens"
         try:
-            judge = fair(
-                make_problem(2, dtype=dtype, rule=name, rows="same", **sizes, seed=s) for s in range(9)
-            )
+            judge = _judge(dtype, name, size)
             p = moved(judge.problem, device)
             reason = load(backend).supports(p)
             if reason is not None:
@@ -157,7 +155,19 @@ def _checks(backend: str, device: str) -> Iterator[_Found]:
         except Exception as error:  # whatever a compiler or a driver may raise: the rest is worth knowing
             first = str(error).strip().partition("\n")[0]
             wrong = f"{type(error).__name__}: {first}"
-        yield _Found(*pair, wrong=wrong and f"{size}: {wrong}")
+        yield _Found(*pair, wrong=wrong and f"{said}: {wrong}")
+
+
+def _judge(dtype: torch.dtype, preset: str, size: tuple[int, tuple[int, ...]]) -> Judge:
+    dim, lengths = size
+    sizes = {"queries": 37, "keys": 77, "dim": dim, "concept_lengths": lengths}
+    return fair(make_problem(2, dtype=dtype, rule=preset, rows="same", **sizes, seed=s) for s in range(9))
+
+
+def problems() -> Iterator[tuple[str, Problem]]:
+    """What is checked, with names: whoever compiles it first does not wait here."""
+    for dtype, name, size in product(_DTYPES, presets(), _SIZES):
+        yield f"doctor: {name} {dtype} {size}", _judge(dtype, name, size).problem
 
 
 def _disagreement(judge: Judge, output: torch.Tensor) -> str:
