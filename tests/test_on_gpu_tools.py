@@ -284,8 +284,8 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
 @pytest.mark.parametrize("limit, left, found", (
-    (0.5, 600.0, {"failed": "memcheck: stopped after 0.5 s, its limit"}),
-    (600.0, 0.5, {"skipped": "no time left: stopped after 0.5 s"}),
+    (0.5, 600.0, {"failed": "memcheck: killed after 0.5 s, its limit"}),
+    (600.0, 0.5, {"cut": "no time left: killed after 0.5 s"}),
 ))  # fmt: skip
 def test_a_tool_that_hangs(
     limit: float, left: float, found: dict, machine: Machine, monkeypatch: pytest.MonkeyPatch
@@ -306,5 +306,5 @@ def test_a_tool_that_hangs(
 
 def test_nothing_starts_when_there_is_no_time(machine: Machine) -> None:
     machine.seconds = 0.0
-    assert machine.run("drive") == {"skipped": "no time left"}
+    assert machine.run("drive") == {"cut": "no time left"}
     assert not (machine.work / "drive.asked").exists()

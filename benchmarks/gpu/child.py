@@ -23,7 +23,7 @@ class Done(NamedTuple):
     def why(self) -> str:
         """Why it failed, in a line."""
         if self.status is None:
-            return f"killed after {self.seconds:.0f} s"
+            return f"killed after {self.seconds:.1f} s"
         if self.status < 0:
             return f"died of {signal.Signals(-self.status).name}"
         last = self.output.strip().rpartition("\n")[2]

@@ -35,7 +35,8 @@ def problems(card: Card, folder: Path | None) -> Iterator[tuple[str, Problem, bo
     """Name, problem and whether with statistics: of the gate, the doctor and the layers that are timed."""
     for with_statistics in (False, True):
         for name, judge in carried(folder).gate.items():
-            yield name, moved(judge.problem, card.device), with_statistics
+            statistics = ", statistics" * with_statistics
+            yield name + statistics, moved(judge.problem, card.device), with_statistics
     for name, problem in doctor.problems():
         yield name, moved(problem, card.device), False
     for layer in TIMED:

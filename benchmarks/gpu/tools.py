@@ -7,20 +7,17 @@ Nothing here changes how the GPU is set: the profiler measures at the clocks tha
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import re
 import shutil
-import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from . import child
+from .child import Done
 from .step import Item, Setting
 
 SECONDS = {"drive": 60.0, "sanitizer": 150.0, "ncu": 120.0}  # after so many a child is killed
@@ -60,18 +57,6 @@ def items(setting: Setting) -> Iterator[Item]:
 # ---- children -------------------------------------------------------------------------------------
 
 
-class Done(NamedTuple):
-    status: int
-    output: str  # stdout and stderr
-    seconds: float
-
-    @property
-    def last(self) -> str:
-        """The last line that says something."""
-        lines = [line.removeprefix("=========").strip() for line in self.output.splitlines()]
-        return next((line for line in reversed(lines) if line), "no output")
-
-
 class NotDone(Exception):
     """A result without the tool having run to its end."""
 
@@ -81,29 +66,22 @@ class NotDone(Exception):
 
 
 def _run(setting: Setting, name: str, limit: float, command: Sequence[str | Path]) -> Done:
-    """Raises NotDone if it takes longer than its limit, or than there is time; nothing of it then runs on."""
+    """Raises NotDone if it takes longer than its limit, or than there is time."""
     left = setting.left()
     if left <= 0:
-        raise NotDone(skipped="no time left")
-    start = time.monotonic()
-    # A file: whoever outlives the child could hold a pipe open.
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            status = child.wait(min(limit, left))
-        except subprocess.TimeoutExpired:
-            if left < limit:
-                raise NotDone(skipped=f"no time left: stopped after {left:.1f} s") from None
-            raise NotDone(failed=f"{name}: stopped after {limit:.1f} s, its limit") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # the whole group: the tool's own children, too
-            child.wait()
-        seconds = time.monotonic() - start
-        output.seek(0)
-        return Done(status, output.read(), round(seconds, 1))
+        raise NotDone(cut="no time left")
+    done = child.run(command, min(limit, left))
+    if done.status is None and left < limit:
+        raise NotDone(cut=f"no time left: {done.why}")
+    if done.status is None:
+        raise NotDone(failed=f"{name}: {done.why}, its limit")
+    return done
+
+
+def _last(done: Done) -> str:
+    """The last line that says something."""
+    lines = [line.removeprefix("=========").strip() for line in done.output.splitlines()]
+    return next((line for line in reversed(lines) if line), "no output")
 
 
 def _result(measure: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -141,12 +119,12 @@ def _program(setting: Setting) -> Path:
 def _drive(setting: Setting) -> dict[str, Any]:
     done = _run(setting, "drive", SECONDS["drive"], [_program(setting), "small"])
     if done.status == NO_DEVICE:
-        return {"skipped": done.last}
+        return {"skipped": _last(done)}
     lines = done.output.splitlines()
     if done.status != 0:
-        first = next((line for line in lines if ": WRONG: " in line), done.last)
+        first = next((line for line in lines if ": WRONG: " in line), _last(done))
         return {"failed": f"drive: exit status {done.status}; {first}", "report": lines[-MOST_LINES:]}
-    return {"cases": len(lines), "seconds": done.seconds, "report": lines[-MOST_LINES:]}
+    return {"cases": len(lines), "seconds": round(done.seconds, 1), "report": lines[-MOST_LINES:]}
 
 
 @_result
@@ -161,7 +139,7 @@ def sanitized(tool: str, done: Done) -> dict[str, Any]:
     if "Device not supported" in done.output:
         return {"skipped": "compute-sanitizer does not support this device"}
     if done.status == NO_DEVICE:
-        return {"skipped": done.last}
+        return {"skipped": _last(done)}
     summary = re.search(r"ERROR SUMMARY: (\d+) error", done.output)
     if tool == "racecheck":
         summary = re.search(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning", done.output)
@@ -169,16 +147,16 @@ def sanitized(tool: str, done: Done) -> dict[str, Any]:
     report = [line.removeprefix("=========").strip() for line in lines]
     report = [line for line in report if line and line != "COMPUTE-SANITIZER" and "SUMMARY: " not in line]
     if summary is None:
-        return {"failed": f"{tool}: no summary, exit status {done.status}; {done.last}",
+        return {"failed": f"{tool}: no summary, exit status {done.status}; {_last(done)}",
                 "report": report[:MOST_LINES]}  # fmt: skip
     found: dict[str, Any] = {"errors": int(summary[1])}
     if tool == "racecheck":
         found["warnings"] = int(summary[2])
     if done.status != 0 or any(found.values()):
         counted = ", ".join(f"{count} {name}" for name, count in found.items())
-        first = report[0] if report else f"exit status {done.status}; {done.last}"
+        first = report[0] if report else f"exit status {done.status}; {_last(done)}"
         return {"failed": f"{tool}: {counted}; {first}", **found, "report": report[:MOST_LINES]}
-    return {**found, "seconds": done.seconds}
+    return {**found, "seconds": round(done.seconds, 1)}
 
 
 # ---- the profiler ---------------------------------------------------------------------------------
@@ -204,7 +182,7 @@ def profiled(done: Done) -> dict[str, Any]:
             return {"skipped": f"ncu: {line.removeprefix('==ERROR==').strip(' -')}"}
     table = list(csv.reader(line for line in done.output.splitlines() if line.startswith('"')))
     if done.status != 0 or len(table) != 3:  # names, units, one kernel
-        why = errors[0] if errors else f"{max(len(table) - 2, 0)} kernels profiled; {done.last}"
+        why = errors[0] if errors else f"{max(len(table) - 2, 0)} kernels profiled; {_last(done)}"
         return {"failed": f"ncu: exit status {done.status}; {why}",
                 "report": done.output.splitlines()[-MOST_LINES:]}  # fmt: skip
     names, _, values = table
@@ -219,7 +197,7 @@ def profiled(done: Done) -> dict[str, Any]:
             name: stalls[name] for name in sorted(reasons, key=stalls.__getitem__)[: -STALLS - 1 : -1]
         },
         "missing": [metric for metric in METRICS.values() if metric not in numbers],
-        "seconds": done.seconds,
+        "seconds": round(done.seconds, 1),
     }
 
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run on a GPU compiles ahead: the very kernels that its later steps launch, for a GPU that is not
+there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from compiler import Compiled
+from fastnegate.benchmarks.gpu import carried, compile
+from fastnegate.benchmarks.gpu.card import Rehearsal
+from fastnegate.benchmarks.gpu.step import Setting
+from fastnegate.benchmarks.gpu.times import TIMED
+
+from fastnegate.backends import triton as backend
+from fastnegate.problem import Problem
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces Triton"),
+]
+EVERY = 24  # of the gate's and the doctor's problems one in so many is compiled here
+
+
+@pytest.fixture(scope="module")
+def all_problems() -> list[tuple[str, Problem, bool]]:
+    carried.load.cache_clear()
+    return [*compile.problems(Rehearsal(), None)]
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
+    """An H100 that computes nothing, and a backend that takes what lies on the processor for its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(backend, "_launches", {})
+    monkeypatch.setattr(backend, "supports", lambda problem: None if takes(problem) else "not this one")
+    with Compiled("sm_90") as device:
+        yield device
+
+
+def takes(problem: Problem) -> bool:
+    return problem.rule.direction != "retrieve"
+
+
+def compiled() -> int:
+    """Kernels that Triton has made for the device that is there."""
+    caches = backend._kernel().device_caches
+    return sum(len(cache[0]) for name, cache in caches.items() if "sm_90" in str(name) or "90" in str(name))
+
+
+def test_every_step_is_provided_for(all_problems: list[tuple[str, Problem, bool]]) -> None:
+    names = [name for name, _, _ in all_problems]
+    assert {f"{layer} {concepts}" for layer in TIMED for concepts in ("4x8", "none")} <= {*names}
+    gate = {*carried.load(None).gate}
+    assert gate <= {*names} and {f"{name}, statistics" for name in gate} <= {*names}
+    assert len({*names}) == len(names) and sum(s for _, _, s in all_problems) == len(gate)
+    assert sum(name.startswith("doctor: ") for name in names) >= 60
+
+
+def test_what_is_compiled_ahead_is_what_is_launched(
+    all_problems: list[tuple[str, Problem, bool]], device: Compiled
+) -> None:
+    for name, problem, with_statistics in itertools.islice(all_problems, 3, None, EVERY):
+        if not takes(problem):
+            continue
+        backend.prepare(problem, with_statistics)
+        assert not device.launches, "nothing is launched"
+        known = compiled()
+        (backend.run_with_statistics if with_statistics else backend.run)(problem)
+        assert device.launches and compiled() == known, name
+        device.launches.clear()
+
+
+def test_a_problem_that_does_not_compile_is_named(
+    all_problems: list[tuple[str, Problem, bool]], device: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(problem: Problem, with_statistics: bool) -> None:
+        if problem.query.dtype == torch.float16:
+            raise RuntimeError("PassManager\nmore")
+
+    monkeypatch.setattr(backend, "prepare", fails)
+    monkeypatch.setattr(compile, "problems", lambda card, folder: iter(all_problems))
+    count, failures = compile.compiled(Rehearsal(), None, 0, 2)
+    half = [problem for _, problem, _ in all_problems[::2] if takes(problem)]
+    assert count == sum(problem.query.dtype != torch.float16 for problem in half) > 20
+    assert len(failures) == len(half) - count and {*failures.values()} == {"RuntimeError: PassManager"}
+
+
+def test_parts_are_made_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and the step says what failed in any."""
+
+    class Pool:
+        def __init__(self, parts: int, context: Any) -> None:
+            self.parts = parts
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def submit(self, function: Any, folder: Path, part: int, parts: int) -> Any:
+            assert function is compile._part and parts == self.parts
+            return part
+
+    class Done(int):
+        def result(self) -> tuple[int, dict[str, str]]:
+            return (10, {}) if self else (9, {"sdxl-64 4x8": "RuntimeError: no"})
+
+    monkeypatch.setattr(compile, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(compile, "as_completed", lambda running: map(Done, running))
+    monkeypatch.setattr(compile.os, "cpu_count", lambda: 16)
+    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.time() + 9))
+    assert item.run() == {"problems": 119, "processes": 12, "failed": "1: RuntimeError: no"}
+    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.time() + 9, small=True))
+    assert "skipped" in item.run()
