@@ -412,11 +412,15 @@ def test_tests_are_counted_line_by_line() -> None:
     output = (
         "tests/gpu/test_a.py::test_x[cuda] PASSED [ 10%]\ntests/gpu/test_a.py::test_y[a b] FAILED [ 20%]\n"
         "tests/gpu/test_a.py::test_z SKIPPED (why) [ 30%]\ntests/gpu/test_a.py::test_q ERROR\n"
+        "[gw1] [ 40%] PASSED tests/gpu/test_a.py::test_x[triton-a b] \n"
+        "[gw0] [100%] FAILED tests/gpu/test_b.py::test_y\n"
         "tests/gpu/test_a.py::test_hangs "
     )
     assert gpu_tests.counted(output) == {
-        "passed": 1, "failed": 1, "error": 1, "skipped": 1,
-        "failures": ["tests/gpu/test_a.py::test_y[a b]", "tests/gpu/test_a.py::test_q"],
+        "passed": 2, "failed": 2, "error": 1, "skipped": 1,
+        "failures": [f"tests/gpu/{test}" for test in (
+            "test_a.py::test_y[a b]", "test_a.py::test_q", "test_b.py::test_y",
+        )],
     }  # fmt: skip
 
 
