@@ -404,3 +404,20 @@ def test_a_step_is_a_process(tmp_path: Path) -> None:
     assert child.run(command, 120).status == 0
     begun, machine = map(json.loads, (tmp_path / "lines").read_text().splitlines())
     assert begun == {"begin": "machine"} and machine["gpu"].startswith("none")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_the_whole_run(tmp_path: Path) -> None:
+    """Every step as a process, with the processor in the card's place."""
+    out, root = tmp_path / "out", Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "benchmarks.on_gpu", "--rehearse", "--minutes", "50"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        done = child.run([*command, "--out", out, "--work", tmp_path / "work"], 3600)
+    found = json.loads((out / "report.json").read_text())
+    assert done.status == 0, done.output
+    assert {name: s["status"] for name, s in found["steps"].items()} == {s.name: "done" for s in PLAN}
+    skipped = [name for name, s in found["steps"].items() for i in s["items"].values() if "skipped" in i]
+    assert {*skipped} == {"triton", "tools"} and found["steps"]["tests"]["items"]["tests/gpu"]["passed"] > 200
+    assert len([*out.iterdir()]) <= 8
