@@ -87,7 +87,7 @@ def test_under_the_oldest(name: str) -> None:
     """In one process, whose version is that which is declared."""
     ours = ("PYTEST_", "FASTNEGATE_", "TRITON_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    env["PYTHONPATH"] = os.pathsep.join([OLDEST, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(OLDEST).resolve()), *filter(None, [env.get("PYTHONPATH")])])
     files = [str(HERE / word) if word.endswith(".py") else word for word in RUNS[name]]
     child = subprocess.run(
         [sys.executable, "-c", CHILD, declared(), "-q", "-ra", *files],
