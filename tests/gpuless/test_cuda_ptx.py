@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernel as compiled for sm_80, executed: results, what each block reads, writes and multiplies, and
-mutations of the kernel and of its inline assembly, which these checks find.
+mutations of the kernel and of its inline assembly, which these checks find: `-m full -k some` tries some, in
+minutes, `-m full` all, in hours.
 
 The launch code is that of the backend and csrc/cuda/run.cu, with a recorder in place of the kernels."""
 
@@ -705,10 +706,11 @@ def line_of(instruction: Instruction) -> str:
     return " ".join((instruction.name, *constants))
 
 
-@pytest.mark.parametrize("per_kind", (2, pytest.param(None, marks=pytest.mark.full)), ids=("some", "all"))
+@pytest.mark.full
+@pytest.mark.parametrize("per_kind", (2, None), ids=("some", "all"))
 def test_mutations(per_kind: int | None, simulate: Simulator) -> None:
     """Of mistakes at places that a check comes to, all that matter are found. Those known to be harmless are
-    left to the full run."""
+    left to `all`."""
     program = simulate.program(FLOAT16, MUTATED["dim"])
     executed: list[tuple[Check | Ties | Clamped, set[int]]] = []
     steps = 0
@@ -785,9 +787,8 @@ def listed(start: str, *operands: Sequence[int]) -> str:
     return start + ", ".join("{" + ", ".join(f"%{i}" for i in registers) + "}" for registers in operands)
 
 
-@pytest.mark.parametrize(
-    "all_swaps", (False, pytest.param(True, marks=pytest.mark.full)), ids=("some", "all")
-)
+@pytest.mark.full
+@pytest.mark.parametrize("all_swaps", (False, True), ids=("some", "all"))
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
 def test_mutations_of_instructions(dtype: torch.dtype, all_swaps: bool, simulate: Simulator) -> None:
     """Mistakes in ptx.cuh, which those who execute the kernel with another ptx.cuh do not see."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shim that executes CUDA kernels on the CPU: against the PTX ISA, and that it finds the mistakes it is
-there to find."""
+there to find: `pytest -m full tests/gpuless/test_cuda_shim.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_shim.build import SHIM, build, environment, missing
+
+pytestmark = pytest.mark.full
 
 SOURCE = SHIM / "selftest.cu"
 RANDOM = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PTX simulator against the PTX ISA and against numpy, with hand-written programs."""
+"""The PTX simulator against the PTX ISA and against numpy, with hand-written programs.
+
+`pytest -m full tests/gpuless/test_ptxsim.py`: what is executed by default is in test_ptxsim_compiled.py."""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from ptxsim import GlobalMemory, PtxError, Result, matrix, parse
 from ptxsim.tensors import Tensors
+
+pytestmark = pytest.mark.full
 
 # ---- hand-written programs ------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PTX simulator on what Triton and nvcc compile. It also finds the mistakes it is there to find."""
+"""The PTX simulator on what Triton and nvcc compile. It also finds the mistakes it is there to find.
+
+By default that it refuses accesses outside of tensors, and races: the simulated problems, in which there are
+none, would not miss that. `pytest -m full tests/gpuless/test_ptxsim_compiled.py` is the rest."""
 
 from __future__ import annotations
 
@@ -63,6 +66,7 @@ def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
+@pytest.mark.full
 @compiled_by_triton
 def test_vector_addition(simulated) -> None:
     x, y, out = torch.randn(1000), torch.randn(1000), torch.empty(1000)
@@ -76,6 +80,7 @@ def test_vector_addition(simulated) -> None:
     assert total.read["x"].sectors == total.written["out"].sectors == 250
 
 
+@pytest.mark.full
 @compiled_by_triton
 def test_softmax_of_rows(simulated) -> None:
     x, out = torch.randn(3, 300), torch.empty(3, 300)
@@ -87,6 +92,7 @@ def test_softmax_of_rows(simulated) -> None:
         assert counts.read["x"].bytes == counts.written["out"].bytes == 1200
 
 
+@pytest.mark.full
 @compiled_by_triton
 @pytest.mark.parametrize("dtype, stages", (
     (torch.float16, 1), (torch.float16, 3), (torch.bfloat16, 3), (torch.float32, 1),
@@ -131,6 +137,7 @@ OBVIOUS = ("barrier dropped", "wait dropped", "registers of A swapped", "registe
            "ldmatrix transposed", "copy dropped", "store dropped", "sums swapped")  # fmt: skip
 
 
+@pytest.mark.full
 @compiled_by_triton
 def test_mutations_of_a_matrix_product(simulated) -> None:
     """The simulator with a look at the result finds those that must be found."""
@@ -246,6 +253,7 @@ def test_saxpy_by_nvcc(tmp_path: Path) -> None:
         launch(by_nvcc(SAXPY.replace("BARRIER", ""), tmp_path))
 
 
+@pytest.mark.full
 def test_tile_by_nvcc(tmp_path: Path) -> None:
     """cp.async, ldmatrix and mma in inline assembly."""
     program = by_nvcc(TILE, tmp_path)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused kernel as compiled for sm_80, executed: results, what each program reads, writes and multiplies,
-and mutations of the kernel, which these checks find."""
+and mutations of the kernel, which these checks find: `-m full -k some` tries some, in minutes, `-m full`
+all, in hours."""
 
 from __future__ import annotations
 
@@ -459,7 +460,8 @@ def line_of(instruction: Instruction) -> str:
     return linecache.getline(module.__file__, int(number)).strip() if module else ""
 
 
-@pytest.mark.parametrize("per_kind", (5, pytest.param(None, marks=pytest.mark.full)), ids=("some", "all"))
+@pytest.mark.full
+@pytest.mark.parametrize("per_kind", (5, None), ids=("some", "all"))
 def test_mutations(per_kind: int | None) -> None:
     """Of mistakes at places that the first problem comes to, all that matter are found."""
     every = list(checks())
