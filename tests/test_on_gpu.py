@@ -306,8 +306,8 @@ def test_a_process_ends_with_its_children(tmp_path: Path) -> None:
     """And a line that it had only begun does no harm."""
     results = tmp_path / "results"
     code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen(['sleep', '600'])\n"
+        "import os, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'], preexec_fn=os.setpgrp)\n"  # as child.run starts it
         f"f = open({str(results)!r}, 'a')\n"
         'f.write(\'{"name": "a"}\\n{"name": "\'); f.flush()\n'
         "print(child.pid, flush=True); time.sleep(600)\n"
@@ -419,5 +419,6 @@ def test_the_whole_run(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     assert {name: s["status"] for name, s in found["steps"].items()} == {s.name: "done" for s in PLAN}
     skipped = [name for name, s in found["steps"].items() for i in s["items"].values() if "skipped" in i]
-    assert {*skipped} == {"triton", "tools"} and found["steps"]["tests"]["items"]["tests/gpu"]["passed"] > 200
+    assert {*skipped} == {"triton", "tools"}
+    assert found["steps"]["tests"]["items"]["tests/gpu"]["counts"]["passed"] > 200
     assert len([*out.iterdir()]) <= 8

@@ -21,6 +21,7 @@ from fastnegate.benchmarks.accuracy import Judge
 from fastnegate.benchmarks.gpu import (
     card,
     carried,
+    child,
     end_to_end,
     gate,
     gpu_tests,
@@ -416,12 +417,38 @@ def test_tests_are_counted_line_by_line() -> None:
         "[gw0] [100%] FAILED tests/gpu/test_b.py::test_y\n"
         "tests/gpu/test_a.py::test_hangs "
     )
-    assert gpu_tests.counted(output) == {
-        "passed": 2, "failed": 2, "error": 1, "skipped": 1,
-        "failures": [f"tests/gpu/{test}" for test in (
-            "test_a.py::test_y[a b]", "test_a.py::test_q", "test_b.py::test_y",
-        )],
-    }  # fmt: skip
+    counts, failures = gpu_tests.counted(output)
+    assert counts == {"passed": 2, "failed": 2, "error": 1, "skipped": 1}
+    assert failures == [
+        f"tests/gpu/{test}" for test in ("test_a.py::test_y[a b]", "test_a.py::test_q", "test_b.py::test_y")
+    ]
+
+
+ALL = {"counts", "failed", "failures", "trace"}
+
+
+@pytest.mark.parametrize(
+    "status, output, expected",
+    (
+        (0, "tests/gpu/a.py::b PASSED\n", {"counts"}),
+        (
+            1,
+            "tests/gpu/a.py::b FAILED\ntests/gpu/a.py::c PASSED\n",
+            {"counts", "failed", "failures", "trace"},
+        ),
+        (None, "tests/gpu/a.py::b PASSED\n", {"counts", "cut"}),
+        (5, "no tests ran\n", {"counts", "failed", "trace"}),
+        (0, "tests/gpu/a.py::b SKIPPED\n", {"counts", "failed", "trace"}),
+    ),
+)
+def test_a_run_of_tests(
+    status: int | None, output: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that passed is no success."""
+    done = child.Done(status, output, 1.0)
+    monkeypatch.setattr(gpu_tests, "run", lambda *arguments: done)
+    (item,) = gpu_tests.items(setting())
+    assert {*item.run()} == expected
 
 
 def measured(over: float) -> dict[str, Any]:

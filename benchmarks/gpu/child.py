@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 
 class Done(NamedTuple):
@@ -36,25 +36,26 @@ def start(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """A process that leads a group of its own and reads nothing."""
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, **(environment or {})}, cwd=folder, start_new_session=True,
-    )  # fmt: skip
+    """A process that leads a session of its own and reads nothing."""
+    return _started(command, output, environment, cwd=folder, start_new_session=True)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """It and what it started, also what outlived it."""
+    """It and what it started, also what outlived it, if it was started here."""
+    for pid in [process.pid, *_of_session(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run(command: Sequence[str | Path], limit: float, environment: Mapping[str, str] | None = None) -> Done:
-    """Run a command for at most `limit` seconds."""
+    """Run a command for at most `limit` seconds. It leads a group of its own within our session: whoever kills
+    us as `kill` does reaches it, too."""
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: whoever holds one is waited for
-        process = start(command, output, environment)
+        process = _started(command, output, environment, preexec_fn=os.setpgrp)
         try:
             status: int | None = process.wait(max(limit, 0.1))
         except subprocess.TimeoutExpired:
@@ -63,3 +64,22 @@ def run(command: Sequence[str | Path], limit: float, environment: Mapping[str, s
             kill(process)
         output.seek(0)
         return Done(status, output.read(), time.monotonic() - begun)
+
+
+def _started(
+    command: Sequence[str | Path], output: IO[str], environment: Mapping[str, str] | None, **options: Any
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, **(environment or {})}, **options,
+    )  # fmt: skip
+
+
+def _of_session(leader: int) -> list[int]:
+    """Processes of the session that this process leads."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(path.name)) == leader:
+                found.append(int(path.name))
+    return found

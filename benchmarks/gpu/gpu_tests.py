@@ -26,15 +26,15 @@ def _tests(setting: Setting) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "tests/gpu", *side_by_side()]
     environment = {"FASTNEGATE_GPU_TESTS": "rehearse"} if setting.small else {}
     done = run(command, setting.left() - 1, environment)
-    found = counted(done.output)
+    counts, failures = counted(done.output)
+    found: dict[str, Any] = {"counts": counts}
     if done.status is None:
         found["cut"] = done.why
-    elif done.status not in (0, 1) or found["passed"] == 0:
+    elif done.status not in (0, 1) or not counts["passed"]:
         found["failed"] = done.why
-    if found["failures"]:
-        found["failed"] = f"{len(found['failures'])} tests: {found['failures'][0]}"
-        found["trace"] = done.output[-6000:]
-    return found
+    if failures:
+        found |= {"failed": f"{len(failures)} tests: {failures[0]}", "failures": failures}
+    return found if "failed" not in found else found | {"trace": done.output[-6000:]}
 
 
 def side_by_side() -> list[str]:
@@ -43,11 +43,12 @@ def side_by_side() -> list[str]:
     return ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
 
 
-def counted(output: str) -> dict[str, Any]:
-    """Outcomes of pytest's verbose lines, with and without pytest-xdist, which puts them first."""
+def counted(output: str) -> tuple[dict[str, int], list[str]]:
+    """How often each outcome is in pytest's verbose lines, with and without pytest-xdist, which puts them
+    first; and the tests that failed."""
     outcome = "PASSED|FAILED|ERROR|SKIPPED"
     lines = re.findall(rf"^(\S+::.+?) ({outcome})\b", output, re.MULTILINE)
     turned = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({outcome}) (\S+::.+?) *$", output, re.MULTILINE)
     lines += [(test, what) for what, test in turned]
-    found: dict[str, Any] = {name: sum(outcome == name.upper() for _, outcome in lines) for name in OUTCOMES}
-    return found | {"failures": [test for test, outcome in lines if outcome in ("FAILED", "ERROR")]}
+    counts = {name: sum(what == name.upper() for _, what in lines) for name in OUTCOMES}
+    return counts, [test for test, what in lines if what in ("FAILED", "ERROR")]

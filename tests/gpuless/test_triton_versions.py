@@ -61,11 +61,12 @@ oldest, *arguments = sys.argv[1:]
 assert Version(triton.__version__) == Version(oldest), f"{triton.__version__} in {triton.__file__}"
 sys.exit(pytest.main(arguments))
 """
-# The simulated problems; and the compiled layers, with a look at whether registers, spills and matrix
-# instructions are found in what this compiler writes.
+# The simulated problems; what a run on a GPU compiles ahead; and the compiled layers, with a look at whether
+# registers, spills and matrix instructions are found in what this compiler writes.
 SPILLS = "spills_nothing or counted and (sm_80 or sm_90)"
 RUNS = {
     "results": ["test_triton_ptx.py"],
+    "ahead": ["test_compiled_ahead.py"],
     "spills": ["test_triton_versions.py", "test_compiled.py", "-k", SPILLS],
 }
 
