@@ -51,8 +51,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def run(command: Sequence[str | Path], limit: float, environment: Mapping[str, str] | None = None) -> Done:
-    """Run a command for at most `limit` seconds. It leads a group of its own within our session: whoever kills
-    us as `kill` does reaches it, too."""
+    """Run a command for at most `limit` seconds. It leads a group of its own within our session: who kills us
+    as `kill` does reaches it, too."""
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: whoever holds one is waited for
         process = _started(command, output, environment, preexec_fn=os.setpgrp)
