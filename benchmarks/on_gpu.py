@@ -15,38 +15,43 @@ This file imports nothing but the standard library: the package that it measures
 from __future__ import annotations
 
 import argparse
+import fcntl
+import gzip
 import json
 import os
+import re
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .gpu import child, report
+from .gpu.child import CUT, STICKY
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 5.0
 MARGIN = 2.0  # seconds before its limit at which a step begins nothing new
 LEAST = 5.0  # seconds that are worth a process
 REHEARSAL = 6.0  # times the limits: few cores, and a processor in place of the card
-STICKY, CUT = 3, 4  # exit status of a step that has lost the device, and of one whose time was over
 
 
 class Step(NamedTuple):
     """A step of the run."""
 
     name: str
-    module: str  # of benchmarks.gpu; none: a command of `Machine`
+    module: str  # of benchmarks.gpu, with `items(setting)`; none: a command of `Machine`
     part: str = ""
     seconds: float = 0.0  # its limit
-    after: tuple[str, ...] = ()  # steps that must have ended
+    after: tuple[str, ...] = ()  # steps that must have ended, well or not
     shared: bool = False  # runs beside others that are; what is timed has the machine to itself
     rest: bool = False  # also gets what no later step is planned to need
     vital: bool = False  # without it nothing else can run
+    makes: bool = False  # files, which another machine does not have: it is always run
 
 
 # In order of worth. Limits are two to three times what a step took: `site`, `build` and `triton` on 2 cores
@@ -54,9 +59,9 @@ class Step(NamedTuple):
 # included, with times of graphs and models counted for an H100. A report that is resumed corrects them.
 BUILT = ("build", "triton")
 PLAN = (
-    Step("site", "", seconds=12, shared=True, vital=True),
-    Step("build", "", seconds=60, after=("site",), shared=True),
-    Step("triton", "compile", seconds=60, after=("site",), shared=True),
+    Step("site", "", seconds=12, shared=True, vital=True, makes=True),
+    Step("build", "", seconds=60, after=("site",), shared=True, makes=True),
+    Step("triton", "compile", seconds=60, after=("site",), shared=True, makes=True),
     Step("gate cuda", "gate", "cuda", seconds=20, after=("build",), shared=True),
     Step("gate triton", "gate", "triton", seconds=20, after=BUILT, shared=True),
     Step("doctor", "doctor", seconds=32, after=BUILT, shared=True),
@@ -68,7 +73,8 @@ PLAN = (
     Step("models, compiled", "end_to_end", "compiled", seconds=120, after=BUILT, rest=True),
     Step("tests", "gpu_tests", seconds=60, after=BUILT, rest=True),
 )
-PLANNED = PLAN[:-2]  # what fits five minutes; the rest is for a second call, or for time that is left
+# What fits five minutes; the rest is for a second call, or for time that is left.
+PLANNED = tuple(step for step in PLAN if not step.rest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,20 +82,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device was lost."""
     options = parsed(arguments)
     if options.prepare is not None:
-        from .gpu import carried
+        if (reason := _made(options.prepare)) is None:
+            from .gpu import carried
 
-        carried.prepare(options.prepare)
-        return 0
+            carried.prepare(options.prepare)
+            return 0
+        print(f"on_gpu: {reason}", file=sys.stderr)
+        return 2
     machine = Machine(options)
-    old = json.loads(options.resume.read_text()) if options.resume else None
-    reason = machine.missing() or (report.another(old, machine.named()) if old else None)
+    reason = machine.missing() or _made(options.out) or _made(options.work) or machine.lock()
+    if reason is None and options.old is not None:
+        reason = report.another(options.old, machine.named())
     if reason is not None:
         print(f"on_gpu: {reason}; nothing was run", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    book = Book(options.out, report.begun(machine.named(), old))
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, _stopped)
+    book = Book(options.out, report.begun(machine.named(), options.old))
     slack = REHEARSAL if options.rehearse else 1.0
     return Run(chosen(options.only), 60 * options.minutes, machine, book, slack=slack).to_the_end()
+
+
+def _made(folder: Path) -> str | None:
+    """Why the folder cannot be made, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        return f"{folder} is no folder to write to: {error}"
+    return None
+
+
+def _stopped(number: int, _: Any) -> None:
+    """Ends the run as an interrupt from the keyboard does: what runs is killed, the report is written."""
+    raise SystemExit(128 + number)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,18 +137,37 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.minutes <= 24 * 60:
         parser.error(f"--minutes {options.minutes:g}: must be above 0 and at most {24 * 60}")
+    if not (ROOT / "setup.py").exists():
+        parser.error(f"{ROOT} is no checkout, whose package could be built")
+    options.old = None
+    if options.resume is not None:
+        try:
+            options.old = json.loads(options.resume.read_text(encoding="utf-8"))
+            report.check(options.old)
+        except (OSError, ValueError) as error:
+            parser.error(f"--resume {options.resume}: {error}")
+    elif options.prepare is None and (options.out / "report.json").exists():
+        parser.error(f"--out {options.out}: has a report: --resume it, or name another folder")
+    _check_folders(parser, options)
+    return options
+
+
+def _check_folders(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Steps run in the checkout: folders get names that mean the same there."""
+    if options.wheels is None and options.carried is not None and (options.carried / "wheels").is_dir():
+        options.wheels = options.carried / "wheels"
     for name in ("carried", "wheels"):
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name} {folder}: is no folder")
-    if options.resume is not None:
-        try:
-            report.check(json.loads(options.resume.read_text()))
-        except (OSError, ValueError) as error:
-            parser.error(f"--resume {options.resume}: {error}")
-    if options.wheels is None and options.carried is not None and (options.carried / "wheels").is_dir():
-        options.wheels = options.carried / "wheels"
-    return options
+    try:
+        if options.carried is not None:
+            gzip.decompress((options.carried / "references.pt.gz").read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        parser.error(f"--carried {options.carried}: {error}: make it anew with --prepare")
+    for name in ("out", "work", "carried", "wheels"):
+        if getattr(options, name) is not None:
+            setattr(options, name, getattr(options, name).resolve())
 
 
 def chosen(only: Sequence[str] | None) -> list[Step]:
@@ -154,40 +200,57 @@ class Machine:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.work: Path = options.work.resolve()
+        self.work: Path = options.work
         self.site = self.work / "site"
-        self._gpu = self._asked() if not options.rehearse else {"gpu": "none", "compute_cap": "9.0"}
+        self._why = ""
+        self._gpu = {"name": "none", "compute_cap": "9.0"} if options.rehearse else self._asked()
 
     def _asked(self) -> dict[str, str]:
         """Name, driver and compute capability of the first GPU; empty without one."""
-        if shutil.which("nvidia-smi") is None:
-            return {}
         fields = ("name", "driver_version", "compute_cap")
         done = child.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], 20)
-        values = done.output.strip().partition("\n")[0].split(", ")
-        return dict(zip(fields, values)) if done.status == 0 and len(values) == len(fields) else {}
+        first = done.output.strip().partition("\n")[0]
+        found = dict(zip(fields, first.split(", ")))
+        if done.status == 0 and re.fullmatch(r"\d+\.\d", found.get("compute_cap", "")):
+            return found
+        self._why = first or done.why
+        return {}
 
     def missing(self) -> str | None:
         """Why nothing can be run here, or None."""
         if not self._gpu:
-            return "nvidia-smi finds no GPU on this machine (--rehearse does every step without one)"
+            return f"nvidia-smi finds no GPU here: {self._why} (--rehearse does every step without one)"
+        return None
+
+    def lock(self) -> str | None:
+        """Why another run keeps this one from its work folder, or None."""
+        self._lock = (self.work / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return f"--work {self.work}: another run is at work there"
         return None
 
     def named(self) -> dict[str, Any]:
         """What the report says of the machine before any step has run."""
-        return {"rehearsal": self.options.rehearse, "commit": _commit(self.options.carried), "gpu": self._gpu}
+        named: dict[str, Any] = {"rehearsal": self.options.rehearse, "gpu": self._gpu}
+        written = self.options.carried / "commit" if self.options.carried else None
+        carried = written.read_text(encoding="utf-8").strip() if written and written.exists() else ""
+        if carried:
+            named["carried"] = f"references of commit {carried}"
+        return {**named, "commit": _commit() or carried or "unknown"}
 
     def start(self, step: Step, seconds: float, done: Sequence[str], failed: Sequence[str]) -> Process:
-        self.work.mkdir(parents=True, exist_ok=True)
         name = step.name.replace(" ", "-").replace(",", "")
         log, results = self.work / f"{name}.log", self.work / f"{name}.jsonl"
         results.write_text("")
         if step.module:
             carried = self.options.carried
+            until = time.monotonic() + max(seconds - MARGIN, 1.0)
             job = {
                 "step": step.module, "part": step.part, "work": str(self.work),
-                "carried": str(carried.resolve()) if carried else None,
-                "until": time.time() + max(seconds - MARGIN, 1.0), "rehearse": self.options.rehearse,
+                "carried": str(carried) if carried else None,
+                "until": until, "rehearse": self.options.rehearse,
                 "results": str(results), "done": [*done], "failed": [*failed],
             }  # fmt: skip
             (self.work / f"{name}.json").write_text(json.dumps(job))
@@ -219,7 +282,9 @@ class Machine:
             "FASTNEGATE_BUILD_CPU": "1" if self.options.rehearse else "0",
             "FASTNEGATE_BUILD_CUDA": "auto" if self.options.rehearse else "1",
             "FASTNEGATE_CUDA_ARCHS": f"{capability}-real",
-            "CMAKE_ARGS": f"-DFASTNEGATE_DRIVE=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY={self.work}",
+            "CMAKE_ARGS": shlex.join(
+                ["-DFASTNEGATE_DRIVE=ON", f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={self.work}"]
+            ),
         }
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(self.site),
                    "--build-temp", str(self.work / "build")]  # fmt: skip
@@ -232,7 +297,7 @@ class _Started:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, results: Path):
         self._log, self._results, self._read = log, results, 0
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             self._process = child.start(command, output, {**environment}, ROOT)
 
     def poll(self) -> int | None:
@@ -249,19 +314,18 @@ class _Started:
         return [json.loads(line) for line in whole.splitlines()]
 
     def printed(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
 
-def _commit(carried: Path | None) -> str:
-    """Of this checkout; where it has no history, that which the carried folder was made with."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "HEAD"]
-    if shutil.which("git") is not None and (ROOT / ".git").exists():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            changed = child.run(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"], 20).output.strip()
-            return done.stdout.strip() + "+" * bool(changed)
-    written = carried / "commit" if carried is not None else None
-    return written.read_text().strip() if written is not None and written.exists() else "unknown"
+def _commit() -> str:
+    """Of this checkout, with "+" if it has changes; empty where it has no history."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return ""
+    head, changes = (
+        child.run(["git", "-C", str(ROOT), *words], 20)
+        for words in (("rev-parse", "--verify", "HEAD"), ("status", "--porcelain", "-uno"))
+    )
+    return head.output.strip() + "+" * bool(changes.output.strip()) if head.status == 0 else ""
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -273,6 +337,16 @@ class Clock(Protocol):
     def sleep(self, seconds: float) -> None: ...
 
 
+class RealClock:
+    """Of this machine, whatever is done to its date."""
+
+    def time(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
 class Starter(Protocol):
     def start(self, step: Step, seconds: float, done: Sequence[str], failed: Sequence[str]) -> Process: ...
 
@@ -281,7 +355,9 @@ class Book:
     """The report as it grows: both files are whole after every change."""
 
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
-        self.out, self.content, self.log = out, content, ""
+        self.out, self.content = out, content
+        old = out / "log.txt"
+        self.log = old.read_text(encoding="utf-8") if old.exists() else ""  # of the report that is resumed
 
     @property
     def steps(self) -> dict[str, Any]:
@@ -289,15 +365,14 @@ class Book:
         return steps
 
     def write(self) -> None:
-        written = {
-            "report.json": json.dumps(self.content, indent=1) + "\n",
-            "report.md": report.markdown(self.content),
-            "log.txt": self.log,
-        }
-        for name, text in written.items():
-            new = self.out / f".{name}"
-            new.write_text(text)
-            new.replace(self.out / name)
+        self._replace("report.json", json.dumps(self.content, indent=1) + "\n")
+        self._replace("log.txt", self.log)
+        self._replace("report.md", report.markdown(self.content))
+
+    def _replace(self, name: str, text: str) -> None:
+        new = self.out / f".{name}"
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.out / name)
 
 
 class _Running(NamedTuple):
@@ -316,16 +391,17 @@ class Run:
         seconds: float,
         starter: Starter,
         book: Book,
-        clock: Clock = time,
+        clock: Clock | None = None,
         slack: float = 1.0,
     ) -> None:
-        self.starter, self.book, self.clock, self.slack = starter, book, clock, slack
-        # What is no module makes files, which another machine does not have.
-        complete = {step.name for step in steps if step.module and report.complete(book.steps, step.name)}
-        self.pending = [step for step in steps if step.name not in complete]
+        self.starter, self.book, self.slack = starter, book, slack
+        self.clock: Clock = clock or RealClock()
+        self.asked = [step.name for step in steps]
+        complete = {name for name in self.asked if report.complete(book.steps, name)}
+        self.pending = [step for step in steps if step.makes or step.name not in complete]
         self.ended = {step.name for step in steps} - {step.name for step in self.pending}
         self.running: list[_Running] = []
-        self.end = clock.time() + seconds
+        self.end = self.clock.time() + seconds
         self.over = False  # nothing more can be run
         self.status = 0
 
@@ -339,12 +415,11 @@ class Run:
                 self.clock.sleep(0.05)
         finally:
             for running in self.running:  # of an interrupted run
-                running.process.kill()
                 self._close(running, "killed: the run ended")
             for step in self.pending:
                 self._entry(step).setdefault("status", "not reached")
             self.book.write()
-        return self.status or int(any(report.troubles(self.book.content)))
+        return self.status or int(any(report.troubles(self.book.content, self.asked)))
 
     def _start(self) -> bool:
         """Start what can be started; returns whether anything was, or waits for something."""
@@ -368,6 +443,8 @@ class Run:
             self._entry(step)["status"] = "running"
             self.pending.remove(step)
             started = True
+        if started:
+            self.book.write()
         return started
 
     def _limit(self, step: Step) -> float:
@@ -389,13 +466,10 @@ class Run:
                     self.book.write()
                 continue
             self.running.remove(running)
-            if status is None:
-                running.process.kill()
             self._close(running, self._status(running, status))
             if status == STICKY and running.step.module:
                 self.status = STICKY
                 for other in self.running:
-                    other.process.kill()
                     self._close(other, f"killed: {running.step.name} lost the device")
                 self.running.clear()
             self.over |= self.status == STICKY or (running.step.vital and status != 0)
@@ -430,6 +504,7 @@ class Run:
         return entry
 
     def _close(self, running: _Running, status: str) -> None:
+        running.process.kill()  # also what it left running
         self._read(running)
         entry = self._entry(running.step)
         inside = entry.pop("in", None)
@@ -437,10 +512,11 @@ class Run:
         entry["seconds"] = round(self.clock.time() - running.begun, 1)
         entry["limit"] = round(running.limit, 1)
         entry["commit"] = self.book.content["commit"]
-        if status == "done":
+        if report.complete(self.book.steps, running.step.name):
             self.book.content["took"][running.step.name] = entry["seconds"]
         printed = running.process.printed()
-        if status != "done" and not running.step.module:
+        entry.pop("printed", None)
+        if status.startswith(("died", "failed", "killed")):
             entry["printed"] = printed[-4000:]
         self.book.log += f"===== {running.step.name}: {entry['status']}\n{printed[-60_000:]}\n"
         self.ended.add(running.step.name)

@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: must be >= 1")
     if not 0 < options.minutes <= 24 * 60:
         parser.error(f"--minutes {options.minutes:g}: must be above 0 and at most {24 * 60}")
+    if options.out.is_dir() or not options.out.resolve().parent.is_dir():
+        parser.error(f"--out {options.out}: must be a file in a folder that exists")
     reason = "torch finds no GPU on this machine" if not torch.cuda.is_available() else unavailable("triton")
     if reason is not None:
         print(f"tune: {reason}; nothing was run", file=sys.stderr)

@@ -33,7 +33,7 @@ RACE = f"""{BANNER}========= Error: Race reported between Write access at attent
 """
 NO_RACE = f"{BANNER}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 NO_PERMISSION = (
-    "==PROF== Connected to process 7 (/work/drive)\n"
+    "==PROF== Connected to process 7 (/opt/drive)\n"
     "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance "
     "Counters on the target device 0. For instructions on enabling permissions and to get more information "
     "see https://developer.nvidia.com/ERR_NVGPUCTRPERM\n"
@@ -70,7 +70,7 @@ def table(columns: dict[str, tuple[str, str]]) -> str:
 
 
 PROFILED = (
-    "==PROF== Connected to process 7 (/work/drive)\n"
+    "==PROF== Connected to process 7 (/opt/drive)\n"
     '==PROF== Profiling "attention": 0%....50%....100% - 19 passes\n'
     "sdxl-64 4x8, bfloat16, head_dim 64: ok: 1380 rows\n"
     "==PROF== Disconnected from process 7\n"
@@ -82,6 +82,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.work, self.programs, self.seconds = folder / "work", folder / "programs", 600.0
+        self.small = False
         self.work.mkdir()
         self.programs.mkdir()
 
@@ -139,8 +140,13 @@ def test_drive_that_finds_a_mistake(machine: Machine) -> None:
 
 
 def test_drive_without_a_device(machine: Machine) -> None:
+    """Where there is a card, a program that sees none has failed; so has one that says nothing."""
     machine.install("drive", "drive: no CUDA device\n", 3)
+    assert machine.run("drive")["failed"] == "drive: exit status 3; drive: no CUDA device"
+    machine.small = True
     assert machine.run("drive") == {"skipped": "drive: no CUDA device"}
+    machine.install("drive", "", 0)
+    assert "failed" in machine.run("drive")
 
 
 def test_drive_that_was_not_built(machine: Machine) -> None:

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from fastnegate.backends import unavailable
-
 from ..operator.machine import gpu_facts, gpu_state
 from ..operator.measure import wall
 
@@ -50,16 +48,6 @@ class Card(Protocol):
     def rates(self) -> dict[str, float]:
         """What this card does at this moment: `copy`, bytes a second read and written of a large copy;
         `matmul`, operations a second of a large bfloat16 product of random numbers."""
-
-
-def missing() -> str | None:
-    """Why no GPU backend can run here, or None."""
-    if not torch.cuda.is_available():
-        return "torch finds no GPU on this machine"
-    reasons = {name: unavailable(name) for name in ("cuda", "triton")}
-    if all(reasons.values()):
-        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return None
 
 
 class CudaCard:

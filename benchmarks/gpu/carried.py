@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import pickle
 import subprocess
 import sys
 import zlib
@@ -24,6 +25,8 @@ from ..accuracy import ROWS, Judge, fair, make_problem, pairwise
 from ..operator.machine import commit
 
 REFERENCES = "references.pt.gz"
+# What reading it raises where it is not there, was cut short or is something else.
+BROKEN = (OSError, EOFError, zlib.error, pickle.UnpicklingError, LookupError, TypeError, RuntimeError)
 MOST_BYTES = 16 << 20  # of all that is carried
 WHEELS = ("diffusers", "importlib_metadata", "setuptools")  # setuptools: licences of pyproject.toml want 77
 
@@ -122,5 +125,13 @@ def load(folder: Path | None) -> Problems:
             for name, item in stored["gate"].items()
         }
         return Problems(stored["commit"], gate)
-    except (OSError, EOFError, zlib.error, KeyError, TypeError, RuntimeError) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        pickle.UnpicklingError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         raise ValueError(f"{folder / REFERENCES}: {error}: make it anew with --prepare {folder}") from error

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+THROUGH, STICKY, CUT = 0, 3, 4  # exit statuses of a step: see step.py
+
 
 class Done(NamedTuple):
     status: int | None  # None: its time was over
@@ -55,7 +57,10 @@ def run(command: Sequence[str | Path], limit: float, environment: Mapping[str, s
     as `kill` does reaches it, too."""
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: whoever holds one is waited for
-        process = _started(command, output, environment, preexec_fn=os.setpgrp)
+        try:
+            process = _started(command, output, environment, preexec_fn=os.setpgrp)
+        except OSError as error:  # it is not there, or no program
+            return Done(127, str(error), 0.0)
         try:
             status: int | None = process.wait(max(limit, 0.1))
         except subprocess.TimeoutExpired:

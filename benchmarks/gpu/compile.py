@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the Triton kernels that later steps launch, on all cores, while nvcc builds the CUDA kernels: they
-are then in Triton's cache."""
+"""Compiles the Triton kernels that later steps launch, on most cores, while nvcc builds the CUDA kernels:
+they are then in Triton's cache."""
 
 from __future__ import annotations
 

@@ -61,11 +61,14 @@ def measured(card: Card, rounds: int) -> dict[str, Any]:
         return wall(call) / CALLS
 
     times = interleave(timed, rounds, clock=clock)
-    return {
+    found: dict[str, Any] = {
         "us": {name: 1e6 * statistics.median(of) for name, of in times.items()},
         "over_sdpa": {name: vars(ratio(of, times["sdpa"])) for name, of in times.items() if name != "sdpa"},
         "left_out": left_out,
     }
+    if left_out:
+        found["failed"] = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    return found
 
 
 def _often(call: Call) -> None:

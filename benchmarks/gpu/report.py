@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,45 @@ VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"  # <card>/report.json
 PLACE = re.compile(r"(<!-- measured on GPUs -->\n).*?(<!-- end -->)", re.DOTALL)  # of the README's table
-UNSHOWN = ("seconds", "report", "trace", "missing", "kernel")  # of tools: only in report.json
+UNSHOWN = ("seconds", "report", "trace", "missing", "kernel", "failures", "commit")  # only in report.json
 Content = Mapping[str, Any]
 
 
 def begun(machine: Content, old: Content | None) -> dict[str, Any]:
-    """A report without steps, or with those of the old one."""
-    steps = {} if old is None else {name: dict(step) for name, step in old["steps"].items()}
+    """A report without steps, or with those of the old one: each item keeps the commit that it is of, and
+    what ran when that report was cut off is cut off."""
+    steps: dict[str, Any] = {}
+    for name, step in (old["steps"] if old is not None else {}).items():
+        of = {"commit": step["commit"]} if "commit" in step else {}
+        steps[name] = {**step, "items": {item: {**of, **found} for item, found in step["items"].items()}}
+        if step["status"] == "running":
+            steps[name]["status"] = "killed: the run ended"
     took = {} if old is None else dict(old["took"])  # seconds of steps that came to their end
     return {"version": VERSION, **machine, "took": took, "steps": steps}
 
 
 def check(old: Any) -> None:
     """Raises ValueError unless it is a report of this version."""
-    fields = {"version": int, "steps": dict, "took": dict, "gpu": dict}
-    whole = isinstance(old, dict) and all(isinstance(old.get(f), kind) for f, kind in fields.items())
-    if not whole or old["version"] != VERSION:
-        raise ValueError(f"is no report of version {VERSION}")
+    fields = {"version": int, "rehearsal": bool, "commit": str, "gpu": dict, "took": dict, "steps": dict}
+    if not isinstance(old, dict) or not all(isinstance(old.get(f), kind) for f, kind in fields.items()):
+        raise ValueError(f"is no report: it needs {', '.join(fields)}")
+    if old["version"] != VERSION:
+        raise ValueError(f"is a report of version {old['version']}, not {VERSION}")
+    for name, step in old["steps"].items():
+        whole = isinstance(step, dict) and isinstance(step.get("status"), str)
+        if not whole or not isinstance(step.get("items"), dict):
+            raise ValueError(f"has a step {name!r} without status or items")
+        if not all(isinstance(found, dict) for found in step["items"].values()):
+            raise ValueError(f"has an item of {name!r} that is no object")
+    if not all(isinstance(seconds, (int, float)) for seconds in old["took"].values()):
+        raise ValueError("has a field took that holds no numbers")
 
 
 def another(old: Content, machine: Content) -> str | None:
     """Why the old report cannot be continued on this machine, or None."""
     for field in ("rehearsal", "gpu"):
-        was, now = (x.get(field) for x in (old, machine))
-        if field == "gpu":
-            was, now = (x.get("name") if isinstance(x, dict) else x for x in (was, now))
-        if was != now:
-            return f"the report to resume has {field} {was!r}, this machine {now!r}"
+        if old[field] != machine[field]:
+            return f"the report to resume has {field} {old[field]!r}, this machine {machine[field]!r}"
     return None
 
 
@@ -58,18 +71,26 @@ def is_open(item: Content) -> bool:
     return "failed" in item or "cut" in item
 
 
-def troubles(content: Content) -> Iterator[str]:
-    """What failed, what was cut off and what was not reached, each in a line."""
+def troubles(content: Content, steps: Collection[str] | None = None) -> Iterator[str]:
+    """What failed, was cut off, was not reached or checked nothing, each in a line; of these steps alone."""
     for name, step in content["steps"].items():
-        for item, found in step["items"].items():
-            if "failed" in found:
-                yield f"{name}: {item}: {found['failed']}"
-        if step["status"] not in ("done", "running"):
-            yield f"{name}: {step['status']}"
+        if steps is not None and name not in steps:
+            continue
+        items = step.get("items", {})
+        for item, found in items.items():
+            for how in ("failed", "cut"):
+                if how in found:
+                    yield f"{name}: {item}: {'cut: ' * (how == 'cut')}{found[how]}"
+        if step.get("status") not in ("done", "running"):
+            yield f"{name}: {step.get('status')}"
+        elif step["status"] == "done" and items and not content["rehearsal"]:
+            if all("skipped" in found or "refused" in found for found in items.values()):
+                yield f"{name}: nothing was checked: {next(iter(items.values()))}"
 
 
 def facts(content: Content) -> dict[str, Any]:
-    return dict(content["steps"].get("doctor", {}).get("items", {}).get("machine", {}))
+    found = content["steps"].get("doctor", {}).get("items", {}).get("machine", {})
+    return {} if is_open(found) else {name: fact for name, fact in found.items() if name != "seconds"}
 
 
 # ---- as it is read ----------------------------------------------------------------------------
@@ -77,22 +98,29 @@ def facts(content: Content) -> dict[str, Any]:
 
 def markdown(content: Content) -> str:
     parts = ["# Measured on a GPU" if not content["rehearsal"] else "# A rehearsal: nothing here is a GPU's"]
-    known = {"gpu": content["gpu"].get("name"), "driver": content["gpu"].get("driver_version")}
-    known |= {"commit": content["commit"], **facts(content)}
-    parts.append("\n".join(f"- {name}: {value}" for name, value in known.items() if name != "seconds"))
+    known = {**facts(content), "commit": content["commit"]}
+    known |= {name: content[name] for name in ("carried",) if content.get(name)}
+    known |= {"gpu": content["gpu"].get("name"), "driver": content["gpu"].get("driver_version")}
+    parts.append("\n".join(f"- {name}: {value}" for name, value in known.items()))
     if failed := list(troubles(content)):
         parts += ["## Failed or missing", "\n".join(f"- {line}" for line in failed)]
     parts += ["## Steps", _steps(content)]
     for title, part in (
-        ("Accuracy and promises", _gate(content)),
-        ("Host time of a call", _host(content)),
-        ("Times of layers", _times(content)),
-        ("Whole models", _models(content)),
-        ("Sanitizers and profiler", _tools(content)),
-        ("Doctor", _printed(content, "doctor", "doctor")),
+        ("Accuracy and promises", _gate),
+        ("Host time of a call", _host),
+        ("Times of layers", _times),
+        ("Whole models", _models),
+        ("Sanitizers and profiler", partial(_lines, step="tools")),
+        ("Compiled ahead", partial(_lines, step="triton")),
+        ("Tests", partial(_lines, step="tests")),
+        ("Doctor", partial(_printed, step="doctor", item="doctor")),
     ):
-        if part:
-            parts += [f"## {title}", part]
+        try:
+            text = part(content)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a part that is not whole
+            text = f"Not shown: {type(error).__name__}: {error}; report.json has it."
+        if text:
+            parts += [f"## {title}", text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,12 +130,15 @@ def _items(content: Content, step: str) -> dict[str, Any]:
 
 
 def _steps(content: Content) -> str:
-    body = [
-        [name, step["status"], *(f"{step[key]:.0f}" if key in step else "-" for key in ("seconds", "limit")),
-         str(len(step["items"])), step.get("commit", "-")[:12]]
-        for name, step in content["steps"].items()
-    ]  # fmt: skip
-    return table(["step", "status", "s", "limit, s", "items", "commit"], body)
+    body, commit = [], content["commit"]
+    for name, step in content["steps"].items():
+        items = step.get("items", {})
+        commits = dict.fromkeys(found.get("commit", step.get("commit", "-"))[:12] for found in items.values())
+        seconds = [f"{step[key]:.0f}" if key in step else "-" for key in ("seconds", "limit")]
+        skipped = sum("skipped" in found for found in items.values())
+        of = ", ".join(commits) or step.get("commit", "-")[:12]
+        body.append([name, _cell(step.get("status", "-")), *seconds, str(len(items)), str(skipped), of])
+    return table(["step", "status", "s", "limit, s", "items", "skipped", f"commit ({commit[:12]})"], body)
 
 
 def _gate(content: Content) -> str:
@@ -141,11 +172,12 @@ def _times(content: Content) -> str:
     if not rows:
         return ""
     rates = items.get("rates", {})
-    text = [
-        f"Microseconds, medians, and ratios with 95 % bootstrap intervals. In the same run a copy moved "
-        f"{rates.get('copy', 0) / 1e12:.2f} TB/s and a bfloat16 product of 8192 made "
-        f"{rates.get('matmul', 0) / 1e12:.0f} TFLOP/s. `floor` is a kernel that does nothing."
-    ]
+    text = ["Microseconds, medians, and ratios with 95 % bootstrap intervals. `floor` does nothing."]
+    if "copy" in rates and not content["rehearsal"]:
+        text.append(
+            f"In the same run a copy moved {rates['copy'] / 1e12:.2f} TB/s and a bfloat16 product of 8192 "
+            f"made {rates['matmul'] / 1e12:.0f} TFLOP/s."
+        )
     names = list(dict.fromkeys(name for item in rows.values() for name in item["us"]))
     body = [
         [layer, *(f"{item['us'][n]['median']:.1f}" if n in item["us"] else "-" for n in names)]
@@ -157,7 +189,7 @@ def _times(content: Content) -> str:
         others = list(dict.fromkeys(name for of in over.values() for name in of))
         body = [
             [layer, *(_interval(of[n]) if n in of else "-" for n in others),
-             f"{rows[layer]['gbytes'][backend]:.0f}", f"{rows[layer]['judged'].get(backend, -1):.2f}"]
+             f"{rows[layer]['gbytes'][backend]:.0f}", f"{rows[layer]['judged'][backend]:.2f}"]
             for layer, of in over.items()
         ]  # fmt: skip
         if body:
@@ -191,14 +223,17 @@ def _models(content: Content) -> str:
     return "\n\n".join(text)
 
 
-def _tools(content: Content) -> str:
+def _lines(content: Content, step: str) -> str:
+    """A line for each item, with what else than details it holds."""
     body = []
-    for name, item in _items(content, "tools").items():
-        shown = {
-            k: v for k, v in item.items() if k not in ("seconds", "report", "trace", "missing", "kernel")
-        }
-        body.append([name, ", ".join(f"{key} {_short(value)}" for key, value in shown.items())])
-    return table(["tool", "found"], body) if body else ""
+    for name, item in _items(content, step).items():
+        shown = {key: value for key, value in item.items() if key not in UNSHOWN}
+        body.append([name, _cell(", ".join(f"{key} {_short(value)}" for key, value in shown.items()))])
+    return table(["item", "found"], body) if body else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _short(value: Any) -> str:
@@ -228,7 +263,7 @@ def readme_table(results: Path = RESULTS) -> str:
     """A row for each layer with four concepts of 8 tokens that a committed report has a time of."""
     body = []
     for path in sorted(results.glob("*/report.json")):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["rehearsal"]:
             raise ValueError(f"{path} is a rehearsal: nothing in it was measured on a GPU")
         rows = _items(content, "times")
@@ -254,4 +289,4 @@ def filled(readme: str, results: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

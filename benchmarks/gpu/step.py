@@ -21,15 +21,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .card import Card, CudaCard, Rehearsal
-
-THROUGH, STICKY, CUT = 0, 3, 4
+from .child import CUT, STICKY, THROUGH
 
 
 class Item(NamedTuple):
     """A part of a step that is worth having by itself."""
 
     name: str
-    run: Callable[[], dict[str, Any]]  # what the report holds; `failed` or `skipped` is a reason
+    run: Callable[
+        [], dict[str, Any]
+    ]  # what the report holds; `failed`, `cut` (by time) or `skipped` is a reason
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Setting:
     card: Card
     work: Path  # what was built
     carried: Path | None  # what `--prepare` made: see carried.py
-    until: float  # as time.time()
+    until: float  # as time.monotonic(), which all processes of a machine share
     part: str = ""  # which of a step that comes in several: a backend as the report names it, say
     small: bool = False  # a rehearsal: sizes that a processor can do
 
     def left(self) -> float:
         """Seconds."""
-        return self.until - time.time()
+        return self.until - time.monotonic()
 
 
 class Job(NamedTuple):
@@ -100,16 +101,18 @@ def run(
                 yield item
         yield from again
 
+    cut = False
     for item in in_order():
         if setting.left() <= 0:
             return CUT
         write({"begin": item.name})
         begun = time.perf_counter()
         found, sticky = attempt(item, setting.card)
+        cut |= "cut" in found
         write({"name": item.name, **found, "seconds": round(time.perf_counter() - begun, 3)})
         if sticky:
             return STICKY
-    return THROUGH
+    return CUT if cut else THROUGH
 
 
 def attempt(item: Item, card: Card) -> tuple[dict[str, Any], bool]:

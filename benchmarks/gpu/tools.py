@@ -118,10 +118,10 @@ def _program(setting: Setting) -> Path:
 @_result
 def _drive(setting: Setting) -> dict[str, Any]:
     done = _run(setting, "drive", SECONDS["drive"], [_program(setting), "small"])
-    if done.status == NO_DEVICE:
+    if done.status == NO_DEVICE and setting.small:
         return {"skipped": _last(done)}
     lines = done.output.splitlines()
-    if done.status != 0:
+    if done.status != 0 or not lines:
         first = next((line for line in lines if ": WRONG: " in line), _last(done))
         return {"failed": f"drive: exit status {done.status}; {first}", "report": lines[-MOST_LINES:]}
     return {"cases": len(lines), "seconds": round(done.seconds, 1), "report": lines[-MOST_LINES:]}
@@ -139,7 +139,7 @@ def sanitized(tool: str, done: Done) -> dict[str, Any]:
     if "Device not supported" in done.output:
         return {"skipped": "compute-sanitizer does not support this device"}
     if done.status == NO_DEVICE:
-        return {"skipped": _last(done)}
+        return {"failed": _last(done)}
     summary = re.search(r"ERROR SUMMARY: (\d+) error", done.output)
     if tool == "racecheck":
         summary = re.search(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warning", done.output)

@@ -76,6 +76,8 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except subprocess.TimeoutExpired:
         return "not known: nvidia-smi does not answer"
+    except OSError as error:
+        return f"not known: nvidia-smi cannot be run: {error}"
     first = done.stdout.strip().partition("\n")[0]
     return first if done.returncode == 0 else f"not known: nvidia-smi says {first or done.stderr.strip()!r}"
 

@@ -118,7 +118,7 @@ def test_parts_are_made_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(compile, "as_completed", lambda running: map(Done, running))
     monkeypatch.setattr(compile.os, "cpu_count", lambda: 16)
-    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.time() + 9))
+    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.monotonic() + 9))
     assert item.run() == {"problems": 119, "processes": 12, "failed": "1: RuntimeError: no"}
-    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.time() + 9, small=True))
+    (item,) = compile.items(Setting(Rehearsal(), Path(), None, time.monotonic() + 9, small=True))
     assert "skipped" in item.run()
