@@ -119,8 +119,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_items(machine: Machine) -> None:
     assert [item.name for item in tools.items(machine)] == [
-        "drive", "memcheck", "racecheck", "initcheck",
-        "ncu sdxl-64 4x8", "ncu sdxl-64 none", "ncu sd15-64 4x8",
+        "drive", "memcheck", "ncu sdxl-64 4x8", "racecheck", "initcheck",
+        "ncu sdxl-64 none", "ncu sd15-64 4x8",
     ]  # fmt: skip
 
 

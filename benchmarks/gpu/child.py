@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-THROUGH, STICKY, CUT = 0, 3, 4  # exit statuses of a step: see step.py
+THROUGH, STICKY, CUT, AGAIN = 0, 3, 4, 5  # exit statuses of a step: see step.py
 
 
 class Done(NamedTuple):

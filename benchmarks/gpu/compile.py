@@ -4,12 +4,14 @@ they are then in Triton's cache."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +19,8 @@ from fastnegate import doctor
 from fastnegate.backends import load
 from fastnegate.problem import Problem
 
-from ..operator.cases import CONCEPTS, LAYERS, METHODS, make, moved
+from ..operator.cases import CONCEPTS, LAYERS, METHODS, Layer, make, moved
+from . import gate, host
 from .card import Card, CudaCard
 from .carried import load as carried
 from .step import Item, Setting, first_line
@@ -31,37 +34,55 @@ def items(setting: Setting) -> Iterator[Item]:
     yield Item("triton", lambda: _all(setting))
 
 
-def problems(card: Card, folder: Path | None) -> Iterator[tuple[str, Problem, bool]]:
-    """Name, problem and whether with statistics: of the gate, the doctor and the layers that are timed."""
-    for with_statistics in (False, True):
-        for name, judge in carried(folder).gate.items():
-            statistics = ", statistics" * with_statistics
-            yield name + statistics, moved(judge.problem, card.device), with_statistics
-    for name, problem in doctor.problems():
-        yield name, moved(problem, card.device), False
+class Ahead(NamedTuple):
+    """What is compiled: a problem, made by the process that compiles it."""
+
+    name: str
+    make: Callable[[], Problem]
+    with_statistics: bool = False
+
+
+def ahead(folder: Path | None) -> Iterator[Ahead]:
+    """All that later steps launch, in order of worth: layers that are timed, the gate's problems and
+    promises, the host's, the doctor's."""
     for layer in TIMED:
         for concepts in ("4x8", "none"):  # with 1x8 it is the same kernel as with 4x8
-            case = make(
-                LAYERS[layer], CONCEPTS[concepts], METHODS["protore"], torch.bfloat16, device=card.device
-            )
-            yield f"{layer} {concepts}", problem_of(case), False
+            yield Ahead(f"{layer} {concepts}", partial(_layer, LAYERS[layer], concepts))
+    gate_of = carried(folder).gate
+    for name, judge in gate_of.items():
+        yield Ahead(name, partial(getattr, judge, "problem"))
+    for rule in gate.PROMISED:
+        for mask in (False, True):
+            yield Ahead(f"promise: {rule}{' masked' * mask}", partial(gate.promised, rule, mask))
+    for concepts in ("4x8", "none"):
+        yield Ahead(f"host {concepts}", partial(_layer, host.LAYER, concepts))
+    for name, made in doctor.problems():
+        yield Ahead(name, made)
+    for name, judge in gate_of.items():
+        yield Ahead(f"{name}, statistics", partial(getattr, judge, "problem"), with_statistics=True)
+
+
+def _layer(layer: Layer, concepts: str) -> Problem:
+    return problem_of(make(layer, CONCEPTS[concepts], METHODS["protore"], torch.bfloat16))
 
 
 def compiled(card: Card, folder: Path | None, part: int, parts: int) -> tuple[int, dict[str, str]]:
     """How many problems of this part were compiled, and why others were not."""
     triton, count, failures = load("triton"), 0, {}
-    for number, (name, problem, with_statistics) in enumerate(problems(card, folder)):
-        if number % parts != part or triton.supports(problem) is not None:
+    for item in itertools.islice(ahead(folder), part, None, parts):
+        problem = moved(item.make(), card.device)
+        if triton.supports(problem) is not None:
             continue
         try:
-            triton.prepare(problem, with_statistics)
+            triton.prepare(problem, item.with_statistics)
             count += 1
         except Exception as error:  # whatever a compiler may raise: the gate will say so, too
-            failures[name] = first_line(error)
+            failures[item.name] = first_line(error)
     return count, failures
 
 
 def _part(folder: Path | None, part: int, parts: int) -> tuple[int, dict[str, str]]:
+    torch.set_num_threads(1)  # there are as many processes as cores
     return compiled(CudaCard(), folder, part, parts)
 
 

@@ -209,17 +209,15 @@ def _models(content: Content) -> str:
     text = []
     for step in ("models, batch 2", "models, batch 8", "models, compiled"):
         for name, item in _items(content, step).items():
-            for way in ("eager", "graph"):
-                if way not in item:
-                    continue
-                over = item[way]["over_none"]
-                body = [
-                    [variant, f"{ms:.2f}", _interval(over[variant], 4) if variant in over else "-",
-                     f"{item['peak_mbytes'].get(variant, 0):.0f}"]
-                    for variant, ms in item[way]["ms"].items()
-                ]  # fmt: skip
-                way = "compiled" if step.endswith("compiled") else way
-                text.append(table([f"{name}, {way}", "ms a step", "over none", "peak MiB"], body))
+            if "ms" not in item:
+                continue
+            over, peak = item["over_none"], item.get("peak_mbytes", {})
+            body = [
+                [variant, f"{ms:.2f}", _interval(over[variant], 4) if variant in over else "-",
+                 f"{peak[variant]:.0f}" if variant in peak else "-"]
+                for variant, ms in item["ms"].items()
+            ]  # fmt: skip
+            text.append(table([name, "ms a step", "over none", "peak MiB beyond weights"], body))
     return "\n\n".join(text)
 
 

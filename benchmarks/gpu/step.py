@@ -3,7 +3,8 @@
 one line of JSON for each, at once, so that a kill loses no more than the item that it hits.
 
 Exit status: 0 if the step is through, 4 if its time is over, 3 after an error that the device does not
-recover from, which every later call of this process would repeat; 1, Python's own, if the step itself broke.
+recover from, which every later call of this process would repeat, 5 if what is left had better be run by
+another process; 1, Python's own, if the step itself broke.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .card import Card, CudaCard, Rehearsal
-from .child import CUT, STICKY, THROUGH
+from .card import CaptureError, Card, CudaCard, Rehearsal
+from .child import AGAIN, CUT, STICKY, THROUGH
 
 
 class Item(NamedTuple):
@@ -112,6 +113,8 @@ def run(
         write({"name": item.name, **found, "seconds": round(time.perf_counter() - begun, 3)})
         if sticky:
             return STICKY
+        if found.get("spoiled"):
+            return AGAIN
     return CUT if cut else THROUGH
 
 
@@ -123,6 +126,8 @@ def attempt(item: Item, card: Card) -> tuple[dict[str, Any], bool]:
         return found, False
     except Exception as error:  # whatever a kernel, a compiler or a library may raise: the next item is worth
         found = {"failed": first_line(error), "trace": traceback.format_exc()[-2000:]}
+        if isinstance(error, CaptureError) and not card.can_capture():
+            found["spoiled"] = True
     try:
         card.synchronize()
         torch.ones(1, device=card.device).add_(1).cpu()

@@ -25,7 +25,7 @@ from ..accuracy import Judge
 from ..operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
 from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make, moved
 from ..operator.measure import Ratio, compulsory_bytes, interleave, ratio
-from .card import Call, Card, Timer
+from .card import Call, CaptureError, Card, Timer
 from .step import Item, Setting, first_line
 
 # Seven layers in order of worth; a size of 1024 x 1024 and one of few queries are for `benchmarks.tune`.
@@ -41,7 +41,7 @@ FLOOR = "floor"
 def items(setting: Setting) -> Iterator[Item]:
     card = setting.card
     rounds = 3 if setting.small else ROUNDS
-    yield Item("rates", lambda: {**card.rates(), "clocks": card.state()})
+    yield Item("rates", card.rates)
     for layer in TIMED:
         for concepts in TIMED_CONCEPTS:
             yield Item(f"{layer} {concepts}", partial(timed, layer, concepts, setting, rounds))
@@ -68,9 +68,14 @@ def timed(layer: str, concepts: str, setting: Setting, rounds: int, compiled: bo
         except Exception as error:  # whatever a kernel, a library or a compiler may raise
             found["left_out"][name] = first_line(error)
             card.synchronize()  # raises again if the device is lost
+            if isinstance(error, CaptureError) and not card.can_capture():
+                found["spoiled"] = True
+                break
     if wrong := [name for name in card.backends if name in found["left_out"]]:
         found["failed"] = "; ".join(f"{name}: {found['left_out'][name]}" for name in wrong)
-    return found | row(interleave(timers, rounds, WARM, asked), card, compulsory_bytes(cases[0]))
+    times = interleave(timers, rounds, WARM, asked)
+    clocks = card.state(next(iter(timers.values()))) if timers else {}
+    return found | row(times, card, compulsory_bytes(cases[0])) | {"clocks": clocks}
 
 
 def asked(timer: Call) -> float:
@@ -85,7 +90,6 @@ def row(times: Mapping[str, Sequence[float]], card: Card, bytes_: int) -> dict[s
         "us": us,
         "over": {name: over(times, name) for name in card.backends if name in times},
         "gbytes": {name: bytes_ / of["median"] / 1e3 for name, of in us.items() if name != FLOOR},
-        "clocks": card.state(),
     }
 
 

@@ -48,10 +48,9 @@ REFUSED = re.compile(r"ERR_NVGPUCTRPERM|\bconnect|driver resource was unavailabl
 def items(setting: Setting) -> Iterator[Item]:
     """What is worth most comes first."""
     yield Item("drive", partial(_drive, setting))
-    for tool in SANITIZERS:
-        yield Item(tool, partial(_sanitize, setting, tool))
-    for layer, concepts in PROFILES:
-        yield Item(f"ncu {layer} {concepts}", partial(_profile, setting, layer, concepts))
+    sanitizers = [Item(tool, partial(_sanitize, setting, tool)) for tool in SANITIZERS]
+    profiles = [Item(f"ncu {' '.join(of)}", partial(_profile, setting, *of)) for of in PROFILES]
+    yield from (sanitizers[0], profiles[0], *sanitizers[1:], *profiles[1:])
 
 
 # ---- children -------------------------------------------------------------------------------------

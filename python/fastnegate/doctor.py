@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,10 +167,15 @@ def _judge(dtype: torch.dtype, preset: str, size: tuple[int, tuple[int, ...]]) -
     return fair(make_problem(2, dtype=dtype, rule=preset, rows="same", **sizes, seed=s) for s in range(9))
 
 
-def problems() -> Iterator[tuple[str, Problem]]:
-    """What is checked, with names: whoever compiles it first does not wait here."""
+def problems() -> Iterator[tuple[str, Callable[[], Problem]]]:
+    """Names of what is checked, and what makes it: whoever compiles it first does not wait here."""
     for dtype, name, size in product(_DTYPES, presets(), _SIZES):
-        yield f"doctor: {name} {dtype} {size}", _judge(dtype, name, size).problem
+        yield f"doctor: {name} {dtype} {size}", functools.partial(_problem, dtype, name, size)
+
+
+def _problem(dtype: torch.dtype, preset: str, size: tuple[int, tuple[int, ...]]) -> Problem:
+    problem: Problem = _judge(dtype, preset, size).problem
+    return problem
 
 
 def _disagreement(judge: Judge, output: torch.Tensor) -> str:
