@@ -55,8 +55,9 @@ class Step(NamedTuple):
 
 
 # In order of worth. Seconds are two to three times what a step took: `site`, `build` and `triton` on 2 cores
-# (3 s; 54 s of processor time; 190 kernels of 1.7 s), for 16; the others in `--rehearse`, where a process starts
-# in 8 s, with times of graphs and models counted for an H100. A report that is resumed corrects them. What makes files for later steps may take twice as long: a kill would cost more.
+# (3 s; 54 s of processor time; 190 kernels of 1.7 s), for 16; the others in `--rehearse`, where a process
+# starts in 8 s, with times of graphs and models counted for an H100. A report that is resumed corrects them.
+# What makes files for later steps may take twice as long: a kill would cost more.
 BUILT = ("build", "triton")
 PLAN = (
     Step("site", "", seconds=20, shared=True, vital=True, makes=True),

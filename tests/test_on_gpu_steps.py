@@ -391,7 +391,7 @@ def test_a_capture_that_fails_says_why(cuda: list[str]) -> None:
             raise error
 
     gpu = CudaCard()
-    with pytest.raises(card.CaptureError, match="^ValueError: a copy to the host$"):
+    with pytest.raises(card.CaptureError, match=r"^ValueError: a copy to the host$"):
         gpu.captured([call])
     assert cuda[-2:] == ["begin", "end"] and gpu.can_capture()
 
@@ -463,7 +463,7 @@ def test_models() -> None:
 
 
 def test_models_are_items_that_share_what_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill keeps the eager half; a resumed step builds for the graph alone; the next model gets the memory."""
+    """A kill keeps the eager half; a step that is resumed builds for the graph alone."""
     made: list[str] = []
     monkeypatch.setattr(end_to_end, "MODELS", dict.fromkeys(("sdxl", "sd15"), models.MODELS["sd15"]))
     monkeypatch.setattr(end_to_end.Bench, "timed", lambda self, calls: {"ms": {n: 1.0 for n in calls}})
