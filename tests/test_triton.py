@@ -29,9 +29,9 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def test_under_the_interpreter() -> None:
-    files = (HERE / "gpuless" / "interpreted.py", HERE / "triton_interpreted.py")
-    child = python("-m", "pytest", "-q", *map(str, files), TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", ("gpuless/interpreted.py", "triton_interpreted.py"))
+def test_under_the_interpreter(file: str) -> None:
+    child = python("-m", "pytest", "-q", str(HERE / file), TRITON_INTERPRET="1")
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 
