@@ -15,6 +15,7 @@ This file imports nothing but the standard library: the package that it measures
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import gzip
 import json
@@ -36,7 +37,7 @@ from .gpu.child import AGAIN, CUT, STICKY
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 5.0
 MARGIN = 2.0  # seconds before its limit at which a step begins nothing new
-LEAST = 5.0  # seconds that are worth a process
+LEAST = 15.0  # seconds that are worth a process
 REHEARSAL = 6.0  # times the limits: few cores, and a processor in place of the card
 
 
@@ -46,7 +47,7 @@ class Step(NamedTuple):
     name: str
     module: str  # of benchmarks.gpu, with `items(setting)`; none: a command of `Machine`
     part: str = ""
-    seconds: float = 0.0  # its limit
+    seconds: float = 0.0  # its share of the time, after which it is killed
     after: tuple[str, ...] = ()  # steps that must have ended, well or not
     shared: bool = False  # runs beside others that are; what is timed has the machine to itself
     rest: bool = False  # also gets what no later step is planned to need
@@ -224,7 +225,10 @@ class Machine:
         return None
 
     def lock(self) -> str | None:
-        """Why another run keeps this one from its work folder, or None."""
+        """Why another run keeps this one from its work folder, or None. From here on the driver stays loaded:
+        between steps, when nobody has the device open, it would start anew."""
+        with contextlib.suppress(OSError):
+            self._device = os.open("/dev/nvidia0", os.O_RDONLY | os.O_CLOEXEC)
         self._lock = (self.work / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +277,7 @@ class Machine:
         wheels = sorted(map(str, self.options.wheels.glob("*.whl"))) if self.options.wheels else []
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile",
                "--upgrade", "--target", str(self.site), *wheels]  # fmt: skip
-        package = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(self.site)]
+        package = [sys.executable, "setup.py", "-q", "build_py", "--force", "--build-lib", str(self.site)]
         return "\n".join([*([shlex.join(pip)] if wheels else []), shlex.join(package)])
 
     def _build(self) -> str:
