@@ -84,20 +84,20 @@ def pipeline(model: Model, unet: Any) -> Any:
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
     scheduler.set_timesteps(STEPS)
     parts: dict[str, Any] = {"unet": unet, "vae": None, "scheduler": scheduler, "tokenizer": tokenizer}
-    parts["text_encoder"] = _text_encoder(CLIPTextModel, model.encoders[0])
+    parts["text_encoder"] = _text_encoder(CLIPTextModel, model.encoders[0], unet.device)
     if len(model.encoders) == 1:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return diffusers.StableDiffusionPipeline(**parts)
-    second = _text_encoder(CLIPTextModelWithProjection, model.encoders[1])
+    second = _text_encoder(CLIPTextModelWithProjection, model.encoders[1], unet.device)
     return diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, text_encoder_2=second)
 
 
-def _text_encoder(kind: Any, width: int) -> Any:
+def _text_encoder(kind: Any, width: int, device: torch.device) -> Any:
     config = CLIPTextConfig(
         vocab_size=2, hidden_size=width, intermediate_size=width, num_hidden_layers=1, projection_dim=width,
         num_attention_heads=width // 64 or 1, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    return kind(config).eval()
+    return kind(config).eval().to(device)
 
 
 def random_unet(model: Model, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
