@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"on_gpu: {reason}; nothing was run", file=sys.stderr)
         return 2
-    for stop in (signal.SIGTERM, signal.SIGHUP):
+    for stop in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the last is ignored in a shell's background
         signal.signal(stop, _stopped)
     book = Book(options.out, report.begun(machine.named(), options.old))
     slack = REHEARSAL if options.rehearse else 1.0
@@ -117,7 +117,7 @@ def _made(folder: Path) -> str | None:
 
 
 def _stopped(number: int, _: Any) -> None:
-    """Ends the run as an interrupt from the keyboard does: what runs is killed, the report is written."""
+    """Ends the run: what runs is killed, the report is written."""
     raise SystemExit(128 + number)
 
 

@@ -29,6 +29,15 @@ from fastnegate.benchmarks.on_gpu import PLAN, PLANNED, Book, Run, Step
 MACHINE = {"rehearsal": False, "commit": "abc", "gpu": {"name": "H100", "driver_version": "580"}}
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is run in one; here it is imported from the installed package."""
+    monkeypatch.setattr(on_gpu, "ROOT", ROOT)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
@@ -271,11 +280,11 @@ def test_a_killed_run_is_resumed_as_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 def test_a_signal_ends_what_runs(stop: signal.Signals, tmp_path: Path) -> None:
     """A real run, whose steps are real processes."""
-    root, out = Path(__file__).resolve().parents[1], tmp_path / "out"
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--rehearse", "--only", "doctor", "--out", out]
     environment = {**os.environ, "MAX_JOBS": "1"}
     running = subprocess.Popen(
-        [*command, "--work", tmp_path / "work"], cwd=root, env=environment, start_new_session=True,
+        [*command, "--work", tmp_path / "work"], cwd=ROOT, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -362,6 +371,15 @@ def test_without_a_gpu_it_says_so_before_any_work(
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.startswith(f"on_gpu: nvidia-smi finds no GPU here: {said}")
     assert not any(tmp_path.iterdir())
+
+
+def test_an_installed_package_is_no_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        on_gpu.main([])
+    assert "is no checkout" in capsys.readouterr().err
 
 
 WRONG = (
@@ -550,10 +568,10 @@ def test_a_step_is_a_process(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_the_whole_run(tmp_path: Path) -> None:
     """Every step as a process, with the processor in the card's place."""
-    out, root = tmp_path / "out", Path(__file__).resolve().parents[1]
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--rehearse", "--minutes", "50"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
+        patch.chdir(ROOT)
         done = child.run([*command, "--out", out, "--work", tmp_path / "work"], 3600)
     found = json.loads((out / "report.json").read_text())
     assert done.status == 0, done.output
