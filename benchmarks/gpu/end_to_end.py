@@ -92,13 +92,11 @@ class Bench:
         return found if not left_out else found | {"failed": "; ".join(map(": ".join, left_out.items()))}
 
     def timed(self, calls: dict[str, Call]) -> dict[str, Any]:
-        found = {
-            **times(calls, self.card, self.rounds),
-            "clocks": self.card.state(next(iter(calls.values()))),
-        }
-        return (
-            found if not self.missing else found | {"failed": "; ".join(map(": ".join, self.missing.items()))}
-        )
+        found = times(calls, self.card, self.rounds)
+        found["clocks"] = self.card.state(next(iter(calls.values())))
+        if self.missing:
+            found["failed"] = "; ".join(map(": ".join, self.missing.items()))
+        return found
 
 
 def times(calls: dict[str, Call], card: Card, rounds: int) -> dict[str, Any]:
