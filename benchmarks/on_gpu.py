@@ -439,7 +439,7 @@ class Run:
             seconds = self._limit(step)
             if seconds < LEAST:
                 continue
-            known = self.book.steps.get(step.name, {}).get("items", {})
+            known = {} if step.makes else self.book.steps.get(step.name, {}).get("items", {})
             done = [n for n, found in known.items() if not report.is_open(found) or "spoiled" in found]
             failed = [n for n, found in known.items() if "failed" in found and n not in done]
             print(f"{step.name}: at most {seconds:.0f} s", flush=True)

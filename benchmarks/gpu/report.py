@@ -29,7 +29,10 @@ def begun(machine: Content, old: Content | None) -> dict[str, Any]:
     steps: dict[str, Any] = {}
     for name, step in (old["steps"] if old is not None else {}).items():
         of = {"commit": step["commit"]} if "commit" in step else {}
-        steps[name] = {**step, "items": {item: {**of, **found} for item, found in step["items"].items()}}
+        items = {item: {**of, **found} for item, found in step["items"].items()}
+        for found in items.values():
+            found.pop("spoiled", None)  # that process is gone: the item is tried again
+        steps[name] = {**step, "items": items}
         if step["status"] == "running":
             steps[name]["status"] = "killed: the run ended"
     took = {} if old is None else dict(old["took"])  # seconds of steps that came to their end
