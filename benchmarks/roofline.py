@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from fastnegate.triton_kernels.tiles import Tiles, Work, programs, resident, tiles, up
 
-from fastnegate.rule import Rule
+from fastnegate.operator.rule import Rule
 
 from .operator.cases import CONCEPTS, LAYERS, METHODS, Concepts, Layer
 from .tables import table

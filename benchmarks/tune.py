@@ -37,11 +37,11 @@ from fastnegate.triton_kernels.tiles import (
 )
 from torch import Tensor
 
-from fastnegate.backends import triton as backend
-from fastnegate.backends import unavailable
-from fastnegate.problem import Problem
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.backends import unavailable
+from fastnegate.operator.problem import Problem
 
-from .accuracy import Judge, fair, make_problem
+from ..testing.accuracy import Judge, fair, make_problem
 from .gpu.card import Call, Card, CudaCard
 from .gpu.step import first_line
 from .gpu.times import asked, inputs, problem_of

@@ -27,7 +27,7 @@ void run(const py::tuple& arguments, const std::array<uintptr_t, 3>& tables, dou
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of fastnegate; called by fastnegate.backends.";
+  m.doc() = "Compiled kernels of fastnegate; called by fastnegate.operator.backends.";
   m.def("run_cpu", &run);
   m.def("tiling", [](const std::string& isa, const std::array<int64_t, 6>& sizes, int threads) {
     const CpuTiling t = tiling(isa, sizes, threads);

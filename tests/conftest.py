@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent / "helpers")]
 
 hypothesis.settings.register_profile(
     "fastnegate",

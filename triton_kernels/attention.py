@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import current_target
 
-from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES
-from ..tokens import COLUMNS, NUMBERS
+from ..operator.rule import DIRECTIONS, GATES, NORMS, SIMILARITIES
+from ..operator.tokens import COLUMNS, NUMBERS
 from . import tiles as _tiles
 
 
@@ -59,7 +59,7 @@ class Concepts(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """`fastnegate.Rule` as floats: words by their place in `fastnegate.rule`, flags as 0 or 1."""
+    """`fastnegate.Rule` as floats: words by their place in `fastnegate.operator.rule`, flags as 0 or 1."""
 
     similarity: Any
     gate: Any

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastnegate import ops
-from fastnegate.problem import Problem
-from fastnegate.rule import Rule
+from fastnegate.operator import registration as ops
+from fastnegate.operator.problem import Problem
+from fastnegate.operator.rule import Rule
 
-from ..accuracy import ROWS, Judge, fair, make_problem, pairwise
+from ...testing.accuracy import ROWS, Judge, fair, make_problem, pairwise
 from ..operator.machine import commit
 
 REFERENCES = "references.pt.gz"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastnegate import doctor
-from fastnegate.backends import load
-from fastnegate.problem import Problem
+from fastnegate.commands import doctor
+from fastnegate.operator.backends import load
+from fastnegate.operator.problem import Problem
 
 from ..operator.cases import CONCEPTS, LAYERS, METHODS, Layer, make, moved
 from . import gate, host

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnegate.backends import unavailable
+from fastnegate.operator.backends import unavailable
 
 from ..operator.baselines import negated
 from ..operator.cases import CONCEPTS, DENSE, METHODS, Case

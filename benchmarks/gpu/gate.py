@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastnegate import negated_attention, negated_attention_with_statistics
-from fastnegate.backends import load, unavailable
-from fastnegate.problem import Problem, Statistics
+from fastnegate.operator.backends import load, unavailable
+from fastnegate.operator.problem import Problem, Statistics
 
-from ..accuracy import Judge, make_problem
+from ...testing.accuracy import Judge, make_problem
 from ..operator.cases import moved
 from .card import Card
 from .carried import load as carried

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnegate import negated_attention
-from fastnegate.problem import Problem
+from fastnegate.operator.problem import Problem
 
-from ..accuracy import Judge
+from ...testing.accuracy import Judge
 from ..operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
 from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make, moved
 from ..operator.measure import Ratio, compulsory_bytes, interleave, ratio

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from fastnegate.backends import cpu
+from fastnegate.operator.backends import cpu
 
 from .__main__ import fused
 from .cases import CONCEPTS, METHODS, Case, Layer, make

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastnegate import Policy, install, negated_attention
 from fastnegate.integrations.diffusers import processor
-from fastnegate.rule import Rule
+from fastnegate.operator.rule import Rule
+from fastnegate.operator.tokens import ConceptTokens
 from fastnegate.testbed import DEFAULT_GUIDANCE, DEFAULT_STEPS, load, suite
 from fastnegate.testbed.quality import bank_of
-from fastnegate.tokens import ConceptTokens
 
 from .cases import Case
 

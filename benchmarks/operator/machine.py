@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fastnegate
-from fastnegate.backends import cpu
+from fastnegate.operator.backends import cpu
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
 _SMI = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")

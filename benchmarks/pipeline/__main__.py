@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnegate.engine import Engine, Record
+from fastnegate.engine.engine import Engine, Record
 
 from ..operator.cases import CONCEPTS, METHODS
 from ..operator.machine import facts

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import fastnegate as fn
-from fastnegate.concepts import Concept
-from fastnegate.engine import Engine
-from fastnegate.rule import Rule
+from fastnegate.engine.concepts import Concept
+from fastnegate.engine.engine import Engine
+from fastnegate.operator.rule import Rule
 
 from ..operator.cases import DENSE, Concepts
 

@@ -21,7 +21,7 @@ void run(const py::tuple& arguments, const std::array<uintptr_t, 4>& tables, int
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of fastnegate; called by fastnegate.backends.cuda.";
+  m.doc() = "CUDA kernels of fastnegate; called by fastnegate.operator.backends.cuda.";
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.def("run", &run);
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");

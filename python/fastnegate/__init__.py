@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .attention import (
+from .engine.audit import Audit, AuditError, audit
+from .engine.concepts import BankMismatchError, Concept, ConceptBank
+from .engine.engine import Engine, NegationNotAppliedError, RowMapError
+from .engine.policy import Policy
+from .operator.attention import (
     backends,
     explain,
     negated_attention,
     negated_attention_with_statistics,
 )
-from .audit import Audit, AuditError, audit
-from .backends import BackendError
-from .concepts import BankMismatchError, Concept, ConceptBank
-from .engine import Engine, NegationNotAppliedError, RowMapError
-from .policy import Policy
-from .problem import Statistics
-from .rule import Rule, presets
-from .tokens import ConceptTokens
+from .operator.backends import BackendError
+from .operator.problem import Statistics
+from .operator.rule import Rule, presets
+from .operator.tokens import ConceptTokens
 
 __version__ = "0.1.0"
 

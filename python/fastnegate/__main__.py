@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m fastnegate` is the command `fastnegate`."""
 
-from .cli import main
+from .commands.cli import main
 
 raise SystemExit(main())

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from fastnegate.benchmarks.operator.cases import moved
+from support import DTYPES, RULES
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate.problem import Problem, Statistics
-from fastnegate.rule import Rule
-from support import DTYPES, RULES
+from fastnegate.operator.problem import Problem, Statistics
+from fastnegate.operator.rule import Rule
 
 _asked = os.environ.get("FASTNEGATE_GPU_TESTS", "")
 if _asked not in ("", "rehearse"):

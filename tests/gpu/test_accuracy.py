@@ -26,10 +26,10 @@ from card import (
     same,
 )
 from fastnegate.benchmarks.operator.cases import LAYERS
+from support import LAYOUTS, PRESETS, ROWS, Judge, fair, make_problem, pairwise
 
 import fastnegate as fn
-from fastnegate.backends import load
-from support import LAYOUTS, PRESETS, ROWS, Judge, fair, make_problem, pairwise
+from fastnegate.operator.backends import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = (torch.float16, torch.bfloat16)

@@ -21,11 +21,11 @@ from card import (
     run,
     same,
 )
+from support import Judge, make_problem, plain, with_concepts
 from torch import Tensor
 
-from fastnegate.problem import Problem
-from fastnegate.rule import Rule
-from support import Judge, make_problem, plain, with_concepts
+from fastnegate.operator.problem import Problem
+from fastnegate.operator.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Kernels of 16 bit differ from those of float32; the CUDA ones are compiled for each dtype.

@@ -26,11 +26,11 @@ from card import (
     synchronize,
 )
 from fastnegate.benchmarks.operator.cases import moved
+from support import Judge, make_problem
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate.problem import Problem
-from support import Judge, make_problem
+from fastnegate.operator.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # One launch, two and three.

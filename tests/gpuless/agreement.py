@@ -15,17 +15,17 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE)]
 
 import interpreter  # noqa: E402
 import torch  # noqa: E402
 from cuda_shim.backend import Shim, make  # noqa: E402
+from support import RULES, Judge, fair, make_problem, pairwise  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fastnegate import reference  # noqa: E402
-from fastnegate.backends import cpu, cuda, triton  # noqa: E402
-from fastnegate.problem import Problem  # noqa: E402
-from support import RULES, Judge, fair, make_problem, pairwise  # noqa: E402
+from fastnegate.operator import reference  # noqa: E402
+from fastnegate.operator.backends import cpu, cuda, triton  # noqa: E402
+from fastnegate.operator.problem import Problem  # noqa: E402
 
 DIMS = (40, 64, 160)
 CASES = pairwise(

@@ -24,9 +24,9 @@ from ptxsim.device import A100, Call, Device, Gpu
 from triton.backends.compiler import GPUTarget
 
 import fastnegate as fn
-from fastnegate.backends import triton as backend
-from fastnegate.problem import Problem
-from fastnegate.rule import Rule
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem
+from fastnegate.operator.rule import Rule
 
 # Shared memory of a CTA: CUDA Programming Guide, "Technical Specifications per Compute Capability", and
 # "LDS" of AMD's table of GPU specifications. Multiprocessors are those of the named GPU, by its maker's

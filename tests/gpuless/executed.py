@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 from ptxsim import Instruction, Mutation, Program, PtxError
+from support import make_problem, with_concepts
 from torch import Tensor
 
-from fastnegate.problem import Problem
-from fastnegate.rule import Rule
-from support import make_problem, with_concepts
+from fastnegate.operator.problem import Problem
+from fastnegate.operator.rule import Rule
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 THREE_SWEEPS = Rule(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The corrected interpreter against torch, and the mistakes that it is there to find: run by
-../test_triton.py with TRITON_INTERPRET=1."""
+../operator/test_triton.py with TRITON_INTERPRET=1."""
 
 import itertools
 import operator

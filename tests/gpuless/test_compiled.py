@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from fastnegate.backends import triton as backend
 from support import make_problem, plain
+
+from fastnegate.operator.backends import triton as backend
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -21,8 +21,8 @@ from fastnegate.benchmarks.gpu.card import Rehearsal
 from fastnegate.benchmarks.gpu.step import Setting
 from fastnegate.benchmarks.gpu.times import TIMED
 
-from fastnegate.backends import triton as backend
-from fastnegate.problem import Problem
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -18,11 +18,11 @@ import pytest
 import torch
 from cuda_shim.backend import HEAD_DIMS, Shim, make
 from cuda_shim.build import environment, missing
+from support import RULES, Judge, fair, make_problem, pairwise, plain, with_concepts
 
 import fastnegate as fn
-from fastnegate.backends import cuda as backend
-from fastnegate.problem import Problem
-from support import RULES, Judge, fair, make_problem, pairwise, plain, with_concepts
+from fastnegate.operator.backends import cuda as backend
+from fastnegate.operator.problem import Problem
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -128,7 +128,7 @@ def test_invariants(built: Path) -> None:
     refused = "per_query or protore_retrieve or -1000000000.0"
     child = run_python(
         "-m", "pytest", "-q", "-p", "invariants", "-k", f"not ({refused})",
-        str(HERE.parent / "test_invariants.py"),
+        str(HERE.parent / "operator" / "test_invariants.py"),
         FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=str(HERE / "cuda_shim"),
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
@@ -152,7 +152,7 @@ sys.path[:0] = [{tests!r}, {gpuless!r}]
 import torch
 torch.set_num_threads(1)
 from cuda_shim.backend import Shim
-from fastnegate.backends import cuda
+from fastnegate.operator.backends import cuda
 from support import Judge, make_problem
 with Shim(Path({built!r})).installed() as shim:
     for number, options in enumerate({cases!r}):
@@ -185,7 +185,7 @@ def test_sanitizers_find_nothing(sanitize: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     built = make(tmp_path, (40, 160), sanitize)
     code = SANITIZED.format(
-        tests=str(HERE.parent), gpuless=str(HERE), built=str(built), cases=SANITIZER_CASES
+        tests=str(HERE.parent / "helpers"), gpuless=str(HERE), built=str(built), cases=SANITIZER_CASES
     )
     child = run_python("-c", code, **environment(sanitize, preload=True))
     assert child.returncode == 0 and child.stdout.endswith("done\n"), child.stderr[-6000:]
@@ -331,7 +331,7 @@ def test_the_bank_does_not_matter(shim: Shim) -> None:
 
 class Tiling:
     def __init__(self, shim: Shim, **options) -> None:
-        from fastnegate.arguments import arguments
+        from fastnegate.operator.arguments import arguments
 
         options = {"batch": 2, "heads": 8, "keys": 77, "rows": "same", "extras": False, **options}
         case = problem(**options)

@@ -52,14 +52,14 @@ from ptxsim.counts import SECTOR
 from ptxsim.memory import WARP
 from ptxsim.parse import Immediate, Register
 from ptxsim.tensors import Tensors
+from support import RULES, Judge, make_problem, plain
 from torch import Tensor
 
-import fastnegate.arguments
-from fastnegate.arguments import arguments
-from fastnegate.backends import cuda as backend
-from fastnegate.problem import Problem, Statistics
-from fastnegate.rule import Rule
-from support import RULES, Judge, make_problem, plain
+import fastnegate.operator.arguments
+from fastnegate.operator.arguments import arguments
+from fastnegate.operator.backends import cuda as backend
+from fastnegate.operator.problem import Problem, Statistics
+from fastnegate.operator.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,7 +186,7 @@ class Simulator:
 
         self.shim.reset(**gpu._asdict())
         with self.shim.installed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fastnegate.arguments, "addresses", addresses)
+            patch.setattr(fastnegate.operator.arguments, "addresses", addresses)
             patch.setattr(backend, "addresses", addresses)
             patch.setattr(backend, "_cuda", SimpleNamespace(run=start))
             if not statistics:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from ptxsim.device import SimulatedDevice
+from support import Judge, make_problem, with_concepts, with_rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnegate import ops
-from fastnegate.backends import triton as backend
-from fastnegate.problem import Problem
-from support import Judge, make_problem, with_concepts, with_rule
+from fastnegate.operator import registration as ops
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem
 
 pytest.importorskip("triton")
 pytestmark = [

@@ -18,10 +18,10 @@ from fastnegate.benchmarks.operator.measure import compulsory_bytes
 from fastnegate.benchmarks.roofline import GPUS, Bar, Counts, Gpu, Times, count, heads_met
 from fastnegate.triton_kernels import tiles as sizing
 from fastnegate.triton_kernels.tiles import Tiles, Work
-
-from fastnegate.backends import triton as backend
-from fastnegate.problem import Problem
 from support import RULES, make_problem
+
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem
 
 A100 = GPUS["A100"]
 

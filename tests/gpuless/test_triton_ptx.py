@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support import RULES, Judge, make_problem, plain
 from torch import Tensor
 
-from fastnegate.backends import triton as backend
-from fastnegate.problem import Problem, Statistics
-from fastnegate.rule import Rule
-from support import RULES, Judge, make_problem, plain
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem, Statistics
+from fastnegate.operator.rule import Rule
 
 triton = pytest.importorskip("triton")
 from executed import (  # noqa: E402

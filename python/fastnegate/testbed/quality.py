@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..concepts import ConceptBank
+from ..engine.concepts import ConceptBank
+from ..engine.policy import Policy
 from ..integrations.diffusers.install import install
-from ..policy import Policy
 from .concepts import CONCEPTS, members, templates
 from .detector import LOOSE, STRICT, detect, kept, shows
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS

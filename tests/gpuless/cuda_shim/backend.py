@@ -14,7 +14,7 @@ import pytest
 import torch
 from cuda_shim.build import CSRC, build
 
-from fastnegate.backends import cuda
+from fastnegate.operator.backends import cuda
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 88, 96, 112, 128, 160)
 COUNTS = ("mma_k16", "mma_k8", "copied", "exp2", "barriers", "ldmatrix_conflicts", "copy_conflicts")

@@ -2,7 +2,7 @@
 """A pytest plugin: `support` has the CUDA backend, on the shim, as the only one; imported before the tests
 that take their parameters from there.
 
-    FASTNEGATE_CUDA_SHIM=_cuda.so pytest -p invariants tests/test_invariants.py
+    FASTNEGATE_CUDA_SHIM=_cuda.so pytest -p invariants tests/operator/test_invariants.py
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(TESTS), str(TESTS / "gpuless")]
-
-from cuda_shim.backend import Shim  # noqa: E402
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "gpuless")]
 
 import support  # noqa: E402
+from cuda_shim.backend import Shim  # noqa: E402
 
 support.DTYPES = (torch.bfloat16, torch.float16)
 support.RULES = {name: rule for name, rule in support.RULES.items() if rule.direction != "retrieve"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...concepts import Concept, ConceptBank, Fingerprint, Role, Templates
+from ...engine.concepts import Concept, ConceptBank, Fingerprint, Role, Templates
 from .families import UnsupportedModelError, family
 
 # A member's prototype is the mean of its contextual token embeddings over these captions.

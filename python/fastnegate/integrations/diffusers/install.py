@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import check_backend
-from ...concepts import ConceptBank, Templates
-from ...engine import Engine, NegationNotAppliedError
-from ...policy import Policy
-from ...rule import Rule
+from ...engine.concepts import ConceptBank, Templates
+from ...engine.engine import Engine, NegationNotAppliedError
+from ...engine.policy import Policy
+from ...operator.attention import check_backend
+from ...operator.rule import Rule
 from .families import (
     call_in_progress,
     cross_attention_layers,

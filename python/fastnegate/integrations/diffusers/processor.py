@@ -13,11 +13,11 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from ...attention import check_backend, negated_attention, negated_attention_with_statistics
-from ...concepts import ConceptBank
-from ...engine import Engine, Layer, NegationNotAppliedError, Slots
-from ...rule import Rule, check_number
-from ...tokens import ConceptTokens
+from ...engine.concepts import ConceptBank
+from ...engine.engine import Engine, Layer, NegationNotAppliedError, Slots
+from ...operator.attention import check_backend, negated_attention, negated_attention_with_statistics
+from ...operator.rule import Rule, check_number
+from ...operator.tokens import ConceptTokens
 from .families import UnsupportedModelError, family, guided, project_context
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`audit`: what negation did during pipeline calls: report, heat maps, JSON.
+
+A gate statistic is evidence about a layer's features, not proof that a concept is absent from the
+picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .engine import Engine, Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+_Image = tuple[int, int]
+
+
+class AuditError(RuntimeError):
+    """The record shows that negation which was asked for did not run, or broke."""
+
+
+@dataclass
+class _Totals:
+    """Sums over layers and steps for one image and concept."""
+
+    calls: int = 0
+    gate_max: float = 0.0
+    gate_mean: float = 0.0
+    gate_fraction: float = 0.0
+    mass_mean: float = 0.0
+    similarity_max: float = -math.inf
+    heat: dict[int, Tensor] = field(default_factory=dict)  # queries N -> sum of heat [N]
+    heats: dict[int, int] = field(default_factory=dict)  # and how many were added
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Where a concept was suppressed: gates averaged over layers and steps, per resolution of the layers."""
+
+    levels: dict[int, Tensor]  # N -> [N]
+
+    def array(self, height: int, width: int) -> Tensor:
+        """float32 [height, width] in [0, 1], the mean of all resolutions."""
+        maps = []
+        for queries, heat in self.levels.items():
+            # The grid with this many cells whose shape is closest to the picture's.
+            divisors = [r for r in range(1, queries + 1) if queries % r == 0]
+            ideal = math.sqrt(queries * height / width)
+            rows = min(divisors, key=lambda r: abs(math.log(r / ideal)))
+            grid = heat.reshape(1, 1, rows, queries // rows)
+            maps.append(F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)[0, 0])
+        return torch.stack(maps).mean(0).clamp(0, 1)
+
+    def overlay(self, image: Image) -> Image:
+        """The image in gray with the map laid over it in red and yellow, scaled to its maximum."""
+        from PIL import Image as images
+
+        heat = self.array(image.height, image.width)
+        heat = heat / heat.max().clamp(min=1e-6)
+        colour = torch.stack([torch.ones_like(heat), (2 * heat - 1).clamp(min=0), 0 * heat], -1) * 255
+        hot = images.fromarray(colour.byte().numpy())
+        strength = images.fromarray((0.8 * heat * 255).byte().numpy())
+        return images.composite(hot, image.convert("L").convert("RGB"), strength)
+
+
+class Audit:
+    """Collects the statistics of every negated attention call while its context is open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # An image is a pipeline call and a batch row of it.
+        self._totals: dict[tuple[_Image, str], _Totals] = defaultdict(_Totals)
+        self._asked: set[tuple[_Image, str]] = set()
+        self._requests: dict[_Image, int | None] = {}
+        self._calls: dict[tuple[int, int | None], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._removed: dict[_Image, list[float]] = defaultdict(list)
+        self._nonfinite = 0
+
+    def __call__(self, record: Record) -> None:
+        stats = record.statistics
+        self._calls[record.call, record.step][record.layer] += 1
+        self._asked |= {((record.call, row), concept) for row, concept in record.asked}
+        groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for entry, row, concept in record.entries:
+            groups[row, concept].append(entry)
+        for (row, concept), entries in groups.items():
+            self._requests[record.call, row] = record.requests[row]
+            total = self._totals[(record.call, row), concept]
+            total.calls += 1
+            total.gate_max = max(total.gate_max, stats.gate_max[entries].max().item())
+            total.gate_mean += stats.gate_mean[entries].max().item()
+            total.gate_fraction += stats.gate_fraction[entries].max().item()
+            total.mass_mean += stats.mass_mean[entries].sum().item()
+            total.similarity_max = max(total.similarity_max, stats.similarity_max[entries].max().item())
+            heat = stats.heat[entries].amax(0).cpu()
+            total.heat[len(heat)] = total.heat.get(len(heat), torch.zeros_like(heat)) + heat
+            total.heats[len(heat)] = total.heats.get(len(heat), 0) + 1
+        for row in {row for row, _ in groups}:
+            self._removed[record.call, row].append(stats.removed_energy[row].item())
+        self._nonfinite += int(stats.nonfinite.sum().item())
+
+    def report(self) -> list[dict[str, Any]]:
+        """One dict per image and concept: `image` (in order of the calls and their negated rows),
+        `request`, `concept`, `calls` (layers x steps at which it acted), `gate_max`, `gate_mean`,
+        `gate_fraction`, `mass_mean`, `similarity_max`, and `removed_energy`, the mean share of the
+        row's energy removed."""
+        images = self._images()
+        lines = []
+        for (image, concept), t in sorted(self._totals.items(), key=lambda item: item[0]):
+            removed = self._removed[image]
+            lines.append(
+                {
+                    "image": images.index(image),
+                    "request": self._requests[image],
+                    "concept": concept,
+                    "calls": t.calls,
+                    "gate_max": t.gate_max,
+                    "gate_mean": t.gate_mean / t.calls,
+                    "gate_fraction": t.gate_fraction / t.calls,
+                    "mass_mean": t.mass_mean / t.calls,
+                    "similarity_max": t.similarity_max,
+                    "removed_energy": sum(removed) / len(removed),
+                }
+            )
+        return lines
+
+    def heatmap(self, concept: str, image: int = 0) -> HeatMap:
+        """Where `concept` was suppressed in the `image`-th negated image.
+
+        Raises:
+            ValueError: nothing was recorded for them.
+        """
+        images = self._images()
+        if not 0 <= image < len(images) or (images[image], concept) not in self._totals:
+            raise ValueError(f"concept={concept!r}, image={image}: nothing was recorded for them")
+        total = self._totals[images[image], concept]
+        return HeatMap({n: heat / total.heats[n] for n, heat in total.heat.items()})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report."""
+        Path(path).write_text(json.dumps({"rule": self._engine.rule.name, "images": self.report()}, indent=2))
+
+    def verify(self) -> None:
+        """Raise AuditError unless every concept that was asked for acted, every layer ran negated
+        equally often at every recorded step, and no output was inf or NaN."""
+        if not self._totals:
+            raise AuditError("no negated attention call was recorded")
+        for image, concept in sorted(self._asked - self._totals.keys()):
+            raise AuditError(f"concept {concept!r} never acted on image {self._images().index(image)}")
+        for (_, step), calls in self._calls.items():
+            for layer in self._engine.layers:
+                if calls[layer] != max(calls.values()):
+                    raise AuditError(
+                        f"layer {layer} ran {calls[layer]} times at step {step}, others more often"
+                    )
+        if self._nonfinite:
+            raise AuditError(f"{self._nonfinite} output values are not finite")
+
+    def _images(self) -> list[_Image]:
+        return sorted({image for image, _ in self._asked})
+
+
+@contextlib.contextmanager
+def audit(pipe: Any) -> Iterator[Audit]:
+    """Collect statistics of the pipeline calls made within the context.
+
+    Raises:
+        ValueError: no engine is installed in `pipe`.
+    """
+    from ..integrations.diffusers.install import engine_of
+
+    engine = engine_of(pipe)
+    if engine is None:
+        raise ValueError("pipe has no engine: call fastnegate.install or negate first")
+    collector = Audit(engine)
+    before, engine.observer = engine.observer, collector
+    try:
+        yield collector
+    finally:
+        engine.observer = before

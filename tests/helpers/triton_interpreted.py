@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel computes the definition: run by test_triton.py under Triton's interpreter, which has
+to be chosen before Triton is imported and cannot share a process with its compiler.
+
+What does not depend on the backend is tested in test_attention.py; here are the kernel's own branches.
+Every launch of every test runs in the corrected interpreter, with its accesses checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
+
+import fastnegate as fn
+from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.problem import Problem
+from fastnegate.operator.rule import COMBINES, GATES, SELECTS, Rule
+from gpuless import interpreter
+
+torch.set_num_threads(1)
+FEATURE_MAX = Rule(
+    "cosine", "ramp", "projection", select="max", norm="limit", norm_order=1, scope="feature", strength=2.0
+)
+SUPPORTED = {name: rule for name, rule in RULES.items() if rule.direction != "retrieve"}
+
+GRID = list(
+    pairwise(
+        {
+            "rule": tuple(SUPPORTED),
+            "dtype": DTYPES,
+            "dim": (16, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256),
+            "queries": (1, 17),
+            "keys": (0, 7, 77, 130),
+            "layout": ("bnhd", "broadcast", "odd"),
+            "mask": ("none", "padding", "additive"),
+            "rows": ("same", "mixed", "zero_tokens", "inactive"),
+            "concept_lengths": ((8, 3, 12), (4, 70, 2)),
+            "statistics": (False, True),
+        }
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[interpreter.Memory]:
+    with interpreter.checked("out", "moments", "norms", "trace_entries", "trace_rows") as memory:
+        yield memory
+
+
+def supports(problem: Problem) -> str | None:
+    """As the backend, which refuses bfloat16 because of the interpreter as it comes."""
+    reason = backend.supports(problem)
+    return None if reason is not None and "interpreter computes bfloat16" in reason else reason
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(map(str, case.values())))
+def test_grid(case: dict, memory: interpreter.Memory) -> None:
+    made = {name: value for name, value in case.items() if name != "statistics"}
+    made["rule"] = SUPPORTED[case["rule"]]
+    judge = fair(make_problem(**made, seed=seed) for seed in range(5))
+    problem = judge.problem
+    assert supports(problem) is None
+    if case["statistics"]:
+        output, tables = backend.run_with_statistics(problem)
+        judge.check_statistics(tables.named, "triton")
+    else:
+        output = backend.run(problem)
+    judge.check(output, "triton")
+    assert output.transpose(1, 2).is_contiguous()
+    written = {name: size for name, size in memory.written.items() if name.startswith("out")}
+    assert list(written.values()) == [output.numel() * output.element_size()]  # once
+
+
+@pytest.mark.parametrize("select", ("all", "max"))
+@pytest.mark.parametrize("combine", ("separate", "joint"))
+@pytest.mark.parametrize("norm", ("none", "limit", "preserve"))
+def test_three_launches(select: str, combine: str, norm: str) -> None:
+    """Scope `feature` with gates that need sums over heads, and a norm that needs the gates."""
+    direction = "raw" if combine == "joint" else "projection"
+    rule = Rule(
+        "cosine", "ramp", direction, combine, select, norm, norm_limit=1.1, scope="feature", strength=1.5
+    )
+    problem = make_problem(rule=rule, queries=50, dim=16)
+    assert backend.describe(problem).endswith("launches" if norm == "none" else "3 launches")
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+@pytest.mark.parametrize("dim, keys", ((24, 130), (128, 5), (160, 33), (256, 17)))
+def test_sizes(dim: int, keys: int) -> None:
+    """Padded head dimensions, and prompts and concepts of several tiles."""
+    problem = make_problem(1, 1, 20, keys, dim, rows="same", concept_lengths=(70, 1))
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+def test_long_sums_of_float32() -> None:
+    """256 products, and as many rows as make the budget depend on what torch makes of them."""
+    problem = make_problem(
+        2, 3, 45, 77, 256, rule=RULES["vsf"], layout="bnhd", mask="additive", concept_lengths=(4, 20, 2)
+    )
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+@pytest.mark.parametrize("rule", ("protore", "vsf", FEATURE_MAX), ids=("protore", "vsf", "feature"))
+def test_row_without_entries_is_plain_attention(rule: Rule | str) -> None:
+    problem = make_problem(rule=rule, mask="additive")
+    z = backend.run(plain(problem))
+    output = backend.run(problem)
+    assert torch.equal(output[1], z[1])  # lists nothing
+    assert not torch.equal(output[0], z[0])
+    inactive = with_concepts(problem, numbers=problem.concepts.numbers.clone())
+    inactive.concepts.active.zero_()
+    assert torch.equal(backend.run(inactive), z)
+    masked = with_concepts(problem, token_bias=torch.full_like(problem.concepts.token_bias, -torch.inf))
+    assert torch.equal(backend.run(masked), z)
+
+
+@pytest.mark.parametrize("rule", ("protore", FEATURE_MAX), ids=("head", "feature"))
+def test_row_does_not_depend_on_other_rows(rule: Rule | str) -> None:
+    problem = make_problem(rule=rule, rows=[[0, 2], [1], [2]])
+    alone = make_problem(rule=rule, rows=[[0, 2], [], []])
+    assert torch.equal(backend.run(problem)[0], backend.run(alone)[0])
+
+
+@pytest.mark.parametrize("rule", ("protore", "nag", "vsf"))
+@pytest.mark.parametrize("name", ("key", "value"))
+def test_nan_in_a_concept_shows(name: str, rule: str) -> None:
+    """It never comes out as if nothing were negated."""
+    problem = with_concepts(make_problem(rule=rule, rows=[[0, 1], [1], []]), token_bias=None)
+    spoiled = getattr(problem.concepts, name).clone()
+    spoiled[0] = torch.nan  # the first token of the first concept
+    output = backend.run(with_concepts(problem, **{name: spoiled}))
+    assert output[0].isnan().any(-1).all()
+    assert torch.equal(output[1:], backend.run(problem)[1:])
+
+
+def test_masked_tokens_are_absent() -> None:
+    problem = make_problem(mask="padding", rows="same")
+    expected = backend.run(problem)
+    concepts = problem.concepts
+    key, value = problem.key.clone(), problem.value.clone()
+    gone = (problem.key_bias == -torch.inf).expand(*key.shape[:2], 1, -1).squeeze(2)
+    assert gone.all(-1).any() and not gone.all()
+    key[gone], value[gone] = torch.nan, torch.inf
+    concept_key, concept_value = concepts.key.clone(), concepts.value.clone()
+    masked = concepts.token_bias == -torch.inf
+    assert masked.any() and not masked.all()
+    concept_key[masked], concept_value[masked] = torch.nan, torch.inf
+    spoiled = with_concepts(problem, key=concept_key, value=concept_value)
+    spoiled = dataclasses.replace(spoiled, key=key, value=value)
+    assert torch.equal(backend.run(spoiled), expected)
+    fully_masked = gone.all(-1).all(-1)
+    assert not backend.run(plain(spoiled))[fully_masked].any()
+
+
+def test_key_bias_of_any_stride_and_dtype() -> None:
+    problem = make_problem(mask="additive")
+    expected = backend.run(problem)
+    spread = problem.key_bias.repeat_interleave(2, -1)[..., ::2]
+    assert spread.stride(-1) == 2
+    assert torch.equal(backend.run(dataclasses.replace(problem, key_bias=spread)), expected)
+    half = dataclasses.replace(problem, key_bias=problem.key_bias.half())
+    Judge(half).check(backend.run(half), "triton")
+
+
+@pytest.mark.parametrize("select", ("all", "max"))
+def test_closed_gates_have_no_part_in_joint(select: str) -> None:
+    """However large the logits of the concept are."""
+    rule = Rule(gate="step", combine="joint", select=select, threshold=2.0, logit_bias=-1000.0)
+    opened = {"concept": 1, "threshold": 0.5, "logit_bias": 0.0}
+    problem = make_problem(rule=rule, rows=[[0, opened], [0], []])
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_with_tiny_gates(dtype: torch.dtype) -> None:
+    """Without a prompt the concepts share all mass, however small their gates are."""
+    rows = [[{"concept": 0, "active": 1e-31}], [{"concept": 1, "active": 1e-33}, 2], []]
+    problem = make_problem(keys=0, rule="vsf", rows=rows, dtype=dtype, extras=False)
+    Judge(problem).check(backend.run(problem), "triton")
+
+
+@pytest.mark.parametrize("rule", ("none", "closed"))
+@pytest.mark.parametrize("scale", (0.25, 1.0))
+def test_lowest_bias_is_a_number(rule: str, scale: float) -> None:
+    """A prompt masked with the lowest float32 instead of -inf has a softmax, next to closed gates too."""
+    problem = make_problem(rule=Rule(gate="step", combine="joint", threshold=2.0), rows=[[0, 1]] * 3)
+    lowest = torch.full((1, 1, 1, problem.key.shape[2]), torch.finfo(torch.float32).min)
+    problem = dataclasses.replace(problem, key_bias=lowest, scale=scale)
+    mean = problem.value.mean(2, keepdim=True).expand_as(problem.query)
+    torch.testing.assert_close(backend.run(plain(problem) if rule == "none" else problem), mean)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_similarity_that_is_nan_shows(combine: str, select: str, gate: str) -> None:
+    """From a concept that holds one: negation that cannot be computed must not be left out."""
+    direction = "difference" if combine == "separate" else "raw"
+    rule = Rule("direction", gate, direction, combine, select=select)
+    problem = make_problem(rule=rule, rows=[[0, 1], [1, 2], [2, 0]], dtype=torch.float16)
+    offset = torch.zeros(3)
+    offset[1] = torch.nan
+    output, tables = backend.run_with_statistics(with_concepts(problem, offset=offset))
+    assert output[:2].isnan().all() and output[2].isfinite().all()
+    gates = tables.named.gate_max
+    assert gates.isnan().tolist() == [False, True, True, False, False, False] and not gates.isinf().any()
+
+
+def test_ties_of_max() -> None:
+    """Equal gates: larger r, then the lower concept, then the first entry."""
+    rule = Rule("direction", "open", "fixed", select="max", strength=1.0)
+    problem = make_problem(rule=rule, batch=1, extras=False)
+
+    def run(rows: list, **changes: torch.Tensor) -> torch.Tensor:
+        again = make_problem(rule=rule, batch=1, extras=False, rows=[rows])
+        return backend.run(with_concepts(again, **changes))
+
+    first, second = {"concept": 1, "strength": 0.5}, {"concept": 1, "strength": 2.0}
+    assert torch.equal(run([first, second]), run([first]))
+    assert torch.equal(run([second, first]), run([second]))
+    same = {"direction": problem.concepts.direction[:1].expand(3, -1, -1)}
+    assert torch.equal(run([{"concept": 2, "strength": 2.0}, first], **same), run([first], **same))
+    larger = {**same, "offset": torch.tensor([0.0, 1.0, 2.0])}
+    assert torch.equal(run([first, 2, 0], **larger), run([2], **larger))
+
+
+@pytest.mark.parametrize("begin, end", ((-5, 5), (2**31 - 1, 2**31 - 1), (-(2**31), -(2**31))))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_indices_are_clamped(dtype: torch.dtype, begin: int, end: int) -> None:
+    """As in the reference, and nothing outside the arrays is read: NaN surrounds them."""
+    problem = make_problem(rule="eiup", rows="same", dtype=dtype)
+    concepts = problem.concepts
+    entries, count = concepts.entries, concepts.concepts
+    index = concepts.index.clone()
+    index[0], index[1] = 99, -99  # concepts
+    index[entries], index[entries + 1] = -7, concepts.tokens - 1  # begins
+    index[entries + count : entries + 2 * count] = 10**6  # lengths
+    index[-4], index[-1] = begin, end  # rows
+    padded = {}
+    for name in ("key", "value", "token_bias", "token_weight", "direction", "update", "offset", "numbers"):
+        tensor = getattr(concepts, name)
+        room = torch.full((len(tensor) + 64, *tensor.shape[1:]), torch.nan, dtype=tensor.dtype)
+        padded[name] = room[32:-32].copy_(tensor)
+    corrupt = with_concepts(problem, index=index, **padded)
+    Judge(corrupt).check(backend.run(corrupt), "triton")
+
+
+@pytest.mark.parametrize(
+    "problem, reason",
+    (
+        (make_problem(dtype=torch.bfloat16), "interpreter computes bfloat16"),
+        (make_problem(dtype=torch.float64), "float64"),
+        (make_problem(mask="per_query"), "key_bias"),
+        (make_problem(rule="protore_retrieve"), "retrieve"),
+        (make_problem(dim=8), "head_dim=8"),
+        (make_problem(dim=20), "head_dim=20"),
+        (make_problem(dim=264), "head_dim=264"),
+        (dataclasses.replace(make_problem(), scale=-1.0), "scale=-1"),
+    ),
+    ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
+)
+def test_refusals_name_the_reason(problem, reason: str) -> None:
+    assert reason in backend.supports(problem)
+    with pytest.raises(fn.BackendError, match=reason):
+        fn.negated_attention(
+            problem.query, problem.key, problem.value, problem.concepts, problem.rule,
+            scale=problem.scale, key_bias=problem.key_bias, backend="triton",
+        )  # fmt: skip
+
+
+def test_public_operator() -> None:
+    """Through the registered operator; empty problems are not launched."""
+    problem = make_problem()
+    call = (problem.query, problem.key, problem.value, problem.concepts)
+    output = fn.negated_attention(*call, with_rule(problem).rule, backend="triton")
+    assert torch.equal(output, backend.run(problem))
+    empty = make_problem(queries=0)
+    output, statistics = backend.run_with_statistics(empty)
+    assert output.shape == empty.query.shape
+    assert all(t.isfinite().all() and not t.any() for t in statistics)
