@@ -122,7 +122,7 @@ def test_the_graph_was_read() -> None:
     edges = {(i.source, i.target) for i in IMPORTS}
     assert ("operator.tokens", "operator.rule") in edges
     assert ("operator.backends.cpu", "operator.problem") in edges
-    assert ("integrations.diffusers.install", "integrations.diffusers.families") in edges
+    assert ("integrations.diffusers.install", "integrations.diffusers.contract") in edges
     assert ("integrations.diffusers.processor", "diffusers.models.attention_processor") in edges
     assert any(against_the_arrows(i) for i in IMPORTS)
 

@@ -22,7 +22,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fastnegate.integrations.diffusers.families import cross_attention_layers, denoiser
+from fastnegate.integrations.diffusers.contract import cross_attention_layers, denoiser
 
 SUPPORTED = ("sd15", "sd2", "sdxl", "pixart_alpha", "pixart_sigma")
 UNET = SUPPORTED[:3]

@@ -30,7 +30,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pipelines import SUPPORTED, generate, one_thread  # noqa: F401
 
 import fastnegate as fn
-from fastnegate.integrations.diffusers.families import denoiser
+from fastnegate.integrations.diffusers.contract import denoiser
 from fastnegate.integrations.diffusers.install import engine_of
 
 CONCEPTS = {"dog": ["dog", "a red dog"], "cat": "cat"}

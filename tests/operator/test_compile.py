@@ -19,7 +19,7 @@ import pipelines
 from pipelines import generate, one_thread  # noqa: F401
 
 import fastnegate as fn
-from fastnegate.integrations.diffusers.families import denoiser, family
+from fastnegate.integrations.diffusers.contract import denoiser, family
 
 OPEN = Rule.preset("protore", threshold=-1.0)
 DOG, CAT = Policy({"dog": 1.0}), Policy({"cat": 0.5})

@@ -1,43 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Engine`: policies -> rows of small static tensors that one fused operator reads.
+"""`Engine`: whose policies a denoiser call gets, and the rows that its layers read.
 
-The engine holds state only and knows no pipeline. An integration tells it the batch (`prepare`), the
-progress, and what a layer makes of the concept embeddings (`fill`). Tensors keep their addresses
-while the bank keeps its shape, so compiled and captured graphs stay valid.
+It knows no pipeline. An integration runs each denoiser call within `running`, telling it what it knows of the
+call; layers read what that yields. Whose policies: the batch of the calling context, else what was set for
+everybody, else none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..operator.problem import Statistics
 from ..operator.rule import Rule
-from ..operator.tokens import COLUMNS, NUMBERS, ConceptTokens, entry_numbers
-from .concepts import ConceptBank
+from .bank import ConceptBank
+from .batch import Batch, current
+from .call import RUNNING, Call, Fixed, Running
+from .concepts import Concept
+from .errors import NegationNotAppliedError, RowMapError
+from .ledger import Ledger, never_active
 from .policy import Policy
+from .rows import Assignment, Rows
+from .slots import Room, Slots
 
-
-class RowMapError(ValueError):
-    """The batch that arrived contradicts the policies that were set for it."""
-
-
-class NegationNotAppliedError(RuntimeError):
-    """Negation was asked for and could not be applied; generation stops."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One entry's worth of concept tokens: a prototype, or a whole negative prompt."""
-
-    concept: str
-    begin: int
-    length: int
+log = logging.getLogger("fastnegate")
+UNASKED = ("plain", "raise")
+MOST_TEXTS = 256  # negative prompts whose encodings are kept
 
 
 @dataclass(frozen=True)
@@ -53,54 +48,6 @@ class Record:
     step: int | None
 
 
-class Slots:
-    """The bank as one token axis: embeddings [T, C] and the slots in it."""
-
-    def __init__(self, bank: ConceptBank, rule: Rule) -> None:
-        self.slots: list[Slot] = []
-        parts: list[Tensor] = []
-        weights: list[Tensor] = []
-        for name in bank:
-            for group in bank[name].groups(rule):
-                begin = sum(len(p) for p in parts)
-                self.slots.append(Slot(name, begin, len(group.embeddings)))
-                parts.append(group.embeddings)
-                weights.append(torch.ones(len(group.embeddings)) if group.weight is None else group.weight)
-        # A bank may be empty for a while (remove, then update): no slots, no entries.
-        self.embeddings = torch.cat(parts) if parts else torch.zeros(0, bank.width)
-        self.weight = torch.cat(weights) if parts and rule.tokens == "weighted" else None
-        self.longest = max((s.length for s in self.slots), default=0)
-
-    @property
-    def shape(self) -> tuple[tuple[int, int], ...]:
-        return tuple((s.begin, s.length) for s in self.slots)
-
-
-class Layer:
-    """Concept keys and values of one attention layer, and the tokens for the batch at hand."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-        self.tokens: ConceptTokens | None = None  # for the denoiser call in progress, else None
-        self.last: ConceptTokens | None = None
-
-    def fill(self, key: Tensor, value: Tensor) -> None:
-        """Take over projected keys and values [T, H, D], in place where shape and dtype allow."""
-        if (
-            self.key is None
-            or self.value is None
-            or self.key.shape != key.shape
-            or ((self.key.dtype, self.key.device) != (key.dtype, key.device))
-        ):
-            with torch.inference_mode(False):  # later calls may be outside of it
-                self.key, self.value = key.detach().clone(), value.detach().clone()
-        else:
-            self.key.copy_(key)
-            self.value.copy_(value)
-
-
 class Engine:
     """Per-request negation for every attention layer of one denoiser.
 
@@ -110,93 +57,74 @@ class Engine:
         layers: names of the cross-attention layers.
         max_batch: the most images in one call; the denoiser may see twice as many rows
             (classifier-free guidance).
+        unasked: what becomes of a call that nobody spoke for, with a batch or for everybody: `plain`
+            (it runs without negation, which is logged once) or `raise`.
+        encode: makes the concept of a negative prompt (`Policy.negative_prompt`).
 
     Raises:
-        ValueError: an empty bank, or a concept without the tokens that the rule reads.
+        ValueError: an empty bank without `encode`, a concept without the tokens that the rule reads, or
+            another argument that is not as above.
     """
 
-    def __init__(self, bank: ConceptBank, rule: Rule, layers: Sequence[str], *, max_batch: int = 8) -> None:
+    def __init__(
+        self,
+        bank: ConceptBank,
+        rule: Rule,
+        layers: Sequence[str],
+        *,
+        max_batch: int = 8,
+        unasked: str = "plain",
+        encode: Callable[[str], Concept] | None = None,
+    ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}: must be an int >= 1")
-        if not len(bank):
+        if unasked not in UNASKED:
+            raise ValueError(f"unasked={unasked!r}: allowed are {', '.join(UNASKED)}")
+        if not len(bank) and encode is None:
             raise ValueError("bank is empty: there is nothing to negate")
-        self.bank, self.rule, self.max_batch = bank, rule, max_batch
-        self.layers = {name: Layer(name) for name in layers}
+        self.bank, self.rule, self.max_batch, self.unasked = bank, rule, max_batch, unasked
+        self.layers = tuple(layers)
         self.observer: Callable[[Record], None] | None = None
-        self.armed = False  # whether some policy asks for negation
-        self.live = False  # whether any entry acts in the denoiser call in progress
-        self.call = 0  # pipeline calls so far
-        self.step: int | None = None
-        self._policies: tuple[Policy | None, ...] | None = None  # one per request
-        self._explicit: tuple[tuple[int | None, ...], tuple[bool, ...]] | None = None
-        self._requests: tuple[int | None, ...] = ()  # of each row, None: not negated
-        self._entries: tuple[tuple[int, int, str], ...] = ()
-        self._entry_policies: list[Policy] = []
-        self._rows_of: object = None
-        self._index: Tensor | None = None
-        self._numbers: Tensor | None = None
-        self._weight: Tensor | None = None
-        self._remove: Callable[[], None] | None = None
+        self.call = 0  # pipeline calls that asked for negation
+        self.step: int | None = None  # of the last of them
+        self.fixed = Fixed()
+        self._encode = encode
+        self._texts: OrderedDict[str, Concept] = OrderedDict()
+        self._slots: dict[Any, Slots] = {}
+        self._room = Room()  # of negative prompts in compiled code
+        self._rows: tuple[Any, Rows] | None = None
+        self._everybody: Ledger | None = None
         self._removed = False
-        self._thread: int | None = None  # that has a batch open
-        self._calls = 0  # of the denoiser that were prepared
-        self._rebuild()
+        self._remove: Callable[[], None] | None = None
+        self._told = False  # that a call ran which nobody spoke for
+        self._state = threading.Lock()  # of what is cached and counted here
+        self._turn = threading.Lock()  # over a forward that reads `fixed`
+        self._thread: int | None = None  # that has it
+        self._slots_of((), False)  # refuses concepts without the tokens that the rule reads
 
     # ---- what callers use -------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def batch(self, policies: Sequence[Policy | None]) -> Iterator[Engine]:
-        """Within the context, pipeline calls are for these requests; see `set_requests`. What was set
-        before is set again afterwards.
+    def batch(self, policies: Sequence[Policy | None]) -> Batch:
+        """A context in which pipeline calls are for these requests: one policy, or None, per prompt. Images of
+        one prompt share its policy, so a single policy serves any number of images. None asks for nothing.
 
-        Raises:
-            NegationNotAppliedError: another thread has a batch open; or, at the end, negation was
-                asked for and no denoiser call came by.
-        """
-        before = (self._policies, self._explicit, self.armed, self._thread)
-        self.set_requests(policies)
-        self._thread = threading.get_ident()
-        calls = self._calls
-        try:
-            yield self
-            if self.armed and self._calls == calls:
-                raise NegationNotAppliedError(
-                    "no denoiser call came by within the batch: is this the pipeline, with the denoiser, "
-                    "that the engine was installed in?"
-                )
-        finally:
-            self._policies, self._explicit, self.armed, self._thread = before
-            self.live = False
-
-    def set_requests(self, policies: Sequence[Policy | None]) -> None:
-        """One policy, or None, per prompt of the pipeline calls to come. Images of one prompt share
-        its policy, so a single policy serves any number of images.
+        Batches nest, may be open in many threads and coroutines at once, and go before what is set for
+        everybody. `Batch.run` and `Batch.bind` carry one into other threads.
 
         Raises:
             RowMapError: more policies than `max_batch`.
             ValueError: a concept that the bank does not have, or a window or threshold with which
                 the rule could not act.
-            NegationNotAppliedError: the engine was removed, or another thread has a batch open.
+            TypeError: something else than policies.
+            NegationNotAppliedError: the engine was removed; or, when the context is left without an error, a
+                request asked for negation and no denoiser call came by, or none within its window.
         """
-        if self._removed:
-            raise NegationNotAppliedError("this engine was removed from its pipeline")
-        if self._thread not in (None, threading.get_ident()):
-            raise NegationNotAppliedError("another thread has a batch open: one pipeline runs one at a time")
-        if isinstance(policies, Policy):
-            raise TypeError("policies is a Policy: must be a list with one per prompt")
-        if len(policies) > self.max_batch:
-            raise RowMapError(
-                f"{len(policies)} policies: this engine was installed with max_batch={self.max_batch}"
-            )
-        for i, policy in enumerate(policies):
-            if policy is not None and not isinstance(policy, Policy):
-                raise TypeError(f"policies[{i}] is a {type(policy).__name__}: must be a Policy or None")
-            for name in policy.concepts if policy is not None else ():
-                self.bank[name]  # unknown names raise, naming what there is
-            if policy is not None:
-                policy.check(self.rule)
-        self._policies, self._explicit = tuple(policies), None
-        self.armed = any(p is not None and sum(p.concepts.values()) > 0 for p in policies)
+        return Batch(self, self._checked(Assignment(self._policies(policies))))
+
+    def set_requests(self, policies: Sequence[Policy | None]) -> None:
+        """Policies for everybody: calls of any thread that is in no `batch`, until set anew or `clear`.
+        Arguments and errors are those of `batch`."""
+        self._everybody = Ledger(self._checked(Assignment(self._policies(policies))))
 
     def set_rows(
         self,
@@ -204,7 +132,7 @@ class Engine:
         row_map: Sequence[int | None] | None = None,
         conditional: Sequence[bool] | None = None,
     ) -> None:
-        """For servers that build the batch themselves: state until the next `set_rows` or `clear`.
+        """As `set_requests`, for servers that build the batch of rows themselves.
 
         Args:
             policies: one policy, or None, per request.
@@ -215,228 +143,291 @@ class Engine:
         Raises:
             RowMapError: sizes disagree, or a row names a request that does not exist.
         """
-        rows = tuple(range(len(policies))) if row_map is None else tuple(row_map)
-        mask = (True,) * len(rows) if conditional is None else tuple(bool(c) for c in conditional)
-        if len(mask) != len(rows):
-            raise RowMapError(f"conditional has {len(mask)} rows, row_map has {len(rows)}")
-        for b, request in enumerate(rows):
-            whole = isinstance(request, int) and not isinstance(request, bool)
-            if request is not None and not (whole and 0 <= request < len(policies)):
-                raise RowMapError(f"row_map[{b}]={request!r}: must be None or 0 to {len(policies) - 1}")
-        for request, policy in enumerate(policies):
-            if policy is not None and request not in rows:
-                raise RowMapError(f"policies[{request}] has no row")
-        self.set_requests(policies)
-        self._explicit = (rows, mask)
+        checked = self._policies(policies)
+        self._everybody = Ledger(self._checked(Assignment.of_rows(checked, row_map, conditional)))
 
     def clear(self) -> None:
-        """Forget all policies: the pipeline runs as if nothing were installed."""
-        self._policies = self._explicit = None
-        self.armed = self.live = False
+        """Forget what was set for everybody. Batches, and calls that run, keep theirs."""
+        self._everybody = None
 
     def remove(self) -> None:
-        """Take the engine out of its pipeline, restoring exactly what was there."""
-        self.clear()
-        self._removed = True
-        if self._remove is not None:
-            remove, self._remove = self._remove, None
+        """Take the engine out of its pipeline, restoring what was there. Calls that run end as they began."""
+        everybody, self._everybody, self._removed = self._everybody, None, True
+        remove, self._remove = self._remove, None
+        if remove is not None:
             remove()
+        if everybody is not None:
+            everybody.log_closed_gates(self.rule)
 
     @property
     def removed(self) -> bool:
         """Whether `remove` was called."""
         return self._removed
 
+    @property
+    def armed(self) -> bool:
+        """Whether a call made here and now would ask for negation."""
+        try:
+            ledger = self._ledger()
+        except NegationNotAppliedError:
+            return True
+        return ledger is not None and ledger.assignment.asks
+
+    @property
+    def live(self) -> bool:
+        """Whether an entry acts in the denoiser call that runs in this context."""
+        running = RUNNING.get()
+        return running is not None and running.engine is self and running.live
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else f"{len(self.layers)} layers"
+        return f"Engine({state}, rule {self.rule.name}, {self.bank!r}, max_batch={self.max_batch})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an Engine belongs to its pipeline: install one in the copy")
+
     # ---- what integrations use --------------------------------------------------------------
 
     def on_remove(self, remove: Callable[[], None]) -> None:
         self._remove = remove
 
-    @property
-    def embeddings(self) -> Tensor:
-        """Concept token embeddings [T, C], to be projected by each layer."""
-        return self._slots.embeddings
-
-    def expect(self, prompts: int) -> None:
-        """Raise RowMapError unless the policies fit a pipeline call of that many prompts."""
-        if self._policies is not None and self._explicit is None and len(self._policies) not in (1, prompts):
-            raise RowMapError(f"{prompts} prompts, but {len(self._policies)} policies: must be 1 or as many")
-
-    def prepare(
-        self, batch: int, device: torch.device, guided: Callable[[], bool], progress: float | None
-    ) -> bool:
-        """Set rows and schedule values for a denoiser call of `batch` rows.
-
-        Args:
-            guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
-            progress: i / n of this step, or None if unknown.
-
-        Returns:
-            Whether concept keys and values are wanted (some entry exists, whatever the window).
+    @contextlib.contextmanager
+    def running(self, call: Call) -> Iterator[Running]:
+        """The denoiser call `call` runs within this context.
 
         Raises:
             RowMapError: the batch contradicts the policies.
-            NegationNotAppliedError: a window needs progress, which is unknown, or a policy names a
-                concept that has been removed.
+            NegationNotAppliedError: nobody spoke for the call and `unasked` is `raise`; a window needs progress,
+                which is unknown, or holds none of the steps that will run; a policy names a concept that has
+                been removed; or the call is made within one that reads the same rows.
         """
-        self._calls += 1
-        if self._slots_version != self.bank.version:
-            self._rebuild()
-        self._allocate(batch, device)
-        for policy in self._policies or ():
+        with self._turn_of(call):
+            running = self._prepare(call)
+            before = RUNNING.get()
+            RUNNING.set(running)
+            try:
+                yield running
+            finally:
+                RUNNING.set(before)
+                if call.fixed:
+                    self.fixed.release(call.device)
+
+    def observe(self, running: Running, layer: str, statistics: Statistics) -> None:
+        """Take note of what one call of a layer did."""
+        rows, ledger, call = running.rows, running.ledger, running.call.of.number
+        assert rows is not None and ledger is not None and call is not None
+        if running.sampled:
+            ledger.note_gates(running, statistics)
+        if (observer := self.observer) is None:
+            return
+        entries = [(i, e.row, e.concept) for i, e in enumerate(rows.entries)]
+        acting = tuple(e for e, active in zip(entries, running.active) if active)
+        asked = tuple(dict.fromkeys((row, concept) for _, row, concept in entries))
+        step = None if running.call.step is None else running.call.step.index
+        observer(Record(layer, statistics, acting, asked, rows.requests, call, step))
+
+    # ---- whose policies ---------------------------------------------------------------------
+
+    def _ledger(self) -> Ledger | None:
+        batch = current(self)
+        return self._everybody if batch is None else batch.ledger
+
+    def _policies(self, policies: Sequence[Policy | None]) -> tuple[Policy | None, ...]:
+        """Checked one by one."""
+        if self._removed:
+            raise NegationNotAppliedError("this engine was removed from its pipeline")
+        if isinstance(policies, Policy):
+            raise TypeError("policies is a Policy: must be a list with one per prompt")
+        policies = tuple(policies)
+        if len(policies) > self.max_batch:
+            raise RowMapError(
+                f"{len(policies)} policies: this engine was installed with max_batch={self.max_batch}"
+            )
+        for i, policy in enumerate(policies):
+            if policy is None:
+                continue
+            if not isinstance(policy, Policy):
+                raise TypeError(f"policies[{i}] is a {type(policy).__name__}: must be a Policy or None")
+            for name in policy.concepts:
+                self.bank[name]  # unknown names raise, naming what there is
+            policy.check(self.rule)
+        return policies
+
+    def _checked(self, assignment: Assignment) -> Assignment:
+        """With its negative prompts encoded."""
+        for text in assignment.texts:
+            with self._state:
+                known = text in self._texts
+                if known:
+                    self._texts.move_to_end(text)
+            if not known:
+                self._encoded(text)
+        return assignment
+
+    # ---- a denoiser call --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _turn_of(self, call: Call) -> Iterator[None]:
+        """Calls that read fixed addresses take turns."""
+        if not call.fixed:
+            yield
+            return
+        if self._thread == threading.get_ident():
+            raise NegationNotAppliedError(
+                "the denoiser is called within its own forward, which reads its rows"
+            )
+        with self._turn:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
+
+    def _prepare(self, call: Call) -> Running:
+        ledger = self._ledger()
+        if ledger is None:
+            self._nobody_spoke()
+        asks = ledger is not None and ledger.assignment.asks
+        if not asks and not call.fixed:
+            return Running(self, call)
+        if call.batch > 2 * self.max_batch:
+            raise RowMapError(
+                f"the denoiser got {call.batch} rows: this engine was installed with max_batch="
+                f"{self.max_batch}, which allows {2 * self.max_batch}"
+            )
+        assignment = ledger.assignment if ledger is not None and asks else None
+        if assignment is not None and call.prompts is not None:
+            assignment.expect(call.prompts)
+        slots = self._slots_of(() if assignment is None else assignment.texts, call.fixed)
+        if assignment is not None:
+            self._check_names(assignment)
+        requests = (None,) * call.batch
+        if assignment is not None:
+            requests = assignment.requests(call.batch, call.guided)
+        rows = self._rows_of(assignment, requests, slots)
+        running = Running(self, call, "dormant" if asks else "idle", rows, slots, busiest=len(slots.slots))
+        if assignment is not None and ledger is not None:
+            running.active = self._active(call, assignment, rows)
+            running.ledger = ledger
+            running.state = "live" if any(running.active) else "dormant"
+            self._count(running)
+            ledger.note(running)
+        if call.fixed:
+            self.fixed.fill(running, 2 * self.max_batch)
+        elif running.live:
+            self._make_tensors(running)
+        return running
+
+    def _nobody_spoke(self) -> None:
+        if self._removed:
+            return
+        if self.unasked == "raise":
+            raise NegationNotAppliedError(
+                "nobody said what this call negates (unasked='raise'): make it within engine.batch(policies), "
+                "where None asks for nothing; threads and executors do not copy the context: use batch.bind"
+            )
+        if not self._told:
+            self._told = True
+            log.info("a call that no batch and no policy speaks for runs without negation (unasked='plain')")
+
+    def _check_names(self, assignment: Assignment) -> None:
+        for policy in assignment.policies:
             for name in policy.concepts if policy is not None else ():
                 if name not in self.bank:
                     raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
-        requests = self._row_requests(batch, guided)
-        key = (batch, requests, self._policies, self._slots_version, device)
-        if key != self._rows_of:
-            self._write_rows(requests)
-            self._rows_of = key
-        self._write_schedule(progress)
-        return bool(self._entries)
 
-    def begin_call(self, batch: int) -> None:
-        """Give every layer its tokens for `batch` rows."""
-        for layer in self.layers.values():
-            layer.tokens = layer.last = self._tokens(layer, batch)
+    def _active(self, call: Call, assignment: Assignment, rows: Rows) -> tuple[float, ...]:
+        """The schedule value of each entry at this step."""
+        stop, step = self.rule.stop, call.step
+        if step is None:
+            if not all(entry.policy.always(stop) for entry in rows.entries):
+                raise NegationNotAppliedError(
+                    "a policy has a start/stop window, but the progress of the denoising is unknown: the "
+                    "timestep is not one of the scheduler's"
+                )
+            return rows.active(None, stop)
+        if step.run is not None and (step.index == step.run.start or call.of.number is None):
+            never = never_active(assignment, (i / step.count for i in step.run), self.rule)
+            if never is not None:
+                policy = assignment.policies[never]
+                assert policy is not None
+                end = stop if policy.stop is None else policy.stop
+                raise NegationNotAppliedError(
+                    f"policies[{never}] could never act: its window, {policy.start:g} to {end:g}, holds none of "
+                    f"the {len(step.run)} steps that run, {step.run.start / step.count:g} to "
+                    f"{step.run[-1] / step.count:g} of the denoising"
+                )
+        return rows.active(step.progress, stop)
 
-    def end_call(self) -> None:
-        """Take them away: a denoiser call that nobody prepared must not use the rows of another."""
-        self.live = False
-        for layer in self.layers.values():
-            layer.tokens = None
+    def _count(self, running: Running) -> None:
+        """Number the pipeline call, and choose the two of its denoiser calls whose gates are looked at."""
+        call, of = running.call, running.call.of
+        with self._state:
+            if of.number is None:
+                self.call += 1
+                of.number = self.call
+            self.step = None if call.step is None else call.step.index
+            if self.rule.gate == "open" or not running.live or of.sampled >= 2:
+                return
+            run = None if call.step is None else call.step.run
+            if of.sampled == 0 or run is None or self.step in run[len(run) // 2 :]:
+                of.sampled += 1
+                running.sampled = True
 
-    def _tokens(self, layer: Layer, batch: int) -> ConceptTokens:
-        """Tokens of `layer`; the same object while nothing changes place or shape."""
-        assert layer.key is not None and layer.value is not None
-        assert self._index is not None and self._numbers is not None
-        slots = self._slots
-        index = self._index[: self._index.shape[0] - 2 * self.max_batch + batch]
-        old = layer.last
-        if (
-            old is not None
-            and old.key is layer.key
-            and old.numbers is self._numbers
-            and old.index.data_ptr() == index.data_ptr()
-            and old.index.shape == index.shape
-        ):
-            return old
-        return ConceptTokens(
-            key=layer.key,
-            value=layer.value,
-            index=index,
-            numbers=self._numbers,
-            entries=self._numbers.shape[0],
-            concepts=len(slots.slots),
-            longest=slots.longest,
-            busiest=len(slots.slots),
-            token_weight=self._weight,
-        )
+    def _make_tensors(self, running: Running) -> None:
+        """Rows of this call alone; the same tensors as those of the last call where they say the same."""
+        rows, slots = running.rows, running.slots
+        assert rows is not None and slots is not None
+        entries = running.call.batch * len(slots.slots)
+        made = rows.made.get((running.active, running.call.device))
+        if made is None:
+            device = running.call.device
+            with torch.inference_mode(False):  # later calls may be outside of it
+                index = rows.index(slots, entries, running.call.batch).to(device)
+                numbers = rows.numbers(running.active, entries).to(device)
+                weight = None if slots.weight is None else slots.weight.to(device)
+            made = rows.made[running.active, device] = (index, numbers, weight)
+        running.index, running.numbers, running.weight = made
 
-    def observe(self, layer: str, statistics: Statistics) -> None:
-        """Hand the statistics of one call to the observer."""
-        assert self.observer is not None
-        acting = tuple(entry for entry in self._entries if self._active[entry[0]])
-        asked = tuple(dict.fromkeys((row, concept) for _, row, concept in self._entries))
-        self.observer(Record(layer, statistics, acting, asked, self._requests, self.call, self.step))
+    # ---- what is made once ------------------------------------------------------------------
 
-    # ---- rows -------------------------------------------------------------------------------
+    def _slots_of(self, texts: tuple[str, ...], fixed: bool) -> Slots:
+        """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
+        version, concepts = self.bank.snapshot()
+        with self._state:
+            room = self._room if fixed else Room()
+            slots = self._slots.get((version, texts, room))
+            known = {text: self._texts.get(text) for text in texts}
+        if slots is not None:
+            return slots
+        encoded = {text: concept or self._encoded(text) for text, concept in known.items()}
+        slots = Slots(concepts, self.rule, self.bank.width, encoded, room)
+        if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
+            room = room.enlarged(slots.text_room, self.max_batch)
+            slots = Slots(concepts, self.rule, self.bank.width, encoded, room)
+        with self._state:
+            self._room = room if fixed else self._room
+            if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
+                self._slots.clear()
+            self._slots[version, texts, room] = slots
+        return slots
 
-    def _row_requests(self, batch: int, guided: Callable[[], bool]) -> tuple[int | None, ...]:
-        """The request of each row, None where the row is not negated."""
-        if self._policies is None or not self.armed:
-            return (None,) * batch
-        if self._explicit is not None:
-            rows, conditional = self._explicit
-            if len(rows) != batch:
-                raise RowMapError(f"the denoiser got {batch} rows, set_rows described {len(rows)}")
-            return tuple(r if c else None for r, c in zip(rows, conditional))
-        halves = 2 if guided() else 1
-        images, rest = divmod(batch, halves)
-        per_request, uneven = divmod(images, len(self._policies))
-        if rest or uneven or not per_request:
-            raise RowMapError(
-                f"the denoiser got {batch} rows ({'with' if halves == 2 else 'without'} classifier-free "
-                f"guidance), which {len(self._policies)} requests cannot fill evenly"
-            )
-        # Unconditional rows come first; images of one prompt are adjacent.
-        conditional_rows = [i // per_request for i in range(images)]
-        return (None,) * (images * (halves - 1)) + tuple(conditional_rows)
+    def _encoded(self, text: str) -> Concept:
+        if self._encode is None:
+            raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
+        concept = self._encode(text)
+        concept.groups(self.rule)  # refuses one without the tokens that the rule reads
+        with self._state:
+            self._texts[text] = concept
+            while len(self._texts) > MOST_TEXTS:
+                self._texts.popitem(last=False)
+        return concept
 
-    def _rebuild(self) -> None:
-        old = getattr(self, "_slots", None)
-        self._slots = Slots(self.bank, self.rule)
-        self._slots_version = self.bank.version
-        if old is None or old.shape != self._slots.shape:
-            self._index = self._numbers = self._weight = None
-        elif self._weight is not None and self._slots.weight is not None:
-            self._weight.copy_(self._slots.weight)
-
-    def _allocate(self, batch: int, device: torch.device) -> None:
-        if batch > 2 * self.max_batch:
-            raise RowMapError(
-                f"the denoiser got {batch} rows: this engine was installed with max_batch={self.max_batch}, "
-                f"which allows {2 * self.max_batch}"
-            )
-        if self._index is not None and self._index.device == device:
-            return
-        slots = len(self._slots.slots)
-        entries = self.max_batch * 2 * slots
-        sizes = entries + 2 * slots + 2 * self.max_batch + 1
-        with torch.inference_mode(False):
-            self._numbers = torch.zeros(entries, COLUMNS, device=device)
-            self._weight = None if self._slots.weight is None else self._slots.weight.clone().to(device)
-            self._index = torch.zeros(sizes, dtype=torch.int32, device=device)
-        self._rows_of = None
-
-    def _write_rows(self, requests: tuple[int | None, ...]) -> None:
-        assert self._index is not None and self._numbers is not None
-        slots = self._slots.slots
-        concepts: list[int] = []
-        numbers: list[list[float]] = []
-        offsets = [0]
-        entries: list[tuple[int, int, str]] = []
-        entry_policies: list[Policy] = []
-        for b, request in enumerate(requests):
-            policy = self._policies[request] if request is not None and self._policies is not None else None
-            for s, slot in enumerate(slots):
-                strength = policy.concepts.get(slot.concept, 0.0) if policy is not None else 0.0
-                if policy is None or strength == 0.0:
-                    continue
-                given = {"strength": strength * self.rule.strength, "active": 0.0}
-                if policy.threshold is not None:
-                    given["threshold"] = policy.threshold
-                entries.append((len(concepts), b, slot.concept))
-                entry_policies.append(policy)
-                concepts.append(s)
-                numbers.append(entry_numbers(f"policy of request {request}", given))
-            offsets.append(len(concepts))
-        capacity = self._numbers.shape[0]
-        offsets += [len(concepts)] * (2 * self.max_batch + 1 - len(offsets))
-        index = concepts + [0] * (capacity - len(concepts))
-        index += [s.begin for s in slots] + [s.length for s in slots] + offsets
-        table = torch.zeros(capacity, COLUMNS)
-        if numbers:
-            table[: len(numbers)] = torch.tensor(numbers)
-        self._index.copy_(torch.tensor(index, dtype=torch.int32))
-        self._numbers.copy_(table)
-        self._requests, self._entries, self._entry_policies = requests, tuple(entries), entry_policies
-        self._active: list[float] = [0.0] * len(entries)
-
-    def _write_schedule(self, progress: float | None) -> None:
-        assert self._numbers is not None
-        stop = self.rule.stop
-        if progress is None and not all(p.always(stop) for p in self._entry_policies):
-            raise NegationNotAppliedError(
-                "a policy has a start/stop window, but the progress of the denoising is unknown: the "
-                "timestep is not one of the scheduler's"
-            )
-        active = [p.active(progress or 0.0, stop) for p in self._entry_policies]
-        if active != self._active:
-            column = torch.tensor(active, device=self._numbers.device)
-            self._numbers[: len(active), NUMBERS.index("active")] = column
-            self._active = active
-        self.live = any(active)
-
-    def __getstate__(self) -> dict[str, object]:  # a copy is not installed and not observed
-        return {**self.__dict__, "observer": None, "_remove": None, "_thread": None}
+    def _rows_of(self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots) -> Rows:
+        key = (assignment, requests, slots)
+        last = self._rows
+        if last is not None and all(a is b or a == b for a, b in zip(last[0], key)):
+            return last[1]
+        rows = Rows(assignment, requests, slots, self.rule)
+        self._rows = (key, rows)
+        return rows

@@ -20,15 +20,22 @@ class Policy:
             `start <= i / n < stop`. `stop=None` is the rule's own (1.0, i.e. to the end, for all
             presets but `eiup`).
         threshold: gate threshold instead of the rule's.
+        negative_prompt: a text that is negated like a concept; the engine encodes it once, with the
+            pipeline's text encoder, when it first meets it.
+        negative_strength: the relative strength of `negative_prompt`.
 
     Raises:
-        ValueError: a number outside these ranges (strengths must be >= 0), or an empty window.
+        ValueError: a number outside these ranges (strengths must be >= 0), an empty window, or a
+            blank negative prompt.
+        TypeError: `concepts` or `negative_prompt` of another type.
     """
 
     concepts: Mapping[str, float] = field(default_factory=dict)
     start: float = 0.0
     stop: float | None = None
     threshold: float | None = None
+    negative_prompt: str | None = None
+    negative_strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.concepts, Mapping):
@@ -43,6 +50,21 @@ class Policy:
                 raise ValueError(f"start={self.start!r}, stop={self.stop!r}: the window is empty")
         if self.threshold is not None:
             check_number("threshold", self.threshold)
+        check_number("negative_strength", self.negative_strength, low=0.0)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise TypeError(f"negative_prompt={self.negative_prompt!r}: must be a text or None")
+        if self.negative_prompt is not None and not self.negative_prompt.strip():
+            raise ValueError(f"negative_prompt={self.negative_prompt!r}: is blank; None negates nothing")
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks for any negation: some strength is above 0."""
+        return self.text is not None or any(strength > 0 for strength in self.concepts.values())
+
+    @property
+    def text(self) -> str | None:
+        """The negative prompt that needs to be encoded."""
+        return self.negative_prompt if self.negative_strength > 0 else None
 
     def check(self, rule: Rule) -> None:
         """Raise ValueError if this policy could not act under `rule`."""

@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put an `Engine` into a pipeline and take it out again: processors, a hook on the denoiser that
-prepares each call, and a watchdog that notices displaced processors."""
+"""Put an `Engine` into a pipeline and take it out again."""
 
 from __future__ import annotations
 
-import inspect
-import logging
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...engine.concepts import ConceptBank, Templates
-from ...engine.engine import Engine, NegationNotAppliedError
+from ...engine import host
+from ...engine.bank import ConceptBank
+from ...engine.concepts import Concept, Templates
+from ...engine.engine import Engine
+from ...engine.errors import NegationNotAppliedError
 from ...engine.policy import Policy
 from ...operator.attention import check_backend
 from ...operator.rule import Rule
-from .families import (
-    call_in_progress,
-    cross_attention_layers,
-    denoiser,
-    family,
-    guided,
-    project_context,
-)
+from .by_hand import release
+from .contract import bare, cross_attention_layers, denoiser, family
+from .hook import Hook
 from .processor import NegationAttnProcessor
 
-log = logging.getLogger("fastnegate")
 MOST_IMAGES = 64  # of one call under `negate`, which is not told how many there will be
 ON_DISPLACED = ("raise", "warn", "reinstall")
 
@@ -36,13 +30,9 @@ ON_DISPLACED = ("raise", "warn", "reinstall")
 _installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 
 
-class DisplacedProcessorError(NegationNotAppliedError):
-    """Something replaced an installed attention processor, so negation would silently be gone."""
-
-
 def engine_of(pipe: Any) -> Engine | None:
     """The engine installed in the pipeline, or None."""
-    reference = _installed.get(_bare(denoiser(pipe)))
+    reference = _installed.get(bare(denoiser(pipe)))
     return reference() if reference is not None else None
 
 
@@ -52,10 +42,10 @@ def processors_for(pipe: Any, engine: Engine, backend: str = "auto") -> dict[str
     Raises:
         UnsupportedModelError: a layer has a processor that cannot be wrapped.
     """
-    processors = dict(_bare(denoiser(pipe)).attn_processors)
-    for name, layer in engine.layers.items():
+    processors = dict(bare(denoiser(pipe)).attn_processors)
+    for name in engine.layers:
         key = f"{name}.processor"
-        processors[key] = NegationAttnProcessor.bound(engine, layer, processors[key], backend)
+        processors[key] = NegationAttnProcessor.bound(engine, name, processors[key], backend)
     return processors
 
 
@@ -67,19 +57,23 @@ def install(
     *,
     rule: Rule | str = "protore",
     backend: str = "auto",
+    unasked: str = "plain",
 ) -> Engine:
     """Install per-request concept negation in a pipeline.
 
-    Compile the denoiser before, not after: the hook must stay outside the compiled code.
+    Compile the denoiser before, not after: what prepares each call must stay outside the compiled code.
 
     Args:
         pipe: a supported diffusers pipeline.
         bank: concepts made with this pipeline's text encoders.
         max_batch: the most images (requests x images per prompt) in one call.
-        on_displaced: what to do when something else has replaced an installed processor: `raise`
-            (default), `warn`, or `reinstall`.
+        on_displaced: what to do when something else has replaced an installed processor, an attention module
+            or the pipeline's denoiser: `raise` (default), `warn`, or `reinstall`.
         rule: `Rule` or preset name; presets take the constants of the pipeline's family.
         backend: as for `negated_attention`; a named backend never falls back.
+        unasked: what becomes of a call that is in no `engine.batch` while nothing is set for everybody:
+            `plain` (default) runs it without negation, which is logged once; `raise` stops it, so that no
+            request can be forgotten. Servers want `raise`: a batch whose policies are None asks for nothing.
 
     Returns:
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
@@ -87,158 +81,57 @@ def install(
     Raises:
         UnsupportedModelError: unknown pipeline, or a processor that cannot be wrapped.
         BankMismatchError: the bank belongs to another text encoder.
-        ValueError: bad arguments, an empty bank, or an engine is installed already.
+        ValueError: bad arguments, or an engine is installed already.
     """
     if on_displaced not in ON_DISPLACED:
         raise ValueError(f"on_displaced={on_displaced!r}: allowed are {', '.join(ON_DISPLACED)}")
     if not isinstance(bank, ConceptBank):
         raise TypeError(f"bank is a {type(bank).__name__}: must be a ConceptBank")
     check_backend(backend)
-    entry = family(pipe)
-    model = denoiser(pipe)
+    entry, model = family(pipe), denoiser(pipe)
     if engine_of(pipe) is not None:
-        raise ValueError("pipe has an engine already: call its remove() first")
+        raise ValueError("pipe has an engine already: call its remove() first, or fastnegate.remove(pipe)")
     bank.check(pipe)
     if isinstance(rule, str):
         rule = Rule.preset(rule, family=entry.constants(pipe))
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is a {type(rule).__name__}: must be a Rule or the name of a preset")
-    layers = cross_attention_layers(model)
-    engine = Engine(bank, rule, list(layers), max_batch=max_batch)
-    bare = _bare(model)
-    before = dict(bare.attn_processors)
-    processors = processors_for(pipe, engine, backend)
-    hook = _Hook(pipe, engine, layers, processors, on_displaced)
-
-    bare.set_attn_processor(dict(processors))
-    handles = [
-        model.register_forward_pre_hook(hook.before, with_kwargs=True),
-        model.register_forward_hook(hook.after, always_call=True),
-    ]
-    _installed[bare] = weakref.ref(engine)
+    encode = functools.partial(_negative_prompt, weakref.ref(pipe))
+    engine = Engine(
+        bank, rule, list(cross_attention_layers(model)), max_batch=max_batch, unasked=unasked, encode=encode
+    )
+    hook = Hook(pipe, engine, on_displaced, backend)
+    hook.put()
+    _installed[bare(model)] = weakref.ref(engine)
 
     def remove() -> None:
-        for handle in handles:
-            handle.remove()
-        current = dict(bare.attn_processors)
-        # What somebody else has put in our place stays theirs.
-        bare.set_attn_processor(
-            {n: before[n] if current[n] is processors.get(n) else current[n] for n in current}
-        )
-        del _installed[bare]
+        hook.remove()
+        for held, reference in list(_installed.items()):
+            if reference() is engine:
+                del _installed[held]
 
     engine.on_remove(remove)
     return engine
 
 
-class _Hook:
-    """Runs around each call of the denoiser, outside compiled code."""
+def _negative_prompt(pipe: weakref.ref[Any], text: str) -> Concept:
+    living = pipe()
+    if living is None:
+        raise NegationNotAppliedError("the pipeline that the engine was installed in is gone")
+    return host.of(living).negative_prompt(living, text)
 
-    def __init__(
-        self,
-        pipe: Any,
-        engine: Engine,
-        layers: Mapping[str, Any],
-        processors: Mapping[str, Any],
-        on_displaced: str,
-    ) -> None:
-        self._pipe = weakref.ref(pipe)
-        self._engine, self._layers, self._processors = engine, layers, processors
-        self._on_displaced = on_displaced
-        self._parameters = list(inspect.signature(_bare(denoiser(pipe)).forward).parameters)
-        self._compiled = hasattr(denoiser(pipe), "_orig_mod")
-        self._timesteps: Tensor | None = None
-        self._steps: list[float] = []
-        self._last_step: int | None = None
-        self._filled: object = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            raise NegationNotAppliedError("compile the denoiser before fastnegate.install, not after")
-        self._watch()
-        engine = self._engine
-        if not engine.armed and not self._compiled:
-            return  # nothing is prepared, so every processor leaves the call to what it wraps
-        given = {**dict(zip(self._parameters, args)), **kwargs}
-        sample: Any = given.get("sample", given.get("hidden_states"))
-        step, steps = self._step(given["timestep"]) if engine.armed else (None, 0)
-        new_call = step is None or self._last_step is None or step <= self._last_step
-        self._last_step = engine.step = step
-        if engine.armed:
-            engine.call += new_call
-            if (call := call_in_progress(self._living_pipe())) is not None:
-                engine.expect(call.prompts)
-        progress = None if step is None else step / steps
-        wanted = engine.prepare(sample.shape[0], sample.device, self._guided, progress)
-        state = (engine.bank.version, sample.device, sample.dtype)
-        if self._filled is None or (wanted and (new_call or state != self._filled)):
-            self._fill(sample)
-            self._filled = state
-        engine.begin_call(sample.shape[0])
+def remove(pipe: Any) -> None:
+    """Take everything of this package out of a pipeline: an installed engine, `negate`, and processors that were
+    set by hand. Nothing to do is no error.
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._engine.end_call()
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy of the model does not belong to the pipeline
-        return {**self.__dict__, "_pipe": _gone}
-
-    def _living_pipe(self) -> Any:
-        pipe = self._pipe()
-        if pipe is None:
-            raise NegationNotAppliedError("the pipeline that the engine was installed in is gone")
-        return pipe
-
-    def _guided(self) -> bool:
-        return guided(self._living_pipe())
-
-    def _fill(self, sample: Tensor) -> None:
-        """Project concept keys and values, once per pipeline call."""
-        pipe = self._living_pipe()
-        with torch.no_grad():
-            model = _bare(denoiser(pipe))
-            if hasattr(model, "_hf_hook"):  # offloading brings the weights in, as it would next
-                model._hf_hook.pre_forward(model)
-            context = self._engine.embeddings.to(device=sample.device, dtype=model.dtype)
-            context = project_context(pipe, context).unsqueeze(0)
-            for name, layer in self._engine.layers.items():
-                attn, processor = self._layers[name], self._processors[f"{name}.processor"]
-                key, value = processor.project(attn, context)
-                layer.fill(key[0].transpose(0, 1), value[0].transpose(0, 1))
-
-    def _step(self, timestep: Any) -> tuple[int | None, int]:
-        """Step i of n, from the scheduler's timesteps; i is None for a timestep it does not have.
-
-        Steps grow within a pipeline call, so one that does not starts a new call. Reading the timestep
-        costs one synchronization, which the host needs to know whether any entry is live. Rows at
-        different timesteps have no common step.
-        """
-        timesteps = self._living_pipe().scheduler.timesteps
-        if timesteps is not self._timesteps:
-            self._timesteps, self._steps = timesteps, timesteps.tolist()
-        rows = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
-        t = rows.pop()
-        return (self._steps.index(t) if not rows and t in self._steps else None), len(self._steps)
-
-    def _watch(self) -> None:
-        """Notice processors that something else has replaced (slicing, IP-Adapter, fused QKV, ...)."""
-        displaced = [
-            name
-            for name, attn in self._layers.items()
-            if attn.processor is not self._processors[f"{name}.processor"]
-        ]
-        if not displaced:
-            return
-        found = type(self._layers[displaced[0]].processor).__name__
-        message = (
-            f"{len(displaced)} of {len(self._layers)} processors were replaced, "
-            f"e.g. {displaced[0]} by {found}"
-        )
-        if self._on_displaced == "raise":
-            raise DisplacedProcessorError(message + "; negation would not be applied")
-        log.warning("%s", message)
-        if self._on_displaced == "reinstall":
-            for name in displaced:
-                self._layers[name].set_processor(self._processors[f"{name}.processor"])
+    Raises:
+        UnsupportedModelError: not a supported pipeline, so there is nothing of this package in it.
+    """
+    engine = engine_of(pipe)
+    if engine is not None:
+        engine.remove()
+    release(bare(denoiser(pipe)))
 
 
 class Handle:
@@ -259,19 +152,24 @@ class Handle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
+    def __repr__(self) -> str:
+        return f"Handle({self.engine!r})"
+
 
 def negate(
     pipe: Any,
-    concepts: str | Sequence[str] | Mapping[str, str | Sequence[str]] | ConceptBank,
+    concepts: str | Sequence[str] | Mapping[str, str | Sequence[str]] | ConceptBank | None = None,
     method: Rule | str = "protore",
     strength: float = 1.0,
     start: float = 0.0,
     stop: float | None = None,
     *,
+    negative_prompts: Sequence[str | None] | None = None,
     templates: Templates | None = None,
     backend: str = "auto",
 ) -> Handle:
-    """Negate concepts in every call of a pipeline, until removed.
+    """Negate concepts, or one negative prompt per prompt, in every call of a pipeline, until removed. It holds for
+    everybody: calls of all threads.
 
     Args:
         pipe: a supported diffusers pipeline.
@@ -280,33 +178,49 @@ def negate(
         method: `Rule` or preset name.
         strength: relative; 1.0 is the method's own.
         start, stop: active window as fractions of the steps; `stop=None` is the method's own.
+        negative_prompts: one text per prompt of the calls to come (None: nothing for that prompt), or one for
+            all; beside the concepts, if there are any. Each is encoded once.
         templates: as for `ConceptBank.from_prompts`.
         backend: as for `negated_attention`.
 
     Raises:
-        UnsupportedModelError, BankMismatchError, ValueError: as `install`.
+        UnsupportedModelError, BankMismatchError, ValueError: as `install`; or neither concepts nor negative
+            prompts.
+        TypeError: `negative_prompts` that are not a list of texts.
     """
     check_backend(backend)
+    entry = family(pipe)
     if isinstance(method, str):
-        method = Rule.preset(method, family=family(pipe).constants(pipe))
+        method = Rule.preset(method, family=entry.constants(pipe))
+    if concepts is None and negative_prompts is None:
+        raise ValueError("concepts=None: name concepts, negative_prompts, or both")
+    if isinstance(negative_prompts, str):
+        raise TypeError(f"negative_prompts={negative_prompts!r}: must be a list with one text per prompt")
+    texts = [None] if negative_prompts is None else list(negative_prompts)
+    if negative_prompts is not None and not any(texts) and concepts is None:
+        raise ValueError(f"negative_prompts={texts!r}: holds no text")
+    if len(texts) > MOST_IMAGES:
+        raise ValueError(f"negative_prompts has {len(texts)} texts: must be at most {MOST_IMAGES}")
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    names = list(concepts) if concepts is not None else []
+    policies = [
+        Policy({name: strength for name in names}, start, stop, negative_prompt=t, negative_strength=strength)
+        for t in texts
+    ]
+    for policy in policies:
+        policy.check(method)  # before any work
     if isinstance(concepts, ConceptBank):
         bank = concepts
+    elif concepts is None:
+        bank = ConceptBank({}, host.of(pipe).fingerprint(pipe), pipe)
     else:
-        if isinstance(concepts, str):
-            concepts = [concepts]
         named = concepts if isinstance(concepts, Mapping) else {c: [c] for c in concepts}
-        Policy({name: strength for name in named}, start, stop).check(method)  # before any work
-        bank = ConceptBank.from_prompts(pipe, named, templates=templates)
-    policy = Policy({name: strength for name in bank}, start, stop)
-    policy.check(method)
+        bank = ConceptBank.from_prompts(pipe, named, templates=templates, called="concepts")
     engine = install(pipe, bank, MOST_IMAGES, rule=method, backend=backend)
-    engine.set_requests([policy])
+    try:
+        engine.set_requests(policies)
+    except BaseException:
+        engine.remove()
+        raise
     return Handle(engine)
-
-
-def _gone() -> None:
-    """A dead reference that pickles."""
-
-
-def _bare(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)

@@ -12,16 +12,25 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...engine.concepts import ConceptBank
-from ...engine.engine import Engine, Layer, NegationNotAppliedError, Slots
+from ...engine.bank import ConceptBank
+from ...engine.call import RUNNING, Running
+from ...engine.engine import Engine
+from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
+from ...engine.slots import Slots
 from ...operator.attention import check_backend, negated_attention, negated_attention_with_statistics
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
-from .families import UnsupportedModelError, family, guided, project_context
+from . import by_hand
+from .contract import family, in_progress, project_for
+from .kept import Kept, state_of
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
 PLAIN = (AttnProcessor2_0, AttnProcessor)
+
+# Of denoiser calls with gradients: checkpointing recomputes layers after the call, with the text they had.
+_recomputed: Any = WeakTensorKeyDictionary()
 
 
 class NegationAttnProcessor:
@@ -38,7 +47,7 @@ class NegationAttnProcessor:
         rule: `Rule` or preset name; presets take the constants of the family of the bank's pipeline.
         strengths: concept name -> relative strength, default 1.0 for all of the bank.
         conditional: which batch rows are negated: `"all"`, or one bool per row. None asks the
-            pipeline that the bank was made with, and raises where that cannot tell.
+            pipeline call in progress, and raises where there is none that can tell.
         inner: the processor to wrap, default `AttnProcessor2_0`.
         backend: as for `negated_attention`.
 
@@ -67,19 +76,23 @@ class NegationAttnProcessor:
         self.rule = rule
         self.conditional = conditional
         self.engine: Engine | None = None
-        self.layer: Layer | None = None
+        self.layer = ""
+        # The older `AttnProcessor` has its own scale, and ignores norm_q and norm_k.
+        self._old = isinstance(self.inner, AttnProcessor)
+        self._kept: Kept | None = None
+        self._tokens: ConceptTokens | None = None
         if isinstance(conditional, str) and conditional != "all":
             raise ValueError(f"conditional={conditional!r}: must be 'all', one bool per row, or None")
         if bank is not None:
             _check_plain(self.inner)
-            self._slots, self._version = Slots(bank, self.rule), bank.version
+            self._slots, self._version = _slots(bank, self.rule)
             self._strengths = None if strengths is None else dict(strengths)
             for name, strength in (self._strengths or {}).items():
                 bank[name]
                 check_number(f"strength of {name!r}", strength, low=0.0)
 
     @classmethod
-    def bound(cls, engine: Engine, layer: Layer, inner: Any, backend: str = "auto") -> NegationAttnProcessor:
+    def bound(cls, engine: Engine, layer: str, inner: Any, backend: str = "auto") -> NegationAttnProcessor:
         """The processor of one layer of an installed engine."""
         _check_plain(inner)
         processor = cls(rule=engine.rule, inner=inner, backend=backend)
@@ -91,13 +104,10 @@ class NegationAttnProcessor:
         LoRA, quantization and offload hooks act."""
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
-        return (attn.norm_k(key) if attn.norm_k is not None and self._normalizes else key), value
-
-    @property
-    def _normalizes(self) -> bool:
-        """Whether norm_q and norm_k apply: the older `AttnProcessor` ignores them."""
-        return not isinstance(self.inner, AttnProcessor)
+        heads = attn.heads
+        key = attn.to_k(context).unflatten(-1, (heads, -1)).transpose(1, 2)
+        value = attn.to_v(context).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return (attn.norm_k(key) if attn.norm_k is not None and not self._old else key), value
 
     def __call__(
         self,
@@ -109,12 +119,18 @@ class NegationAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if not self._acts(encoder_hidden_states):
+        running = None
+        if self.engine is not None:
+            running = RUNNING.get() if not torch.compiler.is_compiling() else None
+            if running is None or running.engine is not self.engine:
+                running = self._unprepared(encoder_hidden_states)
+            elif encoder_hidden_states is not None and torch.is_grad_enabled():
+                _recomputed[encoder_hidden_states] = running
+        if encoder_hidden_states is None or not self._acts(running):
             result: Tensor = self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
             return result
-        assert encoder_hidden_states is not None
         # From here on: AttnProcessor2_0, step by step, with negation in the middle.
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -128,12 +144,13 @@ class NegationAttnProcessor:
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = _heads(attn, attn.to_q(hidden_states))
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         key, value = self.project(attn, encoder_hidden_states)
-        if attn.norm_q is not None and self._normalizes:
+        if attn.norm_q is not None and not self._old:
             query = attn.norm_q(query)
 
-        hidden_states = self._attend(attn, query, key, value, attention_mask)
+        tokens = self._concepts(attn, query, running)
+        hidden_states = self._attend(attn, query, key, value, attention_mask, tokens, running)
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[0](hidden_states)
@@ -145,57 +162,103 @@ class NegationAttnProcessor:
         output: Tensor = hidden_states / attn.rescale_output_factor
         return output
 
-    def _acts(self, encoder_hidden_states: Tensor | None) -> bool:
-        if encoder_hidden_states is None:
-            return False
-        engine, layer = self.engine, self.layer
-        if engine is None or layer is None:
-            return self.bank is not None
-        # A compiled graph always takes the negated path: one graph, whatever the schedule.
-        compiling = torch.compiler.is_compiling()
-        if layer.tokens is None and (engine.armed or compiling):
-            raise NegationNotAppliedError(
-                f"layer {layer.name}: the denoiser runs without the hook that prepares its rows"
-            )
-        return compiling or engine.live
+    @property
+    def by_hand(self) -> bool:
+        """Whether it negates without an engine."""
+        return self.bank is not None and self.engine is None
 
-    def _attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        scale = None if isinstance(self.inner, AttnProcessor2_0) else attn.scale
+    def _unprepared(self, text: Tensor | None) -> Running | None:
+        """No denoiser call of the engine runs around this one: it is traced, recomputed, or got past the hook.
+
+        Raises:
+            NegationNotAppliedError: it got past the hook, and somebody asked for negation, or the code is compiled
+                and must not read the rows of another call.
+        """
+        assert self.engine is not None
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.engine.fixed.ready:
+            return None
+        if not compiling:
+            if text is not None and torch._C._current_graph_task_id() != -1 and text in _recomputed:
+                running: Running = _recomputed[text]
+                if running.engine is self.engine:
+                    return running
+            if not self.engine.armed:
+                return None
+        raise NegationNotAppliedError(
+            f"layer {self.layer}: the denoiser runs without the hook that prepares its rows"
+        )
+
+    def _acts(self, running: Running | None) -> bool:
+        if self.engine is None:
+            return self.bank is not None
+        # Compiled code always takes the negated path: one graph, whatever the schedule.
+        return running.live if running is not None else torch.compiler.is_compiling()
+
+    def _concepts(self, attn: Any, query: Tensor, running: Running | None) -> ConceptTokens:
+        """The tokens of this layer for the rows at hand."""
+        engine = self.engine
+        if engine is None:
+            return self._own_tokens(attn, query)
+        if running is None:
+            fixed = engine.fixed
+            assert fixed.context is not None
+            key, value = self.project(attn, fixed.context)
+            return fixed.tokens(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        call, slots = running.call, running.slots
+        assert slots is not None
+        state = state_of(attn, query) if call.keep else None
+        kept = self._kept
+        if state is None or kept is None or not kept.fits(state, call.of, slots):
+            key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
+            kept = Kept(state, call.of, slots, key, value)
+            self._kept = kept if state is not None else None
+        tokens = self._tokens
+        if tokens is None or not running.belongs(tokens, kept.key):
+            tokens = self._tokens = running.tokens(kept.key, kept.value)
+        return tokens
+
+    def _attend(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        tokens: ConceptTokens,
+        running: Running | None,
+    ) -> Tensor:
+        scale = attn.scale if self._old else None
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        engine, layer = self.engine, self.layer
-        if engine is None or layer is None:
-            tokens = self._own_tokens(attn, query)
+        if running is None or not running.watched or _capturing(query):
             return negated_attention(
                 query, key, value, tokens, self.rule, scale=scale, key_bias=mask, backend=self.backend
             )
-        assert layer.tokens is not None  # `_acts` has checked it
-        if engine.observer is None:
-            return negated_attention(
-                query, key, value, layer.tokens, engine.rule, scale=scale, key_bias=mask, backend=self.backend
-            )
         output, statistics = negated_attention_with_statistics(
-            query, key, value, layer.tokens, engine.rule, scale=scale, key_bias=mask, backend=self.backend
+            query, key, value, tokens, self.rule, scale=scale, key_bias=mask, backend=self.backend
         )
-        engine.observe(layer.name, statistics)
+        running.engine.observe(running, self.layer, statistics)
         return output
+
+    # ---- made by hand -----------------------------------------------------------------------
 
     def _own_tokens(self, attn: Any, query: Tensor) -> ConceptTokens:
         """Concept tokens of a processor made by hand: projected here, the same for all rows."""
-        assert self.bank is not None
-        if self._version != self.bank.version:
-            self._slots, self._version = Slots(self.bank, self.rule), self.bank.version
-        batch = query.shape[0]
-        context = self._slots.embeddings.to(device=query.device, dtype=query.dtype)
-        if self.bank.pipe is not None:
-            context = project_context(self.bank.pipe, context)
-        key, value = (t[0].transpose(0, 1) for t in self.project(attn, context.unsqueeze(0)))
-        spans = [(s.begin, s.begin + s.length) for s in self._slots.slots]
+        bank = self.bank
+        assert bank is not None
+        if self._version != bank.version:
+            self._slots, self._version = _slots(bank, self.rule)
+        slots = self._slots
+        context = slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
+        context = project_for(by_hand.model_of(attn, bank.pipe), context)
+        key, value = (t[0].transpose(0, 1) for t in self.project(attn, context))
+        spans = [(s.begin, s.begin + s.length) for s in slots.slots]
         given = self._strengths
         for name in given or ():
-            if name not in self.bank:
+            if name not in bank:
                 raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
-        strengths = [1.0 if given is None else given.get(s.concept, 0.0) for s in self._slots.slots]
+        strengths = [1.0 if given is None else given.get(s.concept, 0.0) for s in slots.slots]
         entries = [
             {"concept": i, "strength": relative * self.rule.strength}
             for i, relative in enumerate(strengths)
@@ -204,11 +267,11 @@ class NegationAttnProcessor:
         return ConceptTokens.pack(
             [key[a:b] for a, b in spans],
             [value[a:b] for a, b in spans],
-            [entries if negated else [] for negated in self._conditional_rows(batch)],
-            token_weight=self._slots.weight,
+            [entries if negated else [] for negated in self._conditional_rows(attn, query.shape[0])],
+            token_weight=slots.weight,
         )
 
-    def _conditional_rows(self, batch: int) -> list[bool]:
+    def _conditional_rows(self, attn: Any, batch: int) -> list[bool]:
         if self.conditional == "all":
             return [True] * batch
         if self.conditional is not None:
@@ -217,21 +280,44 @@ class NegationAttnProcessor:
                 raise ValueError(f"conditional has {len(rows)} rows, the batch has {batch}")
             return rows
         pipe = self.bank.pipe if self.bank is not None else None
-        if pipe is None:
+        progress = in_progress(by_hand.model_of(attn, pipe), sys._getframe(1))
+        if progress is None:
             raise NegationNotAppliedError(
-                "cannot tell which batch rows are conditional: pass conditional=, or a bank made with "
-                "the pipeline"
+                "cannot tell which batch rows are conditional outside a pipeline call: pass conditional="
             )
-        if not guided(pipe):
+        if not progress.guided:
             return [True] * batch
         if batch % 2:
             raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")
         return [False] * (batch // 2) + [True] * (batch // 2)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of an installed processor is not installed: it is what that wraps."""
+        if self.engine is not None:
+            return _itself, (self.inner,)
+        return super().__reduce_ex__(protocol)
 
-def _heads(attn: Any, x: Tensor) -> Tensor:
-    split: Tensor = x.unflatten(-1, (attn.heads, -1))
-    return split.transpose(1, 2)
+    def __repr__(self) -> str:
+        if self.engine is not None:
+            return f"NegationAttnProcessor({self.layer}, {self.engine!r})"
+        return (
+            f"NegationAttnProcessor({self.bank!r}, rule {self.rule.name})"
+            if self.bank
+            else "NegationAttnProcessor()"
+        )
+
+
+def _itself(processor: Any) -> Any:
+    return processor
+
+
+def _slots(bank: ConceptBank, rule: Rule) -> tuple[Slots, int]:
+    version, concepts = bank.snapshot()
+    return Slots(concepts, rule, bank.width), version
+
+
+def _capturing(query: Tensor) -> bool:
+    return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_plain(inner: Any) -> None:
@@ -243,7 +329,7 @@ def _check_plain(inner: Any) -> None:
 
 
 def _register() -> None:
-    """Make diffusers accept the class where it looks processors up by class."""
+    """Make diffusers accept the class where it looks processors up by class, and tell us where it is set."""
     plain = AttentionProcessorRegistry.get(AttnProcessor2_0)
     AttentionProcessorRegistry.register(NegationAttnProcessor, plain)
     before = attention_processor.CROSS_ATTENTION_PROCESSORS
@@ -253,6 +339,7 @@ def _register() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers.") and vars(module).get("CROSS_ATTENTION_PROCESSORS") is before:
             module.CROSS_ATTENTION_PROCESSORS = after  # type: ignore[attr-defined]
+    by_hand.watch_processors()
 
 
 _register()

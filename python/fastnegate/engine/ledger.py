@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Ledger`: what became of the policies that were set, and the words about it at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..operator.problem import Statistics
+from ..operator.rule import Rule
+from .call import Running
+from .errors import NegationNotAppliedError
+from .rows import Assignment
+
+log = logging.getLogger("fastnegate")
+
+
+class Ledger:
+    """An assignment, and which of its requests were served."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.calls = 0  # of the denoiser
+        self._acted: set[int] = set()  # requests
+        self._gates: dict[tuple[int, str], Tensor] = {}  # the largest that sampled steps had
+
+    def note(self, running: Running) -> None:
+        """A denoiser call begins."""
+        self.calls += 1
+        assert running.rows is not None
+        self._acted |= {e.request for e, active in zip(running.rows.entries, running.active) if active}
+
+    def note_gates(self, running: Running, statistics: Statistics) -> None:
+        """One layer's gates, of a call that is sampled; nothing waits for the device."""
+        assert running.rows is not None
+        largest = statistics.gate_max
+        for i, (entry, active) in enumerate(zip(running.rows.entries, running.active)):
+            if active:
+                key, gate = (entry.request, entry.concept), largest[i]
+                self._gates[key] = torch.maximum(self._gates[key], gate) if key in self._gates else gate
+
+    def settle(self, rule: Rule) -> None:
+        """At the end: raise for requests that asked and got nothing; log gates that never opened.
+
+        Raises:
+            NegationNotAppliedError: no denoiser call came by, or none within a policy's window.
+        """
+        if self.assignment.asks and not self.calls:
+            raise NegationNotAppliedError(
+                "no denoiser call came by within the batch: is this the pipeline, with the denoiser, that the "
+                "engine was installed in? Threads and executors do not copy the context: use batch.bind"
+            )
+        policies = self.assignment.policies
+        for request, policy in enumerate(policies):
+            if policy is not None and policy.asks and request not in self._acted:
+                stop = rule.stop if policy.stop is None else policy.stop
+                raise NegationNotAppliedError(
+                    f"policies[{request}] never acted: none of the steps that ran lies in its window, "
+                    f"{policy.start:g} to {stop:g}"
+                )
+        self.log_closed_gates(rule)
+
+    def log_closed_gates(self, rule: Rule) -> None:
+        """A concept that no query resembled was not removed, which may be right: it may not be there."""
+        for (request, concept), gate in sorted(self._gates.items(), key=lambda item: item[0]):
+            if float(gate) <= 0:
+                log.warning(
+                    "concept %r of request %d: its gate opened for no query at the steps that were looked at, so "
+                    "nothing was removed; if the concept is in the picture, lower the threshold of rule %r or "
+                    "describe the concept by other members",
+                    concept,
+                    request,
+                    rule.name,
+                )
+
+
+def never_active(assignment: Assignment, progress: Iterable[float], rule: Rule) -> int | None:
+    """The first request that asks and cannot act at any of these steps, or None."""
+    steps = tuple(progress)
+    for request, policy in enumerate(assignment.policies):
+        if policy is not None and policy.asks and not any(policy.active(p, rule.stop) for p in steps):
+            return request
+    return None

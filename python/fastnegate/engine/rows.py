@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Assignment` and `Rows`: policies of requests -> which batch row negates what. Pure functions of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..operator.rule import Rule
+from ..operator.tokens import COLUMNS, NUMBERS, entry_numbers
+from .errors import RowMapError
+from .policy import Policy
+from .slots import Slots
+
+ACTIVE = NUMBERS.index("active")
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Policies, one per request, and, where a server builds the batch itself, whose each row is."""
+
+    policies: tuple[Policy | None, ...]
+    row_map: tuple[int | None, ...] | None = None  # None: the rows of a pipeline call
+    conditional: tuple[bool, ...] = ()
+
+    @classmethod
+    def of_rows(
+        cls,
+        policies: Sequence[Policy | None],
+        row_map: Sequence[int | None] | None,
+        conditional: Sequence[bool] | None,
+    ) -> Assignment:
+        """See `Engine.set_rows`."""
+        rows = tuple(range(len(policies))) if row_map is None else tuple(row_map)
+        mask = (True,) * len(rows) if conditional is None else tuple(bool(c) for c in conditional)
+        if len(mask) != len(rows):
+            raise RowMapError(f"conditional has {len(mask)} rows, row_map has {len(rows)}")
+        for b, request in enumerate(rows):
+            whole = isinstance(request, int) and not isinstance(request, bool)
+            if request is not None and not (whole and 0 <= request < len(policies)):
+                raise RowMapError(f"row_map[{b}]={request!r}: must be None or 0 to {len(policies) - 1}")
+        for request, policy in enumerate(policies):
+            if policy is not None and request not in rows:
+                raise RowMapError(f"policies[{request}] has no row")
+        return cls(tuple(policies), rows, mask)
+
+    @property
+    def asks(self) -> bool:
+        """Whether some policy asks for negation."""
+        return any(policy is not None and policy.asks for policy in self.policies)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The negative prompts, each once."""
+        texts = (p.text for p in self.policies if p is not None)
+        return tuple(dict.fromkeys(text for text in texts if text is not None))
+
+    def expect(self, prompts: int) -> None:
+        """Raise RowMapError unless the policies fit a pipeline call of that many prompts."""
+        if self.row_map is None and len(self.policies) not in (1, prompts):
+            raise RowMapError(f"{prompts} prompts, but {len(self.policies)} policies: must be 1 or as many")
+
+    def requests(self, batch: int, guided: Callable[[], bool]) -> tuple[int | None, ...]:
+        """The request of each of `batch` rows, None where the row is not negated.
+
+        Args:
+            guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
+
+        Raises:
+            RowMapError: the batch contradicts the policies.
+        """
+        if self.row_map is not None:
+            if len(self.row_map) != batch:
+                raise RowMapError(f"the denoiser got {batch} rows, set_rows described {len(self.row_map)}")
+            return tuple(r if c else None for r, c in zip(self.row_map, self.conditional))
+        if not self.asks:
+            return (None,) * batch
+        halves = 2 if guided() else 1
+        images, rest = divmod(batch, halves)
+        per_request, uneven = divmod(images, len(self.policies))
+        if rest or uneven or not per_request:
+            raise RowMapError(
+                f"the denoiser got {batch} rows ({'with' if halves == 2 else 'without'} classifier-free "
+                f"guidance), which {len(self.policies)} requests cannot fill evenly"
+            )
+        # Unconditional rows come first; images of one prompt are adjacent.
+        return (None,) * (images * (halves - 1)) + tuple(i // per_request for i in range(images))
+
+
+class Entry(NamedTuple):
+    """A batch row negates a slot, with these numbers."""
+
+    row: int
+    slot: int
+    concept: str
+    request: int
+    policy: Policy
+    numbers: list[float]  # `active` is written step by step
+
+
+class Rows:
+    """What the rows of one batch negate."""
+
+    def __init__(
+        self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots, rule: Rule
+    ) -> None:
+        self.requests = requests
+        self.entries: list[Entry] = []
+        # Tensors of these rows, by the schedule values of the entries and the device.
+        self.made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.offsets = [0]
+        for row, request in enumerate(requests):
+            policy = assignment.policies[request] if assignment is not None and request is not None else None
+            for i, slot in enumerate(slots.slots if policy is not None else ()):
+                assert policy is not None and request is not None
+                strength = policy.concepts.get(slot.concept, 0.0)
+                if slot.text:
+                    strength = policy.negative_strength if slot.concept == policy.text else 0.0
+                if strength == 0.0 or slot.length == 0:
+                    continue
+                given = {"strength": strength * rule.strength, "active": 0.0}
+                if policy.threshold is not None:
+                    given["threshold"] = policy.threshold
+                numbers = entry_numbers(f"policy of request {request}", given)
+                self.entries.append(Entry(row, i, slot.concept, request, policy, numbers))
+            self.offsets.append(len(self.entries))
+
+    def active(self, progress: float | None, stop: float) -> tuple[float, ...]:
+        """The schedule value of each entry at `progress` = i / n (None: entries without a window alone)."""
+        return tuple(e.policy.active(progress or 0.0, stop) for e in self.entries)
+
+    def index(self, slots: Slots, entries: int, batch: int) -> Tensor:
+        """`ConceptTokens.index` with room for so many entries and rows."""
+        concepts = [e.slot for e in self.entries]
+        offsets = self.offsets + [len(concepts)] * (batch + 1 - len(self.offsets))
+        begins, lengths = [s.begin for s in slots.slots], [s.length for s in slots.slots]
+        index = concepts + [0] * (entries - len(concepts)) + begins + lengths + offsets
+        return torch.tensor(index, dtype=torch.int32)
+
+    def numbers(self, active: tuple[float, ...], entries: int) -> Tensor:
+        """`ConceptTokens.numbers` with room for so many entries."""
+        table = torch.zeros(entries, COLUMNS)
+        if self.entries:
+            table[: len(self.entries)] = torch.tensor([e.numbers for e in self.entries])
+            table[: len(self.entries), ACTIVE] = torch.tensor(active)
+        return table

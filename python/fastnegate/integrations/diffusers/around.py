@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Something around the calls of one object: a pipeline, or a model.
+
+The object gets a class of its own, between it and its class, that looks the same but for `__call__`. A module's
+hooks would not do: `Module.compile` takes them into its graph, a `KeyboardInterrupt` skips them, and copies carry
+them along. Copies and pickles are of the class that was there before.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+# (object, its own call, arguments, keyword arguments, frame of the caller) -> result
+Around = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], FrameType], Any]
+
+
+def base_class(thing: Any) -> type:
+    """The class that an object has without anything around it."""
+    base: type = vars(type(thing)).get("_fastnegate_base", type(thing))
+    return base
+
+
+def put_around(thing: Any, around: Around) -> None:
+    """From now on `around` gets every call of `thing`; the last that is put around is the outermost."""
+    _become(thing, (*_arounds(thing), around))
+
+
+def take_away(thing: Any, around: Around) -> None:
+    """Undo `put_around`; nothing if it is not there."""
+    _become(thing, tuple(a for a in _arounds(thing) if a != around))
+
+
+def _arounds(thing: Any) -> tuple[Around, ...]:
+    arounds: tuple[Around, ...] = vars(type(thing)).get("_fastnegate_arounds", ())
+    return arounds
+
+
+def _become(thing: Any, arounds: tuple[Around, ...]) -> None:
+    # A compiled module hands attributes on to the one that it is made of.
+    object.__setattr__(
+        thing, "__class__", _class(base_class(thing), arounds) if arounds else base_class(thing)
+    )
+
+
+def _class(base: type, arounds: tuple[Around, ...]) -> type:
+    own = base.__call__  # type: ignore[operator]
+
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        inner: Callable[..., Any] = functools.partial(own, self)
+        for around in arounds[:-1]:
+            inner = functools.partial(_pass, around, self, inner, frame)
+        return arounds[-1](self, inner, args, kwargs, frame)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy is of the class that was there before."""
+        make, args, *rest = super(made, self).__reduce_ex__(protocol)
+        if make is copyreg.__newobj__ and args[1:] == ():  # type: ignore[attr-defined]
+            return copyreg._reconstructor, (base, object, None), *rest  # type: ignore[attr-defined]
+        return base if make is made else make, tuple(base if a is made else a for a in args), *rest
+
+    names = {
+        "__call__": call,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_fastnegate_base": base,
+        "_fastnegate_arounds": arounds,
+    }
+    made: type = type(base)(base.__name__, (base,), names)
+    return made
+
+
+def _pass(
+    around: Around, thing: Any, inner: Callable[..., Any], frame: FrameType, *args: Any, **kwargs: Any
+) -> Any:
+    return around(thing, inner, args, kwargs, frame)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watchdog of processors that are set with `set_attn_processor` rather than `install`.
+
+A processor is told neither that it is set nor that it is displaced. So `Attention.set_processor` notes where one
+of ours comes to be, and each call of that model checks that it is still there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ...engine.errors import DisplacedProcessorError
+from .around import put_around, take_away
+from .contract import bare, denoiser
+
+
+class Watch:
+    """The layers of one model that have processors of ours, with what each had before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._layers: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        self._count = 0
+
+    def __call__(
+        self,
+        thing: Any,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
+    ) -> Any:
+        displaced = [ours for attn, (ours, _) in self._layers.items() if attn.processor is not ours]
+        if displaced or (not torch.compiler.is_compiling() and self._gone()):
+            raise DisplacedProcessorError(
+                f"{max(len(displaced), 1)} attention processors or modules that fastnegate was set on by hand were "
+                "replaced; negation would not be applied. If that was meant, fastnegate.remove(pipe) takes it out"
+            )
+        return call(*args, **kwargs)
+
+    def add(self, attn: nn.Module, processor: Any, before: Any) -> None:
+        known = self._layers.get(attn)
+        self._layers[attn] = (processor, before if known is None else known[1])
+        self._count = len(self._layers)
+
+    def restored(self, attn: nn.Module, processor: Any) -> bool:
+        """Whether `processor` is what the layer had before ours: that is how one takes ours out."""
+        if self._layers[attn][1] is not processor:
+            return False
+        del self._layers[attn]
+        self._count = len(self._layers)
+        return True
+
+    def release(self) -> None:
+        """Put back what was there; what somebody else has put in our place stays theirs."""
+        for attn, (ours, before) in list(self._layers.items()):
+            if attn.processor is ours:
+                attn.set_processor(before)  # type: ignore[operator]
+        self._layers.clear()
+        self._count = 0
+
+    def _gone(self) -> bool:
+        """Whether a layer is no longer part of the model."""
+        model = self._model()
+        if model is None or len(self._layers) < self._count:
+            return True
+        parts = {id(module) for module in model.modules()}
+        return any(id(attn) not in parts for attn in self._layers)
+
+
+_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()  # by model
+_of_layer: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def release(model: nn.Module) -> None:
+    """Take processors that were set by hand out of a model."""
+    watch = _watches.pop(model, None)
+    if watch is not None:
+        watch.release()
+        take_away(model, watch)
+
+
+def model_of(attn: nn.Module, pipe: Any) -> Any:
+    """The model that a layer is part of: where its processor was set, or the denoiser of `pipe`; else None."""
+    known = _of_layer.get(attn)
+    if known is None and pipe is not None:
+        model = bare(denoiser(pipe))
+        if any(module is attn for module in model.modules()):
+            known = _of_layer[attn] = weakref.ref(model)
+    return None if known is None else known()
+
+
+def watch_processors() -> None:
+    """Have `Attention.set_processor` tell us."""
+    set_processor = Attention.set_processor
+
+    @functools.wraps(set_processor)
+    def told(attn: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
+        before = getattr(attn, "processor", None)
+        set_processor(attn, processor, *args, **kwargs)
+        _was_set(attn, processor, before)
+
+    Attention.set_processor = told
+
+
+def _was_set(attn: Any, processor: Any, before: Any) -> None:
+    if getattr(processor, "by_hand", False):
+        model = _model_above(attn)
+        if model is None:
+            return
+        watch = _watches.get(model)
+        if watch is None:
+            watch = _watches[model] = Watch(model)
+            put_around(model, watch)
+        watch.add(attn, processor, before)
+        _of_layer[attn] = weakref.ref(model)
+        return
+    for model, watch in list(_watches.items()):
+        if attn in watch._layers and watch.restored(attn, processor) and not watch._layers:
+            del _watches[model]
+            take_away(model, watch)
+
+
+def _model_above(attn: Any) -> Any:
+    """The model whose `set_attn_processor` is at work on the stack, around this layer."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        model = frame.f_locals.get("self")
+        if frame.f_code.co_name == "set_attn_processor" and isinstance(model, nn.Module):
+            found = model if any(module is attn for module in model.modules()) else found
+        frame = frame.f_back
+    return found

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of each pipeline class, as data: where its denoiser and text are, and how to read, from a call
+of it that is in progress, which step this is and how classifier-free guidance lays out the rows. What is not in
+the table is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import diffusers
+from torch import Tensor, nn
+
+from ...engine.errors import UnsupportedModelError
+from .around import base_class
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline class.
+
+    Attributes:
+        denoiser: attribute of the pipeline that holds the model.
+        encoders: (tokenizer, text encoder) attributes, in the order of their use.
+        constants: which published constants presets take (`Rule.preset(family=...)`).
+        masked_padding: whether the model masks padding tokens (else it attends to them).
+        projection: attribute path, in the denoiser, of the module between text encoder and attention, or None.
+        guided: name of what says whether rows are [unconditional, conditional] halves: an attribute of the
+            pipeline, or else a local variable of its call.
+        prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
+            and which of them is at hand.
+        callbacks: local variables of its call that may hold the user's code, which runs between steps.
+    """
+
+    denoiser: str
+    encoders: tuple[tuple[str, str], ...]
+    constants: Callable[[Any], str]
+    masked_padding: bool = False
+    projection: str | None = None
+    guided: str = "do_classifier_free_guidance"
+    prompts: str = "batch_size"
+    timesteps: str = "timesteps"
+    index: str = "i"
+    callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
+
+
+_SD = Family(
+    "unet",
+    (("tokenizer", "text_encoder"),),
+    # Stable Diffusion 2 is the one with OpenCLIP's width.
+    lambda pipe: "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd15",
+)
+_SDXL = Family(
+    "unet", (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
+)
+_PIXART = Family(
+    "transformer",
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "pixart",
+    masked_padding=True,
+    projection="caption_projection",
+)
+
+_TABLE: dict[str, Family] = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLInpaintPipeline": _SDXL,
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": _PIXART,
+}
+
+
+def _code(pipeline: type) -> CodeType:
+    """Of its call, without the decorators around it."""
+    code: CodeType = inspect.unwrap(pipeline.__call__).__code__  # type: ignore[operator]
+    return code
+
+
+_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in _TABLE.items()}
+
+
+def family(pipe: Any) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        UnsupportedModelError: not in the table, or a subclass that changes `__call__`, whose batch
+            layout is therefore unknown.
+    """
+    for name, entry in _TABLE.items():
+        known = getattr(diffusers, name)
+        if isinstance(pipe, known) and base_class(pipe).__call__ is known.__call__:
+            return entry
+    raise UnsupportedModelError(
+        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(_TABLE)}"
+    )
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The model that the pipeline calls at each step, as the pipeline holds it (perhaps compiled)."""
+    model: nn.Module = getattr(pipe, family(pipe).denoiser)
+    return model
+
+
+def bare(model: Any) -> Any:
+    """The model within what `torch.compile` makes of it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
+    """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
+    from diffusers.models.attention_processor import Attention
+
+    return {
+        name: module
+        for name, module in bare(model).named_modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+    }
+
+
+def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:
+    """Text embeddings [1, T, C] as the cross-attention layers of `model` receive them."""
+    if entry.projection is None:
+        return embeddings
+    projected: Tensor = getattr(bare(model), entry.projection)(embeddings)
+    return projected
+
+
+def project_for(model: Any, embeddings: Tensor) -> Tensor:
+    """`project_context` for a model whose pipeline is not known; None: for none."""
+    for entry in _TABLE.values() if model is not None else ():
+        if entry.projection is not None and getattr(model, entry.projection, None) is not None:
+            return project_context(entry, model, embeddings)
+    return embeddings
+
+
+class InProgress(NamedTuple):
+    """A pipeline call that a denoiser call is made in.
+
+    Attributes:
+        pipe: the pipeline.
+        own: whether the pipeline's loop makes the denoiser call, rather than, say, a callback.
+        prompts: of the call.
+        guided: whether its batch is [unconditional, conditional] halves (classifier-free guidance).
+        timesteps: those that it runs; the object is this call's own.
+        index: which of them is at hand.
+        callback: whether the user's code runs between steps.
+    """
+
+    pipe: Any
+    own: bool
+    prompts: int
+    guided: bool
+    timesteps: Any
+    index: int
+    callback: bool
+
+
+def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
+    """The pipeline call around a frame that calls `model` or runs within it; None if there is none.
+
+    What a pipeline remembers of its last call says nothing about rows that somebody else sends to the denoiser,
+    so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but in local
+    variables of it.
+    """
+    first = frame
+    while frame is not None:
+        entry = _OF_CODE.get(frame.f_code)
+        if entry is not None:
+            facts = frame.f_locals
+            pipe = facts.get("self")
+            if pipe is not None and (
+                model is None or bare(getattr(pipe, entry.denoiser, None)) is bare(model)
+            ):
+                guided = facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided)
+                return InProgress(
+                    pipe=pipe,
+                    own=frame is first,
+                    prompts=facts[entry.prompts],
+                    guided=bool(guided),
+                    timesteps=facts[entry.timesteps],
+                    index=facts[entry.index],
+                    callback=any(facts.get(name) is not None for name in entry.callbacks),
+                )
+        frame = frame.f_back
+    return None

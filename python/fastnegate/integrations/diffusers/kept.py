@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a layer's concept keys and values may be kept from step to step: while its modules are plain and nothing
+has touched them. Whatever is around them (adapters, quantization, offload, hooks) is asked at every step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...engine.call import PipelineCall
+from ...engine.slots import Slots
+
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
+
+
+class Kept(NamedTuple):
+    """Concept keys and values [T, H, D] of a layer, and what they were made with."""
+
+    state: Any
+    of: PipelineCall
+    slots: Slots
+    key: Tensor
+    value: Tensor
+
+    def fits(self, state: Any, of: PipelineCall, slots: Slots) -> bool:
+        """Whether they would be made again with the same result."""
+        return self.of is of and self.slots is slots and self.state == state
+
+
+def state_of(attn: Any, query: Tensor) -> Any:
+    """What projections of this layer depend on, besides the text; None where that cannot be told."""
+    if torch.is_grad_enabled() or _everywhere():
+        return None
+    modules = attn._modules
+    parts = [modules["to_k"], modules["to_v"]]
+    if attn.norm_cross:
+        parts.append(attn.norm_encoder_hidden_states)
+    if attn.norm_k is not None:
+        parts.append(attn.norm_k)
+    state: list[Any] = []
+    for part in parts:
+        facts = part.__dict__
+        if (
+            type(part) not in _PLAIN
+            or "forward" in facts
+            or facts["_forward_hooks"]
+            or facts["_forward_pre_hooks"]
+        ):
+            return None
+        for tensor in facts["_parameters"].values():
+            if tensor is None:
+                continue
+            if type(tensor) is not nn.Parameter or tensor.is_inference():
+                return None
+            state += (id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        state.append(torch.get_autocast_dtype(device))
+    if device == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None  # what is made there belongs to the graph
+        state.append(torch.cuda.current_stream(query.device).cuda_stream)
+    return state
+
+
+def _everywhere() -> bool:
+    """Whether hooks of all modules are set."""
+    module = torch.nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
