@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnegate.engine.engine import Engine, Record
+from fastnegate.engine.engine import Engine
+from fastnegate.engine.session.call import Record
 
 from ..operator.cases import CONCEPTS, METHODS
 from ..operator.machine import facts

@@ -11,7 +11,6 @@ from typing import Any
 
 from .engine.audit import Audit, audit
 from .engine.bank import ConceptBank
-from .engine.batch import Batch
 from .engine.concepts import Concept
 from .engine.engine import Engine
 from .engine.errors import (
@@ -23,6 +22,7 @@ from .engine.errors import (
     UnsupportedModelError,
 )
 from .engine.policy import Policy
+from .engine.session.batch import Batch
 from .operator.attention import (
     backends,
     explain,

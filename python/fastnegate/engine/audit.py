@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
-from .engine import Engine, Record
+from .engine import Engine
 from .errors import AuditError
+from .session.call import Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,31 +19,18 @@ import torch
 from ..operator.problem import Statistics
 from ..operator.rule import Rule
 from .bank import ConceptBank
-from .batch import Batch, current
-from .call import RUNNING, Call, Fixed, Running
 from .concepts import Concept
 from .errors import NegationNotAppliedError, RowMapError
-from .ledger import Ledger, never_active
 from .policy import Policy
-from .rows import Assignment, Rows
-from .slots import Room, Slots
+from .session.batch import Batch, current
+from .session.call import RUNNING, Call, Record, Running
+from .session.fixed import Fixed
+from .session.ledger import Ledger
+from .session.rows import Assignment, Rows
+from .session.slots import Shelf, Slots
 
 log = logging.getLogger("fastnegate")
 UNASKED = ("plain", "raise")
-MOST_TEXTS = 256  # negative prompts whose encodings are kept
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an observer receives after each negated attention call."""
-
-    layer: str
-    statistics: Statistics
-    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept) that act at this step
-    asked: tuple[tuple[int, str], ...]  # (batch row, concept) that act at some step
-    requests: tuple[int | None, ...]  # request of each batch row
-    call: int  # pipeline call
-    step: int | None
 
 
 class Engine:
@@ -88,25 +73,20 @@ class Engine:
         self.call = 0  # pipeline calls that asked for negation
         self.step: int | None = None  # of the last of them
         self.fixed = Fixed()
-        self._encode = encode
-        self._texts: OrderedDict[str, Concept] = OrderedDict()
-        self._slots: dict[Any, Slots] = {}
-        self._room = Room()  # of negative prompts in compiled code
+        self._shelf = Shelf(bank, rule, encode, max_batch)
         self._rows: tuple[Any, Rows] | None = None
         self._everybody: Ledger | None = None
         self._removed = False
         self._remove: Callable[[], None] | None = None
         self._told = False  # that a call ran which nobody spoke for
-        self._state = threading.Lock()  # of what is cached and counted here
-        self._turn = threading.Lock()  # over a forward that reads `fixed`
-        self._thread: int | None = None  # that has it
-        self._slots_of((), False)  # refuses concepts without the tokens that the rule reads
+        self._state = threading.Lock()  # over what is counted here
+        self._shelf.slots((), False)  # refuses concepts without the tokens that the rule reads
 
     # ---- what callers use -------------------------------------------------------------------
 
     def batch(self, policies: Sequence[Policy | None]) -> Batch:
-        """A context in which pipeline calls are for these requests: one policy, or None, per prompt. Images of
-        one prompt share its policy, so a single policy serves any number of images. None asks for nothing.
+        """A context in which pipeline calls are for these requests: one policy, or None, per prompt. Images
+        of one prompt share its policy, so a single policy serves any number of images. None asks for nothing.
 
         Batches nest, may be open in many threads and coroutines at once, and go before what is set for
         everybody. `Batch.run` and `Batch.bind` carry one into other threads.
@@ -119,12 +99,12 @@ class Engine:
             NegationNotAppliedError: the engine was removed; or, when the context is left without an error, a
                 request asked for negation and no denoiser call came by, or none within its window.
         """
-        return Batch(self, self._checked(Assignment(self._policies(policies))))
+        return Batch(self, self.rule, self._assignment(policies))
 
     def set_requests(self, policies: Sequence[Policy | None]) -> None:
         """Policies for everybody: calls of any thread that is in no `batch`, until set anew or `clear`.
         Arguments and errors are those of `batch`."""
-        self._everybody = Ledger(self._checked(Assignment(self._policies(policies))))
+        self._everybody = Ledger(self._assignment(policies))
 
     def set_rows(
         self,
@@ -143,8 +123,9 @@ class Engine:
         Raises:
             RowMapError: sizes disagree, or a row names a request that does not exist.
         """
-        checked = self._policies(policies)
-        self._everybody = Ledger(self._checked(Assignment.of_rows(checked, row_map, conditional)))
+        assignment = Assignment.of_rows(self._policies(policies), row_map, conditional)
+        self._shelf.encode(assignment.texts)
+        self._everybody = Ledger(assignment)
 
     def clear(self) -> None:
         """Forget what was set for everybody. Batches, and calls that run, keep theirs."""
@@ -174,6 +155,11 @@ class Engine:
         return ledger is not None and ledger.assignment.asks
 
     @property
+    def _thread(self) -> int | None:
+        """Whose call reads the rows at fixed addresses."""
+        return self.fixed.owner
+
+    @property
     def live(self) -> bool:
         """Whether an entry acts in the denoiser call that runs in this context."""
         running = RUNNING.get()
@@ -197,11 +183,11 @@ class Engine:
 
         Raises:
             RowMapError: the batch contradicts the policies.
-            NegationNotAppliedError: nobody spoke for the call and `unasked` is `raise`; a window needs progress,
-                which is unknown, or holds none of the steps that will run; a policy names a concept that has
-                been removed; or the call is made within one that reads the same rows.
+            NegationNotAppliedError: nobody spoke for the call and `unasked` is `raise`; a window needs
+                progress, which is unknown, or holds none of the steps that will run; a policy names a concept
+                that has been removed; or the call is made within one that reads the same rows.
         """
-        with self._turn_of(call):
+        with self.fixed.turn() if call.fixed else contextlib.nullcontext():
             running = self._prepare(call)
             before = RUNNING.get()
             RUNNING.set(running)
@@ -217,7 +203,7 @@ class Engine:
         rows, ledger, call = running.rows, running.ledger, running.call.of.number
         assert rows is not None and ledger is not None and call is not None
         if running.sampled:
-            ledger.note_gates(running, statistics)
+            ledger.note_gates(rows, running.active, statistics)
         if (observer := self.observer) is None:
             return
         entries = [(i, e.row, e.concept) for i, e in enumerate(rows.entries)]
@@ -253,35 +239,13 @@ class Engine:
             policy.check(self.rule)
         return policies
 
-    def _checked(self, assignment: Assignment) -> Assignment:
-        """With its negative prompts encoded."""
-        for text in assignment.texts:
-            with self._state:
-                known = text in self._texts
-                if known:
-                    self._texts.move_to_end(text)
-            if not known:
-                self._encoded(text)
+    def _assignment(self, policies: Sequence[Policy | None]) -> Assignment:
+        """Of pipeline calls, with its negative prompts encoded."""
+        assignment = Assignment(self._policies(policies))
+        self._shelf.encode(assignment.texts)
         return assignment
 
     # ---- a denoiser call --------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _turn_of(self, call: Call) -> Iterator[None]:
-        """Calls that read fixed addresses take turns."""
-        if not call.fixed:
-            yield
-            return
-        if self._thread == threading.get_ident():
-            raise NegationNotAppliedError(
-                "the denoiser is called within its own forward, which reads its rows"
-            )
-        with self._turn:
-            self._thread = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._thread = None
 
     def _prepare(self, call: Call) -> Running:
         ledger = self._ledger()
@@ -298,10 +262,8 @@ class Engine:
         assignment = ledger.assignment if ledger is not None and asks else None
         if assignment is not None and call.prompts is not None:
             assignment.expect(call.prompts)
-        slots = self._slots_of(() if assignment is None else assignment.texts, call.fixed)
-        if assignment is not None:
-            self._check_names(assignment)
-        requests = (None,) * call.batch
+        slots = self._shelf.slots(() if assignment is None else assignment.texts, call.fixed)
+        requests: tuple[int | None, ...] = (None,) * call.batch
         if assignment is not None:
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows_of(assignment, requests, slots)
@@ -310,8 +272,9 @@ class Engine:
             running.active = self._active(call, assignment, rows)
             running.ledger = ledger
             running.state = "live" if any(running.active) else "dormant"
+            running.observed = self.observer is not None
             self._count(running)
-            ledger.note(running)
+            ledger.note(rows, running.active)
         if call.fixed:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:
@@ -323,18 +286,15 @@ class Engine:
             return
         if self.unasked == "raise":
             raise NegationNotAppliedError(
-                "nobody said what this call negates (unasked='raise'): make it within engine.batch(policies), "
-                "where None asks for nothing; threads and executors do not copy the context: use batch.bind"
+                "nobody said what this call negates (unasked='raise'): make it within "
+                "engine.batch(policies), where None asks for nothing; threads and executors do not copy the "
+                "context: use batch.bind"
             )
         if not self._told:
             self._told = True
-            log.info("a call that no batch and no policy speaks for runs without negation (unasked='plain')")
-
-    def _check_names(self, assignment: Assignment) -> None:
-        for policy in assignment.policies:
-            for name in policy.concepts if policy is not None else ():
-                if name not in self.bank:
-                    raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
+            log.warning(
+                "a call that no batch and no policy speaks for runs without negation (unasked='plain')"
+            )
 
     def _active(self, call: Call, assignment: Assignment, rows: Rows) -> tuple[float, ...]:
         """The schedule value of each entry at this step."""
@@ -347,16 +307,7 @@ class Engine:
                 )
             return rows.active(None, stop)
         if step.run is not None and (step.index == step.run.start or call.of.number is None):
-            never = never_active(assignment, (i / step.count for i in step.run), self.rule)
-            if never is not None:
-                policy = assignment.policies[never]
-                assert policy is not None
-                end = stop if policy.stop is None else policy.stop
-                raise NegationNotAppliedError(
-                    f"policies[{never}] could never act: its window, {policy.start:g} to {end:g}, holds none of "
-                    f"the {len(step.run)} steps that run, {step.run.start / step.count:g} to "
-                    f"{step.run[-1] / step.count:g} of the denoising"
-                )
+            assignment.check_windows(step, self.rule)
         return rows.active(step.progress, stop)
 
     def _count(self, running: Running) -> None:
@@ -388,40 +339,6 @@ class Engine:
                 weight = None if slots.weight is None else slots.weight.to(device)
             made = rows.made[running.active, device] = (index, numbers, weight)
         running.index, running.numbers, running.weight = made
-
-    # ---- what is made once ------------------------------------------------------------------
-
-    def _slots_of(self, texts: tuple[str, ...], fixed: bool) -> Slots:
-        """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
-        version, concepts = self.bank.snapshot()
-        with self._state:
-            room = self._room if fixed else Room()
-            slots = self._slots.get((version, texts, room))
-            known = {text: self._texts.get(text) for text in texts}
-        if slots is not None:
-            return slots
-        encoded = {text: concept or self._encoded(text) for text, concept in known.items()}
-        slots = Slots(concepts, self.rule, self.bank.width, encoded, room)
-        if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
-            room = room.enlarged(slots.text_room, self.max_batch)
-            slots = Slots(concepts, self.rule, self.bank.width, encoded, room)
-        with self._state:
-            self._room = room if fixed else self._room
-            if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
-                self._slots.clear()
-            self._slots[version, texts, room] = slots
-        return slots
-
-    def _encoded(self, text: str) -> Concept:
-        if self._encode is None:
-            raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
-        concept = self._encode(text)
-        concept.groups(self.rule)  # refuses one without the tokens that the rule reads
-        with self._state:
-            self._texts[text] = concept
-            while len(self._texts) > MOST_TEXTS:
-                self._texts.popitem(last=False)
-        return concept
 
     def _rows_of(self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots) -> Rows:
         key = (assignment, requests, slots)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong around the operator: every case in which negation was asked for and cannot be vouched for."""
+"""What can go wrong between a request and its picture: it gets the negation that it asked for, or one of
+these."""
 
 from __future__ import annotations
 

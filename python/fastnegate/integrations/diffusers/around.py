@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something around the calls of one object: a pipeline, or a model.
 
-The object gets a class of its own, between it and its class, that looks the same but for `__call__`. A module's
-hooks would not do: `Module.compile` takes them into its graph, a `KeyboardInterrupt` skips them, and copies carry
-them along. Copies and pickles are of the class that was there before.
+The object gets a class of its own, between it and its class, that looks the same but for `__call__`. A
+module's hooks would not do: `Module.compile` takes them into its graph, a `KeyboardInterrupt` skips them, and
+copies carry them along. Copies and pickles are of the class that was there before.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _class(base: type, arounds: tuple[Around, ...]) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """A copy is of the class that was there before."""
-        make, args, *rest = super(made, self).__reduce_ex__(protocol)
+        reduced: Any = super(type(self), self).__reduce_ex__(protocol)
+        make, args, *rest = reduced
         if make is copyreg.__newobj__ and args[1:] == ():  # type: ignore[attr-defined]
             return copyreg._reconstructor, (base, object, None), *rest  # type: ignore[attr-defined]
         return base if make is made else make, tuple(base if a is made else a for a in args), *rest

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The watchdog of processors that are set with `set_attn_processor` rather than `install`.
 
-A processor is told neither that it is set nor that it is displaced. So `Attention.set_processor` notes where one
-of ours comes to be, and each call of that model checks that it is still there.
+A processor is told neither that it is set nor that it is displaced. So `Attention.set_processor` notes where
+one of ours comes to be, and each call of that model checks that it is still there.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Watch:
         displaced = [ours for attn, (ours, _) in self._layers.items() if attn.processor is not ours]
         if displaced or (not torch.compiler.is_compiling() and self._gone()):
             raise DisplacedProcessorError(
-                f"{max(len(displaced), 1)} attention processors or modules that fastnegate was set on by hand were "
-                "replaced; negation would not be applied. If that was meant, fastnegate.remove(pipe) takes it out"
+                f"{max(len(displaced), 1)} attention processors, or modules, that fastnegate was set on by "
+                "hand were replaced; negation would not be applied. If that was meant, take it out with "
+                "fastnegate.remove(pipe)"
             )
         return call(*args, **kwargs)
 
@@ -90,7 +91,7 @@ def release(model: nn.Module) -> None:
 
 
 def model_of(attn: nn.Module, pipe: Any) -> Any:
-    """The model that a layer is part of: where its processor was set, or the denoiser of `pipe`; else None."""
+    """The model of a layer: where its processor was set, or the denoiser of `pipe`; else None."""
     known = _of_layer.get(attn)
     if known is None and pipe is not None:
         model = bare(denoiser(pipe))

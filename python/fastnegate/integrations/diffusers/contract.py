@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each pipeline class, as data: where its denoiser and text are, and how to read, from a call
-of it that is in progress, which step this is and how classifier-free guidance lays out the rows. What is not in
-the table is refused.
+"""What is known of each pipeline class, as data: where its denoiser and text are, and how to read, from a
+call of it that is in progress, which step this is and how classifier-free guidance lays out the rows. What is
+not in the table is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Family:
         encoders: (tokenizer, text encoder) attributes, in the order of their use.
         constants: which published constants presets take (`Rule.preset(family=...)`).
         masked_padding: whether the model masks padding tokens (else it attends to them).
-        projection: attribute path, in the denoiser, of the module between text encoder and attention, or None.
-        guided: name of what says whether rows are [unconditional, conditional] halves: an attribute of the
-            pipeline, or else a local variable of its call.
+        projection: attribute of the denoiser: the module between text encoder and attention, or None.
+        guided: name of what says whether rows are [unconditional, conditional] halves: a local variable of
+            the pipeline's call, or else an attribute of the pipeline.
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
@@ -149,7 +149,7 @@ class InProgress(NamedTuple):
         prompts: of the call.
         guided: whether its batch is [unconditional, conditional] halves (classifier-free guidance).
         timesteps: those that it runs; the object is this call's own.
-        index: which of them is at hand.
+        at: which of them is at hand.
         callback: whether the user's code runs between steps.
     """
 
@@ -158,16 +158,16 @@ class InProgress(NamedTuple):
     prompts: int
     guided: bool
     timesteps: Any
-    index: int
+    at: int
     callback: bool
 
 
 def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
     """The pipeline call around a frame that calls `model` or runs within it; None if there is none.
 
-    What a pipeline remembers of its last call says nothing about rows that somebody else sends to the denoiser,
-    so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but in local
-    variables of it.
+    What a pipeline remembers of its last call says nothing about rows that somebody else sends to the
+    denoiser, so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but
+    in local variables of it.
     """
     first = frame
     while frame is not None:
@@ -185,7 +185,7 @@ def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
                     prompts=facts[entry.prompts],
                     guided=bool(guided),
                     timesteps=facts[entry.timesteps],
-                    index=facts[entry.index],
+                    at=facts[entry.index],
                     callback=any(facts.get(name) is not None for name in entry.callbacks),
                 )
         frame = frame.f_back

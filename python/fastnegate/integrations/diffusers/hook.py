@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `install` puts around an engine's pipeline and denoiser: each denoiser call is prepared, and whatever took
-our place (processors, attention modules, the denoiser itself) is noticed before it runs."""
+"""What `install` puts around an engine's pipeline and denoiser: each denoiser call is prepared, and whatever
+took our place (processors, attention modules, the denoiser itself) is noticed before it runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...engine.call import Call, PipelineCall, Step
 from ...engine.engine import Engine
 from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
+from ...engine.session.call import Call, PipelineCall
+from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .contract import InProgress, bare, cross_attention_layers, denoiser, family, in_progress, project_context
 from .processor import NegationAttnProcessor
@@ -162,8 +163,8 @@ class Hook:
         missing = [len(c.run) - len(c.seen) for c in seen.calls]
         if self.engine.removed or not missing or any(missing):
             raise NegationNotAppliedError(
-                f"negation was asked for, and {sum(missing) if missing else 'all'} steps of the pipeline call ran "
-                "without it: the engine was removed, or the denoiser exchanged, while it ran"
+                f"negation was asked for, and {sum(missing) if missing else 'all'} steps of the pipeline "
+                "call ran without it: the engine was removed, or the denoiser exchanged, while it ran"
             )
 
     # ---- around the denoiser ----------------------------------------------------------------
@@ -188,12 +189,13 @@ class Hook:
         sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
         text, entry = given.get("encoder_hidden_states"), self._family
         progress = in_progress(model, frame)
-        step: Step | None = None
+        of: PipelineCall
+        step: Step | None
         if progress is not None:
-            of = self._own(progress)
-            step = of.step(progress.index)
+            of = own = self._own(progress)
+            step = own.step(progress.at)
             if progress.own:
-                of.seen.add(progress.index)
+                own.seen.add(progress.at)
         else:
             of, step = self._loop(given["timestep"])
         return Call(
@@ -215,7 +217,7 @@ class Hook:
         key = id(progress.timesteps)
         with self._adding:
             known = self._calls.get(key)
-            if known is not None and not (progress.own and progress.index in known.seen):
+            if known is not None and not (progress.own and progress.at in known.seen):
                 return known
             # New, or the same object in another call: a step comes once in a call.
             made = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
@@ -227,8 +229,8 @@ class Hook:
         return made
 
     def _loop(self, timestep: Any) -> tuple[PipelineCall, Step | None]:
-        """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps tell
-        about. Steps grow within a loop; rows at different timesteps have no common step."""
+        """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps
+        tell about. Steps grow within a loop; rows at different timesteps have no common step."""
         pipe, loops = self._pipe(), self._loops
         timesteps = None if pipe is None else pipe.scheduler.timesteps
         if timesteps is None:
@@ -266,7 +268,10 @@ class Hook:
             return
         if displaced:
             name = type(self.layers[displaced[0]].processor).__name__
-            message = f"{len(displaced)} of {len(self.layers)} processors were replaced, e.g. {displaced[0]} by {name}"
+            message = (
+                f"{len(displaced)} of {len(self.layers)} processors were replaced, e.g. {displaced[0]} "
+                f"by {name}"
+            )
         else:
             now, held = cross_attention_layers(model), {id(attn) for attn in self.layers.values()}
             found = {id(attn) for attn in now.values()}
@@ -276,8 +281,8 @@ class Hook:
                 self._hold(model)
                 return
             message = (
-                f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were replaced, "
-                f"e.g. {others[0]}"
+                f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were "
+                f"replaced, e.g. {others[0]}"
             )
         if self._on_displaced == "raise":
             raise DisplacedProcessorError(message + "; negation would not be applied")

@@ -122,8 +122,8 @@ def _negative_prompt(pipe: weakref.ref[Any], text: str) -> Concept:
 
 
 def remove(pipe: Any) -> None:
-    """Take everything of this package out of a pipeline: an installed engine, `negate`, and processors that were
-    set by hand. Nothing to do is no error.
+    """Take everything of this package out of a pipeline: an installed engine, `negate`, and processors that
+    were set by hand. Nothing to do is no error.
 
     Raises:
         UnsupportedModelError: not a supported pipeline, so there is nothing of this package in it.
@@ -168,8 +168,8 @@ def negate(
     templates: Templates | None = None,
     backend: str = "auto",
 ) -> Handle:
-    """Negate concepts, or one negative prompt per prompt, in every call of a pipeline, until removed. It holds for
-    everybody: calls of all threads.
+    """Negate concepts, or one negative prompt per prompt, in every call of a pipeline, until removed. It
+    holds for everybody: calls of all threads.
 
     Args:
         pipe: a supported diffusers pipeline.

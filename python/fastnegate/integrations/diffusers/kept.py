@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a layer's concept keys and values may be kept from step to step: while its modules are plain and nothing
-has touched them. Whatever is around them (adapters, quantization, offload, hooks) is asked at every step."""
+"""When a layer's concept keys and values may be kept from step to step: while its modules are plain and
+untouched. Whatever is around them (adapters, quantization, offload, hooks) is asked at every step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...engine.call import PipelineCall
-from ...engine.slots import Slots
+from ...engine.session.call import PipelineCall
+from ...engine.session.slots import Slots
 
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
 

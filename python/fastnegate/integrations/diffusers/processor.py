@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine.bank import ConceptBank
-from ...engine.call import RUNNING, Running
 from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
-from ...engine.slots import Slots
+from ...engine.session.call import RUNNING, Running
+from ...engine.session.slots import Slots
 from ...operator.attention import check_backend, negated_attention, negated_attention_with_statistics
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
@@ -168,11 +168,11 @@ class NegationAttnProcessor:
         return self.bank is not None and self.engine is None
 
     def _unprepared(self, text: Tensor | None) -> Running | None:
-        """No denoiser call of the engine runs around this one: it is traced, recomputed, or got past the hook.
+        """No denoiser call of the engine is around this one: it is traced, recomputed, or past the hook.
 
         Raises:
-            NegationNotAppliedError: it got past the hook, and somebody asked for negation, or the code is compiled
-                and must not read the rows of another call.
+            NegationNotAppliedError: it got past the hook, and somebody asked for negation, or the code is
+                compiled and must not read the rows of another call.
         """
         assert self.engine is not None
         compiling = torch.compiler.is_compiling()
@@ -231,14 +231,16 @@ class NegationAttnProcessor:
         scale = attn.scale if self._old else None
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        if running is None or not running.watched or _capturing(query):
+        engine = self.engine
+        watched = running is not None and (running.sampled or running.observed)
+        if running is None or engine is None or not watched or _capturing(query):
             return negated_attention(
                 query, key, value, tokens, self.rule, scale=scale, key_bias=mask, backend=self.backend
             )
         output, statistics = negated_attention_with_statistics(
             query, key, value, tokens, self.rule, scale=scale, key_bias=mask, backend=self.backend
         )
-        running.engine.observe(running, self.layer, statistics)
+        engine.observe(running, self.layer, statistics)
         return output
 
     # ---- made by hand -----------------------------------------------------------------------

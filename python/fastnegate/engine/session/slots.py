@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..operator.rule import Rule
-from .concepts import Concept
+from ...operator.rule import Rule
+from ..bank import ConceptBank
+from ..concepts import Concept
+
+MOST_TEXTS = 256  # negative prompts whose encodings are kept
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Room(NamedTuple):
         return Room(slots, max(self.tokens, needed.tokens, slots * longest), longest)
 
 
+NO_ROOM = Room()
+
+
 class Slots:
     """Embeddings [T, C] of all tokens, and the slots in them.
 
@@ -54,8 +62,9 @@ class Slots:
         rule: Rule,
         width: int,
         texts: Mapping[str, Concept] | None = None,
-        room: Room = Room(),
+        room: Room = NO_ROOM,
     ) -> None:
+        self.names = frozenset(concepts)
         self.slots: list[Slot] = []
         parts: list[Tensor] = []
         weights: list[Tensor] = []
@@ -104,3 +113,66 @@ def _named(
         yield name, concept, False
     for text, concept in texts.items():
         yield text, concept, True
+
+
+class Shelf:
+    """Slots of a bank as it is, and of negative prompts, each made once.
+
+    Args:
+        bank, rule: of the engine.
+        encode: makes the concept of a negative prompt; None: there are none.
+        prompts: how many negative prompts compiled code is to have room for.
+    """
+
+    def __init__(
+        self, bank: ConceptBank, rule: Rule, encode: Callable[[str], Concept] | None, prompts: int
+    ) -> None:
+        self._bank, self._rule, self._encode, self._prompts = bank, rule, encode, prompts
+        self._texts: OrderedDict[str, Concept] = OrderedDict()
+        self._slots: dict[tuple[int, tuple[str, ...], Room], Slots] = {}
+        self._room = NO_ROOM
+        self._changing = threading.Lock()
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Concept]:
+        """Concepts of negative prompts; only new ones are encoded.
+
+        Raises:
+            ValueError: nobody can encode, or a text without the tokens that the rule reads.
+        """
+        return {text: self._known(text) or self._encoded(text) for text in texts}
+
+    def slots(self, texts: tuple[str, ...], fixed: bool) -> Slots:
+        """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
+        version, concepts = self._bank.snapshot()
+        room = self._room if fixed else NO_ROOM
+        with self._changing:
+            slots = self._slots.get((version, texts, room))
+        if slots is not None:
+            return slots
+        encoded = self.encode(texts)
+        slots = Slots(concepts, self._rule, self._bank.width, encoded, room)
+        if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
+            self._room = room = room.enlarged(slots.text_room, self._prompts)
+            slots = Slots(concepts, self._rule, self._bank.width, encoded, room)
+        with self._changing:
+            if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
+                self._slots.clear()
+            self._slots[version, texts, room] = slots
+        return slots
+
+    def _known(self, text: str) -> Concept | None:
+        with self._changing:
+            if text in self._texts:
+                self._texts.move_to_end(text)
+            return self._texts.get(text)
+
+    def _encoded(self, text: str) -> Concept:
+        if self._encode is None:
+            raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
+        concept = self._encode(text)
+        concept.groups(self._rule)  # refuses one without the tokens that the rule reads
+        with self._changing:
+            self._texts[text] = concept
+            while len(self._texts) > MOST_TEXTS:
+                self._texts.popitem(last=False)
+        return concept

@@ -12,14 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from .errors import NegationNotAppliedError
+from ...operator.rule import Rule
+from ..errors import NegationNotAppliedError
 from .ledger import Ledger
 from .rows import Assignment
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 T = TypeVar("T")
 
@@ -27,8 +25,8 @@ T = TypeVar("T")
 class Batch:
     """Made by `Engine.batch`; a context manager that is entered once."""
 
-    def __init__(self, engine: Engine, assignment: Assignment) -> None:
-        self.engine = engine
+    def __init__(self, engine: object, rule: Rule, assignment: Assignment) -> None:
+        self.engine, self.rule = engine, rule
         self.ledger = Ledger(assignment)
         self._state = "new"  # "open", "closed"
         self._entered: tuple[int, Any] | None = None
@@ -46,7 +44,7 @@ class Batch:
         self._state = "closed"
         _BATCHES.set(tuple(b for b in _BATCHES.get() if b is not self))
         if kind is None:
-            self.ledger.settle(self.engine.rule)
+            self.ledger.settle(self.rule)
 
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Call a function within this batch, from whatever thread.
@@ -69,8 +67,8 @@ class Batch:
 
     def bind(self, function: Callable[..., T]) -> Callable[..., T]:
         """The function, to be called within this batch from whatever thread: for `Executor.submit`,
-        `loop.run_in_executor` and `threading.Thread`, which do not copy the context. A coroutine function stays
-        one."""
+        `loop.run_in_executor` and `threading.Thread`, which do not copy the context. A coroutine function
+        stays one."""
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -109,12 +107,12 @@ class Batch:
 _BATCHES: ContextVar[tuple[Batch, ...]] = ContextVar("fastnegate_batches", default=())
 
 
-def current(engine: Engine) -> Batch | None:
+def current(engine: object) -> Batch | None:
     """The innermost batch of `engine` that is open in this context, or None.
 
     Raises:
-        NegationNotAppliedError: this context was copied within a batch that has ended since, as that of a task
-            that outlives it: what it asked for must not run as if it had asked for nothing.
+        NegationNotAppliedError: this context was copied within a batch that has ended since, as that of a
+            task that outlives it: what it asked for must not run as if it had asked for nothing.
     """
     for batch in reversed(_BATCHES.get()):
         if batch.engine is not engine:

@@ -10,13 +10,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..operator.rule import Rule
-from ..operator.tokens import COLUMNS, NUMBERS, entry_numbers
-from .errors import RowMapError
-from .policy import Policy
+from ...operator.rule import Rule
+from ...operator.tokens import COLUMNS, NUMBERS, entry_numbers
+from ..errors import NegationNotAppliedError, RowMapError
+from ..policy import Policy
 from .slots import Slots
 
 ACTIVE = NUMBERS.index("active")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step `index` of the schedule's `count`; `run` are those that this pipeline call runs, if known."""
+
+    index: int
+    count: int
+    run: range | None = None
+
+    @property
+    def progress(self) -> float:
+        return self.index / self.count
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +103,20 @@ class Assignment:
         # Unconditional rows come first; images of one prompt are adjacent.
         return (None,) * (images * (halves - 1)) + tuple(i // per_request for i in range(images))
 
+    def check_windows(self, step: Step, rule: Rule) -> None:
+        """Raise NegationNotAppliedError if a policy cannot act at any of the steps that will run."""
+        assert step.run is not None
+        for request, policy in enumerate(self.policies):
+            if policy is None or not policy.asks:
+                continue
+            if not any(policy.active(i / step.count, rule.stop) for i in step.run):
+                stop = rule.stop if policy.stop is None else policy.stop
+                raise NegationNotAppliedError(
+                    f"policies[{request}] could never act: its window, {policy.start:g} to {stop:g}, holds "
+                    f"none of the {len(step.run)} steps that run, {step.run[0] / step.count:g} to "
+                    f"{step.run[-1] / step.count:g} of the denoising"
+                )
+
 
 class Entry(NamedTuple):
     """A batch row negates a slot, with these numbers."""
@@ -113,6 +140,10 @@ class Rows:
         # Tensors of these rows, by the schedule values of the entries and the device.
         self.made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
         self.offsets = [0]
+        for policy in assignment.policies if assignment is not None else ():
+            for name in policy.concepts if policy is not None else ():
+                if name not in slots.names:
+                    raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
         for row, request in enumerate(requests):
             policy = assignment.policies[request] if assignment is not None and request is not None else None
             for i, slot in enumerate(slots.slots if policy is not None else ()):

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..operator.problem import Statistics
-from ..operator.rule import Rule
-from .call import Running
-from .errors import NegationNotAppliedError
-from .rows import Assignment
+from ...operator.problem import Statistics
+from ...operator.rule import Rule
+from ..errors import NegationNotAppliedError
+from .rows import Assignment, Rows
 
 log = logging.getLogger("fastnegate")
 
@@ -27,17 +25,15 @@ class Ledger:
         self._acted: set[int] = set()  # requests
         self._gates: dict[tuple[int, str], Tensor] = {}  # the largest that sampled steps had
 
-    def note(self, running: Running) -> None:
+    def note(self, rows: Rows, acting: tuple[float, ...]) -> None:
         """A denoiser call begins."""
         self.calls += 1
-        assert running.rows is not None
-        self._acted |= {e.request for e, active in zip(running.rows.entries, running.active) if active}
+        self._acted |= {entry.request for entry, active in zip(rows.entries, acting) if active}
 
-    def note_gates(self, running: Running, statistics: Statistics) -> None:
+    def note_gates(self, rows: Rows, acting: tuple[float, ...], statistics: Statistics) -> None:
         """One layer's gates, of a call that is sampled; nothing waits for the device."""
-        assert running.rows is not None
         largest = statistics.gate_max
-        for i, (entry, active) in enumerate(zip(running.rows.entries, running.active)):
+        for i, (entry, active) in enumerate(zip(rows.entries, acting)):
             if active:
                 key, gate = (entry.request, entry.concept), largest[i]
                 self._gates[key] = torch.maximum(self._gates[key], gate) if key in self._gates else gate
@@ -50,8 +46,8 @@ class Ledger:
         """
         if self.assignment.asks and not self.calls:
             raise NegationNotAppliedError(
-                "no denoiser call came by within the batch: is this the pipeline, with the denoiser, that the "
-                "engine was installed in? Threads and executors do not copy the context: use batch.bind"
+                "no denoiser call came by within the batch: is this the pipeline, with the denoiser, that "
+                "the engine was installed in? Threads and executors do not copy the context: use batch.bind"
             )
         policies = self.assignment.policies
         for request, policy in enumerate(policies):
@@ -68,19 +64,10 @@ class Ledger:
         for (request, concept), gate in sorted(self._gates.items(), key=lambda item: item[0]):
             if float(gate) <= 0:
                 log.warning(
-                    "concept %r of request %d: its gate opened for no query at the steps that were looked at, so "
-                    "nothing was removed; if the concept is in the picture, lower the threshold of rule %r or "
-                    "describe the concept by other members",
+                    "concept %r of request %d: its gate opened for no query at the steps that were looked "
+                    "at, so nothing was removed; if the concept is in the picture, lower the threshold of "
+                    "rule %r or describe the concept by other members",
                     concept,
                     request,
                     rule.name,
                 )
-
-
-def never_active(assignment: Assignment, progress: Iterable[float], rule: Rule) -> int | None:
-    """The first request that asks and cannot act at any of these steps, or None."""
-    steps = tuple(progress)
-    for request, policy in enumerate(assignment.policies):
-        if policy is not None and policy.asks and not any(policy.active(p, rule.stop) for p in steps):
-            return request
-    return None

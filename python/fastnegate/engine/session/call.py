@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of the denoiser: what an integration knows of it (`Call`), and what attention layers read while it
+runs (`Running`). It travels with the call: another thread's or coroutine's is never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...operator.problem import Statistics
+from ...operator.tokens import ConceptTokens
+from .ledger import Ledger
+from .rows import Rows, Step
+from .slots import Slots
+
+State = Literal["idle", "dormant", "live"]  # nobody asks; no entry acts at this step; some entry acts
+
+
+class PipelineCall:
+    """One call of a pipeline, known by identity: its denoiser calls share it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # of those that asked for negation, counted by the engine
+        self.sampled = 0  # denoiser calls whose gates were looked at
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an integration says about a denoiser call.
+
+    Attributes:
+        batch, device, dtype: rows, and where and how text embeddings arrive.
+        guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
+        of: the pipeline call it belongs to.
+        step: None if unknown.
+        prompts: of the pipeline call; None where there is none.
+        keep: whether what layers make of embeddings may be kept for the rest of the pipeline call.
+        fixed: whether rows must lie at fixed addresses, for compiled code or captured graphs.
+        project: from the text encoder's embeddings [1, T, C] to what the layers receive.
+    """
+
+    batch: int
+    device: torch.device
+    guided: Callable[[], bool]
+    dtype: torch.dtype = torch.float32
+    of: PipelineCall = field(default_factory=PipelineCall)
+    step: Step | None = None
+    prompts: int | None = None
+    keep: bool = False
+    fixed: bool = False
+    project: Callable[[Tensor], Tensor] = lambda embeddings: embeddings
+
+
+@dataclass(eq=False)
+class Running:
+    """What layers read during a denoiser call. Nobody changes it once the call has begun."""
+
+    engine: object
+    call: Call
+    state: State = "idle"
+    rows: Rows | None = None
+    slots: Slots | None = None
+    index: Tensor | None = None
+    numbers: Tensor | None = None
+    weight: Tensor | None = None
+    busiest: int = 0
+    ledger: Ledger | None = None
+    active: tuple[float, ...] = ()
+    sampled: bool = False  # its gates are looked at
+    observed: bool = False  # somebody wants all statistics
+    _context: Tensor | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.state == "live"
+
+    @property
+    def context(self) -> Tensor:
+        """Concept embeddings [1, T, C] as the layers receive text; made when the first of them asks, inside
+        the denoiser's forward, where offloaded weights have been brought in."""
+        if self._context is None:
+            assert self.slots is not None
+            self._context = self.call.project(self.slots.context(self.call.device, self.call.dtype))
+        return self._context
+
+    def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
+        """Tokens of a layer from its concept keys and values [T, H, D]."""
+        assert self.slots is not None and self.index is not None and self.numbers is not None
+        return ConceptTokens(
+            key=key,
+            value=value,
+            index=self.index,
+            numbers=self.numbers,
+            entries=len(self.numbers),
+            concepts=len(self.slots.slots),
+            longest=self.slots.longest,
+            busiest=self.busiest,
+            token_weight=self.weight,
+        )
+
+    def belongs(self, tokens: ConceptTokens, key: Tensor) -> bool:
+        """Whether `tokens`, made earlier, are what `tokens(key, ...)` would be."""
+        return tokens.key is key and tokens.index is self.index and tokens.numbers is self.numbers
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an observer receives after each negated attention call."""
+
+    layer: str
+    statistics: Statistics
+    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept) that act at this step
+    asked: tuple[tuple[int, str], ...]  # (batch row, concept) that act at some step
+    requests: tuple[int | None, ...]  # request of each batch row
+    call: int  # pipeline call
+    step: int | None
+
+
+RUNNING: ContextVar[Running | None] = ContextVar("fastnegate_running", default=None)

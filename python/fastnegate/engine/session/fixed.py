@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Fixed`: rows at addresses that do not change, for compiled code and captured graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...operator.tokens import ConceptTokens
+from ..errors import NegationNotAppliedError
+from .call import Running
+
+
+class Fixed:
+    """Rows at fixed addresses, for compiled code and captured graphs, while sizes stay.
+
+    Whoever writes them holds the engine's turn over the denoiser's forward, and waits, on the device, for the
+    last reader, which may have been on another stream.
+    """
+
+    def __init__(self) -> None:
+        self.ready = False  # a denoiser call that was prepared is running
+        self.owner: int | None = None  # the thread whose call that is
+        self._turn = threading.Lock()
+        self.context: Tensor | None = None
+        self.index: Tensor | None = None  # of the rows at hand: a view
+        self.numbers: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.concepts = self.longest = self.busiest = 0
+        self._all: Tensor | None = None  # the index with room for all rows
+        self._read: Any = None  # event of the last reader
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Over a denoiser's forward: calls that read these rows take turns.
+
+        Raises:
+            NegationNotAppliedError: this thread has the turn already.
+        """
+        if self.owner == threading.get_ident():
+            raise NegationNotAppliedError(
+                "the denoiser is called within its own forward, which reads its rows"
+            )
+        with self._turn:
+            self.owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.owner = None
+
+    def fill(self, running: Running, most: int) -> None:
+        """Copy what `running` has; `most` rows fit."""
+        slots, rows = running.slots, running.rows
+        assert slots is not None and rows is not None
+        device = running.call.device
+        if self._read is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).wait_event(self._read)
+        entries = most * len(slots.slots)
+        index = rows.index(slots, entries, most)
+        with torch.no_grad():
+            self._all = _copied(self._all, index, device)
+            self.numbers = _copied(self.numbers, rows.numbers(running.active, entries), device)
+            self.weight = None if slots.weight is None else _copied(self.weight, slots.weight, device)
+            context = running.call.project(slots.context(device, running.call.dtype))
+            self.context = _copied(self.context, context, device)
+        self.index = self._all[: len(index) - most + running.call.batch]
+        self.concepts, self.longest, self.busiest = len(slots.slots), slots.longest, len(slots.slots)
+        running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
+        running.busiest, running._context = self.busiest, self.context
+        self.ready = True
+
+    def release(self, device: torch.device) -> None:
+        """The call is over: an unprepared one must not read the rows of another."""
+        self.ready = False
+        if device.type == "cuda":
+            self._read = torch.cuda.Event()
+            self._read.record(torch.cuda.current_stream(device))
+
+    def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
+        """As `Running.tokens`, for compiled code."""
+        assert self.index is not None and self.numbers is not None
+        return ConceptTokens(
+            key=key,
+            value=value,
+            index=self.index,
+            numbers=self.numbers,
+            entries=self.numbers.shape[0],
+            concepts=self.concepts,
+            longest=self.longest,
+            busiest=self.busiest,
+            token_weight=self.weight,
+        )
+
+
+def _copied(old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
+    """`new` in the place of `old` where it fits, else in a place of its own."""
+    if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, device):
+        return old.copy_(new)
+    with torch.inference_mode(False):  # later calls may be outside of it
+        return new.detach().to(device, copy=True)
