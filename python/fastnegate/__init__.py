@@ -9,9 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .engine.audit import Audit, AuditError, audit
-from .engine.concepts import BankMismatchError, Concept, ConceptBank
-from .engine.engine import Engine, NegationNotAppliedError, RowMapError
+from .engine.audit import Audit, audit
+from .engine.bank import ConceptBank
+from .engine.concepts import Concept
+from .engine.engine import Engine
+from .engine.errors import (
+    AuditError,
+    BankMismatchError,
+    DisplacedProcessorError,
+    NegationNotAppliedError,
+    RowMapError,
+    UnsupportedModelError,
+)
 from .engine.policy import Policy
 from .operator.attention import (
     backends,
@@ -27,9 +36,7 @@ from .operator.tokens import ConceptTokens
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DisplacedProcessorError": ".integrations.diffusers.install",
     "NegationAttnProcessor": ".integrations.diffusers.processor",
-    "UnsupportedModelError": ".integrations.diffusers.families",
     "install": ".integrations.diffusers.install",
     "negate": ".integrations.diffusers.install",
     "processors_for": ".integrations.diffusers.install",
@@ -43,12 +50,14 @@ __all__ = [
     "Concept",
     "ConceptBank",
     "ConceptTokens",
+    "DisplacedProcessorError",
     "Engine",
     "NegationNotAppliedError",
     "Policy",
     "RowMapError",
     "Rule",
     "Statistics",
+    "UnsupportedModelError",
     "audit",
     "backends",
     "explain",
@@ -62,4 +71,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name == "testbed":
+        return importlib.import_module(".testbed", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,17 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import host
 from .engine import Engine, Record
+from .errors import AuditError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 _Image = tuple[int, int]
-
-
-class AuditError(RuntimeError):
-    """The record shows that negation which was asked for did not run, or broke."""
 
 
 @dataclass
@@ -181,9 +179,7 @@ def audit(pipe: Any) -> Iterator[Audit]:
     Raises:
         ValueError: no engine is installed in `pipe`.
     """
-    from ..integrations.diffusers.install import engine_of
-
-    engine = engine_of(pipe)
+    engine = host.of(pipe).engine_of(pipe)
     if engine is None:
         raise ValueError("pipe has no engine: call fastnegate.install or negate first")
     collector = Audit(engine)

@@ -19,16 +19,9 @@ from torch import Tensor
 from ..operator.problem import Statistics
 from ..operator.rule import Rule
 from ..operator.tokens import COLUMNS, NUMBERS, ConceptTokens, entry_numbers
-from .concepts import ConceptBank
+from .bank import ConceptBank
+from .errors import NegationNotAppliedError, RowMapError
 from .policy import Policy
-
-
-class RowMapError(ValueError):
-    """The batch that arrived contradicts the policies that were set for it."""
-
-
-class NegationNotAppliedError(RuntimeError):
-    """Negation was asked for and could not be applied; generation stops."""
 
 
 @dataclass(frozen=True)

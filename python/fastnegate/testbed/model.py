@@ -29,6 +29,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import BatchEncoding, CLIPTextModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .concepts import CONCEPTS, templates
 from .world import check_prompt
 
 DEFAULT_STEPS = 20
@@ -100,6 +101,12 @@ class WordTokenizer(PreTrainedTokenizerFast):
         check_prompt(text)
         words: list[str] = super().tokenize(text, *args, **kwargs)
         return words
+
+    def concept_templates(self, member: str) -> list[str]:
+        """Captions for a concept's prototype, as `ConceptBank.from_prompts` asks for them: a model that
+        has only ever read scenes of shapes says little about a word that stands alone. None for a
+        phrase that is not one of `CONCEPTS`."""
+        return templates(member) if (member := member.strip().lower()) in CONCEPTS else []
 
 
 def load(*, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..engine.concepts import ConceptBank
+from ..engine.bank import ConceptBank
 from ..engine.policy import Policy
 from ..integrations.diffusers.install import install
 from .concepts import CONCEPTS, members, templates

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 import diffusers
 from torch import Tensor, nn
 
-
-class UnsupportedModelError(ValueError):
-    """The pipeline, model or layer is not one whose attention this package knows."""
+from ...engine.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.concepts import ConceptBank, Templates
-from ...engine.engine import Engine, NegationNotAppliedError
+from ...engine.bank import ConceptBank
+from ...engine.concepts import Templates
+from ...engine.engine import Engine
+from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError
 from ...engine.policy import Policy
 from ...operator.attention import check_backend
 from ...operator.rule import Rule
@@ -34,10 +36,6 @@ ON_DISPLACED = ("raise", "warn", "reinstall")
 
 # Weak on both sides: the processors on the model own the engine.
 _installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
-
-
-class DisplacedProcessorError(NegationNotAppliedError):
-    """Something replaced an installed attention processor, so negation would silently be gone."""
 
 
 def engine_of(pipe: Any) -> Engine | None:
@@ -296,7 +294,7 @@ def negate(
             concepts = [concepts]
         named = concepts if isinstance(concepts, Mapping) else {c: [c] for c in concepts}
         Policy({name: strength for name in named}, start, stop).check(method)  # before any work
-        bank = ConceptBank.from_prompts(pipe, named, templates=templates)
+        bank = ConceptBank.from_prompts(pipe, named, templates=templates, called="concepts")
     policy = Policy({name: strength for name in bank}, start, stop)
     policy.check(method)
     engine = install(pipe, bank, MOST_IMAGES, rule=method, backend=backend)

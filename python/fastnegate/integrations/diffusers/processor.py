@@ -13,12 +13,13 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from ...engine.concepts import ConceptBank
-from ...engine.engine import Engine, Layer, NegationNotAppliedError, Slots
+from ...engine.bank import ConceptBank
+from ...engine.engine import Engine, Layer, Slots
+from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...operator.attention import check_backend, negated_attention, negated_attention_with_statistics
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
-from .families import UnsupportedModelError, family, guided, project_context
+from .families import family, guided, project_context
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
 PLAIN = (AttnProcessor2_0, AttnProcessor)

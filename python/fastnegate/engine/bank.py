@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ConceptBank`: named concepts of one text encoder, and their files.
+
+Files are safetensors with JSON metadata, bound to the fingerprint of the text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import host
+from .concepts import Concept, Fingerprint, Templates, counted
+from .errors import BankMismatchError
+
+FORMAT = 1  # of the file
+
+
+class Snapshot(NamedTuple):
+    """A bank at one moment; what it holds never changes.
+
+    Attributes:
+        version: grows with every change, so that equal versions of a bank are the same concepts.
+        concepts: by name, in the order in which they were added.
+    """
+
+    version: int
+    concepts: Mapping[str, Concept]
+
+
+class ConceptBank:
+    """Named concepts of one text encoder.
+
+    `bank["disney"]` is a `Concept`; iteration gives names. Changing a bank that is installed takes
+    effect at the next denoising step. Any thread may change it while others read: a change is made
+    beside what they read and takes its place at once, and `snapshot()` gives several looks the same view.
+
+    Args:
+        concepts: by name; all of one width.
+        fingerprint: of the text encoder that they come from.
+        pipe: the pipeline that has it, held weakly.
+
+    Raises:
+        ValueError: concepts of different widths.
+    """
+
+    def __init__(self, concepts: Mapping[str, Concept], fingerprint: Fingerprint, pipe: Any = None) -> None:
+        self.fingerprint = fingerprint
+        self._changing = threading.Lock()
+        self._now = Snapshot(0, MappingProxyType({}))
+        self._width = 0
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        for name, concept in concepts.items():
+            self.update(name, concept)
+
+    @classmethod
+    def from_prompts(
+        cls,
+        pipe: Any,
+        prompts: Mapping[str, str | Sequence[str]],
+        *,
+        templates: Templates | None = None,
+        called: str = "prompts",
+    ) -> ConceptBank:
+        """Encode concepts with a pipeline's own text encoder.
+
+        Everything is checked before the first encoding. A progress bar appears after two seconds, unless
+        `pipe.set_progress_bar_config(disable=True)`.
+
+        Args:
+            pipe: a supported pipeline.
+            prompts: concept name -> its member phrases ("warm": ["red", "orange", "yellow"]). A concept
+                may have more members than one prompt holds: rules that read prototypes do not mind,
+                the others refuse it.
+            templates: captions in which a member is encoded for its prototype, or a function from
+                member to captions. `{}` stands for the member; square brackets may mark a longer span
+                to average, e.g. "a [{} dress] on a chair". Default: a few plain captions, as far as the
+                tokenizer knows their words.
+            called: what error messages call `prompts`.
+
+        Raises:
+            UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
+            ValueError: an empty concept, a member that is too long or has characters that the tokenizer
+                does not know, or a template without `{}` or whose spans have different numbers of
+                tokens.
+        """
+        concepts = host.of(pipe).encode(pipe, prompts, templates, called)
+        return cls(concepts, host.of(pipe).fingerprint(pipe), pipe)
+
+    @classmethod
+    def load(cls, path: str | Path, pipe: Any) -> ConceptBank:
+        """Read a bank file for `pipe`.
+
+        Raises:
+            ValueError: not a bank file (pickles are refused unread).
+            BankMismatchError: made for another text encoder.
+            UnsupportedModelError: the pipeline's text encoder is away and was never seen.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with torch.inference_mode(False), safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {})["fastnegate"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
+            theirs = Fingerprint(header["encoder"], tensors["fingerprint"])
+            concepts = {}
+            for i, item in enumerate(header["concepts"]):
+                prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
+                concepts[item["name"]] = Concept(
+                    tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"])
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path={str(path)!r} is not a concept bank: {error!r}") from error
+        ours = host.of(pipe).fingerprint(pipe)
+        if (difference := ours.difference(theirs)) is not None:
+            raise BankMismatchError(f"path={str(path)!r} was made for another text encoder: {difference}")
+        return cls(concepts, ours, pipe)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; the same bank gives the same bytes."""
+        from safetensors.torch import save_file
+
+        tensors = {"fingerprint": self.fingerprint.sample}
+        items = []
+        for i, (name, concept) in enumerate(self.snapshot().concepts.items()):
+            tensors[f"{i}.prompt"], tensors[f"{i}.roles"] = concept.prompt, concept.roles
+            tensors.update({f"{i}.prototype.{j}": p for j, p in enumerate(concept.prototypes)})
+            items.append({"name": name, "members": concept.members, "prototypes": len(concept.prototypes)})
+        header = {"format": FORMAT, "encoder": dict(self.fingerprint.facts), "concepts": items}
+        tensors = {name: t.clone().contiguous() for name, t in tensors.items()}
+        save_file(tensors, str(path), metadata={"fastnegate": json.dumps(header, sort_keys=True)})
+
+    def update(self, name: str, embeddings: Concept | Tensor | Sequence[Tensor]) -> None:
+        """Add or replace a concept: a `Concept`, or embeddings as in `Concept.from_embeddings`.
+
+        Raises:
+            ValueError: no concept can be made of it, or it has another width than the bank. The bank
+                is as it was.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name={name!r}: must be a str that is not empty")
+        concept = embeddings if isinstance(embeddings, Concept) else Concept.from_embeddings(embeddings)
+        with self._changing:
+            if self._width and concept.width != self._width:
+                raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {self._width}")
+            self._width = concept.width
+            self._become({**self._now.concepts, name: concept})
+
+    def remove(self, name: str) -> None:
+        """Forget a concept. Raises ValueError if there is none of that name."""
+        with self._changing:
+            self[name]
+            self._become({n: concept for n, concept in self._now.concepts.items() if n != name})
+
+    def snapshot(self) -> Snapshot:
+        """The version and the concepts of one moment, together."""
+        return self._now
+
+    def _become(self, concepts: dict[str, Concept]) -> None:
+        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts))
+
+    def check(self, pipe: Any) -> None:
+        """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and
+        UnsupportedModelError where that is away and was never seen."""
+        if (difference := host.of(pipe).fingerprint(pipe).difference(self.fingerprint)) is not None:
+            raise BankMismatchError(f"the bank was made for another text encoder: {difference}")
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        return self._now.version
+
+    @property
+    def width(self) -> int:
+        """C, the width of the embeddings; 0 before the first concept."""
+        return self._width
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline it was made with, while that lives; else None."""
+        return self._pipe() if self._pipe is not None else None
+
+    def __getitem__(self, name: str) -> Concept:
+        concepts = self._now.concepts
+        if name not in concepts:
+            raise ValueError(f"concept {name!r}: the bank has {', '.join(concepts) or 'none'}")
+        return concepts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now.concepts)
+
+    def __len__(self) -> int:
+        return len(self._now.concepts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._now.concepts
+
+    def __repr__(self) -> str:
+        concepts = self._now.concepts
+        shown = [f"{name} ({counted(len(c.members), 'member')})" for name, c in concepts.items()]
+        if len(shown) > 5:
+            shown[4:] = [f"{len(shown) - 4} more"]
+        listed = f": {', '.join(shown)}" if shown else ""
+        return f"ConceptBank({counted(len(concepts), 'concept')}{listed}; width {self._width})"
+
+    def __getstate__(self) -> dict[str, Any]:  # weak references, locks and views do not pickle
+        state = {**self.__dict__, "_pipe": None, "_now": (self.version, dict(self._now.concepts))}
+        del state["_changing"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        version, concepts = state.pop("_now")
+        self.__dict__.update(state)
+        self._changing = threading.Lock()
+        self._now = Snapshot(version, MappingProxyType(concepts))
