@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fastnegate import Policy, RowMapError, Rule
-from fastnegate.engine.concepts import Concept, ConceptBank, Fingerprint, Role
-from fastnegate.engine.engine import Engine, NegationNotAppliedError
+from fastnegate.engine.bank import ConceptBank
+from fastnegate.engine.concepts import Concept, Fingerprint, Role
+from fastnegate.engine.engine import Engine
+from fastnegate.engine.errors import NegationNotAppliedError
 from fastnegate.operator.tokens import ConceptTokens
 
 CPU = torch.device("cpu")

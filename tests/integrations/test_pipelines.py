@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnegate import ConceptBank, Policy, RowMapError, Rule
-from fastnegate.engine.engine import NegationNotAppliedError, Record
+from fastnegate.engine.engine import Record
+from fastnegate.engine.errors import NegationNotAppliedError
 
 pytest.importorskip("diffusers")
 

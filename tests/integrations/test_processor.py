@@ -25,8 +25,10 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from pipelines import one_thread  # noqa: F401
 
-from fastnegate.engine.concepts import Concept, ConceptBank, Fingerprint
-from fastnegate.engine.engine import Engine, NegationNotAppliedError
+from fastnegate.engine.bank import ConceptBank
+from fastnegate.engine.concepts import Concept, Fingerprint
+from fastnegate.engine.engine import Engine
+from fastnegate.engine.errors import NegationNotAppliedError
 from fastnegate.integrations.diffusers.processor import NegationAttnProcessor
 
 BATCH = 2

@@ -68,7 +68,8 @@ def _vocabulary(tokenizer: Any, name: str) -> str:
 def _encoder(model: Any, name: str) -> tuple[str, Tensor]:
     model = getattr(model, "_orig_mod", model)  # compiled or not
     parameters = dict(model.named_parameters())
-    shapes = [(name, tuple(p.shape)) for name, p in parameters.items()]
+    # Offloading unties weights that are shared, so each name counts.
+    shapes = sorted((at, tuple(p.shape)) for at, p in model.named_parameters(remove_duplicate=False))
     if not any(p.device.type == "meta" for p in parameters.values()):
         sample = torch.cat([_sample(p.detach()) for p in parameters.values()])
         _encoders[model] = shapes, sample
