@@ -16,8 +16,8 @@ import pytest
 import fastnegate
 
 ROOT = Path(fastnegate.__file__).parent
-# The rooms. A module may import those of its own line and of the lines above; "" is the package itself. Within
-# `operator`, the room that is one call, its modules have an order of their own.
+# The rooms. A module may import those of its own line and of the lines above; "" is the package itself.
+# Within `operator`, the room that is one call, the modules have an order of their own.
 LAYERS = (
     ("_C", "_cuda"),
     ("operator",),

@@ -16,6 +16,8 @@ from fastnegate.engine.bank import ConceptBank
 from fastnegate.engine.concepts import Concept, Fingerprint, Role
 from fastnegate.engine.engine import Engine
 from fastnegate.engine.errors import NegationNotAppliedError
+from fastnegate.engine.session.call import Call, Running
+from fastnegate.engine.session.rows import Step
 from fastnegate.operator.tokens import ConceptTokens
 
 CPU = torch.device("cpu")
@@ -34,20 +36,26 @@ def make_engine(rule: Rule = RULE, max_batch: int = 4, **tokens: int) -> Engine:
     return Engine(make_bank(**(tokens or {"a": 2, "b": 3})), rule, ["layer"], max_batch=max_batch)
 
 
-def call(engine: Engine, batch: int, *, guided: bool = False, progress: float | None = 0.0) -> ConceptTokens:
-    """A denoiser call, as an integration makes it: the tokens that the layer would read."""
-    engine.prepare(batch, CPU, lambda: guided, progress)
-    projected = torch.nn.functional.pad(engine.embeddings, (0, DIM - WIDTH)).unsqueeze(1)
-    engine.layers["layer"].fill(projected, projected + 1)
-    engine.begin_call(batch)
-    tokens = engine.layers["layer"].tokens
-    assert tokens is not None and tokens.batch == batch
-    return tokens
+def call(engine: Engine, batch: int, *, guided: bool = False, progress: float | None = 0.0) -> Running:
+    """A denoiser call, as an integration makes it."""
+    step = None if progress is None else Step(round(progress * 1000), 1000)
+    with engine.running(Call(batch, CPU, lambda: guided, step=step)) as running:
+        assert running.state == ("live" if engine.live else "dormant" if engine.armed else "idle")
+        return running
 
 
-def entries(engine: Engine, tokens: ConceptTokens) -> list[dict[str, float]]:
+def tokens_of(running: Running) -> ConceptTokens:
+    """What a layer would read."""
+    projected = torch.nn.functional.pad(running.context[0], (0, DIM - WIDTH)).unsqueeze(1)
+    return running.tokens(projected, projected + 1)
+
+
+def entries(engine: Engine, running: Running) -> list[dict[str, float]]:
     """Per batch row what it negates, read as a kernel does: concept -> strength where active."""
-    slots = list(engine.bank)
+    if not running.live:
+        return [NONE] * running.call.batch
+    tokens, slots = tokens_of(running), list(engine.bank)
+    assert tokens.batch == running.call.batch
     offsets = tokens.index[-tokens.batch - 1 :].tolist()
     begins, lengths = tokens.index[tokens.entries : -tokens.batch - 1].view(2, -1).tolist()
     assert lengths == [len(engine.bank[c].prompt) for c in slots]
@@ -89,11 +97,12 @@ def test_rows_of_a_pipeline_call(
     policies: list[Policy | None], guided: bool, expected: list[dict[str, float]]
 ) -> None:
     engine = make_engine()
-    with engine.batch(policies) as same:
-        assert same is engine
-        assert entries(engine, call(engine, len(expected), guided=guided)) == expected
-        assert engine.live == any(expected)
-    assert entries(engine, call(engine, len(expected), guided=guided)) == [NONE] * len(expected)
+    with engine.batch(policies) as batch:
+        assert batch.engine is engine
+        running = call(engine, len(expected), guided=guided)
+        assert entries(engine, running) == expected
+        assert running.live == any(expected)
+    assert call(engine, len(expected), guided=guided).state == "idle"
     assert not engine.live and not engine.armed
 
 
@@ -112,19 +121,20 @@ def test_rows_of_a_server(policies: list, row_map: Any, conditional: Any, expect
     engine = make_engine()
     engine.set_rows(policies, row_map, conditional)
     for _ in range(2):  # they stay until changed; nobody asks about guidance
-        tokens = call(engine, len(expected), guided=None)
-        assert entries(engine, tokens) == expected
+        assert entries(engine, call(engine, len(expected), guided=None)) == expected
     engine.clear()
     assert entries(engine, call(engine, len(expected))) == [NONE] * len(expected)
 
 
 def test_guidance_is_asked_for_only_when_it_matters() -> None:
     engine = make_engine()
+    facts = Call(2, CPU, lambda: 1 / 0)
     engine.set_requests([None])
-    assert not engine.prepare(2, CPU, lambda: 1 / 0, None)
+    with engine.running(facts) as running:
+        assert running.state == "idle"
     engine.set_requests([A])
-    with pytest.raises(ZeroDivisionError):
-        engine.prepare(2, CPU, lambda: 1 / 0, None)
+    with pytest.raises(ZeroDivisionError), engine.running(facts):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -144,7 +154,7 @@ def test_a_batch_that_contradicts_the_policies(
     engine.set_requests(policies)
     with pytest.raises(RowMapError, match=message):
         call(engine, batch, guided=guided)
-    assert not engine.live and engine.layers["layer"].tokens is None
+    assert not engine.live
 
 
 @pytest.mark.parametrize(
@@ -210,22 +220,16 @@ def test_batches_nest_and_restore() -> None:
     assert entries(engine, call(engine, 1)) == [ROW_B]
 
 
-def test_another_thread_may_not_interfere_with_a_batch() -> None:
+def test_what_holds_for_everybody_does_not_reach_a_batch() -> None:
     engine = make_engine()
-    errors = []
-
-    def interfere() -> None:
-        try:
-            engine.set_requests([None])
-        except NegationNotAppliedError as error:
-            errors.append(str(error))
-
     with engine.batch([A]):
-        thread = threading.Thread(target=interfere)
-        thread.start()
-        thread.join()
-        assert entries(engine, call(engine, 1)) == [ROW_A]
-    assert len(errors) == 1 and "another thread" in errors[0]
+        for change in (lambda: engine.set_requests([None]), lambda: engine.set_rows([B]), engine.clear):
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join()
+            assert entries(engine, call(engine, 1)) == [ROW_A]
+    engine.set_rows([B])
+    assert entries(engine, call(engine, 1)) == [ROW_B]
 
 
 def test_a_removed_engine_takes_no_requests() -> None:
@@ -238,11 +242,14 @@ def test_a_removed_engine_takes_no_requests() -> None:
 def test_as_many_policies_as_prompts_or_one() -> None:
     engine = make_engine()
     engine.set_requests([A, None])
-    engine.expect(2)
-    with pytest.raises(RowMapError, match="4 prompts, but 2 policies"):
-        engine.expect(4)
+    with engine.running(Call(2, CPU, lambda: False, prompts=2)):
+        pass
+    four = Call(4, CPU, lambda: False, prompts=4)
+    with pytest.raises(RowMapError, match="4 prompts, but 2 policies"), engine.running(four):
+        pass
     engine.set_requests([A])
-    engine.expect(4)
+    with engine.running(four):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -277,15 +284,16 @@ def test_policies_that_could_never_act_are_refused(rule: Rule, options: dict, me
     ids=str,
 )
 def test_windows(window: dict, rule: Rule, steps: int, active: list[int]) -> None:
-    """Step i of n acts if start <= i / n < stop; one tensor is written, none is made anew."""
+    """Step i of n acts if start <= i / n < stop; rows that say the same are the same tensors."""
     engine = make_engine(rule)
     engine.set_requests([Policy({"a": 1.0}, **window), None])
-    first = call(engine, 2, progress=0.0)
+    made = set()
     for i, on in enumerate(active):
-        tokens = call(engine, 2, progress=i / steps)
-        assert tokens is first
-        assert [len(row) for row in entries(engine, tokens)] == [on, 0]
-        assert engine.live == bool(on)
+        running = call(engine, 2, progress=i / steps)
+        assert [len(row) for row in entries(engine, running)] == [on, 0]
+        assert running.live == bool(on)
+        made |= {id(running.numbers)} if on else set()
+    assert len(made) == 1
 
 
 def test_each_request_has_its_own_window() -> None:
@@ -311,8 +319,7 @@ def test_a_window_needs_to_know_the_progress(rule: Rule, policy: Policy | None, 
     engine = make_engine(rule)
     engine.set_requests([policy])
     if not raises:
-        call(engine, 1, progress=None)
-        assert engine.live == (policy is not None)
+        assert call(engine, 1, progress=None).live == (policy is not None)
         return
     with pytest.raises(NegationNotAppliedError, match="progress"):
         call(engine, 1, progress=None)
@@ -322,7 +329,7 @@ def test_a_window_needs_to_know_the_progress(rule: Rule, policy: Policy | None, 
 def test_thresholds_of_requests() -> None:
     engine = make_engine(Rule.preset("protore"))
     engine.set_requests([Policy({"a": 1.0}, threshold=0.25), Policy({"a": 1.0})])
-    threshold = call(engine, 2).threshold
+    threshold = tokens_of(call(engine, 2)).threshold
     assert threshold[0] == 0.25 and threshold[1].isnan()  # NaN: the rule's own
 
 
@@ -330,7 +337,7 @@ def test_prototypes_are_entries_of_their_own() -> None:
     engine = make_engine(Rule.preset("protore"))
     engine.bank.update("a", [torch.randn(1, WIDTH), torch.randn(2, WIDTH)])
     engine.set_requests([A])
-    tokens = call(engine, 1)
+    tokens = tokens_of(call(engine, 1))
     assert tokens.index[tokens.entries : -2].tolist() == [0, 1, 3, 1, 2, 3]  # begins, lengths
     assert tokens.index[-2:].tolist() == [0, 2]
     assert tokens.strength[:2].tolist() == [2.0, 2.0]
@@ -339,29 +346,71 @@ def test_prototypes_are_entries_of_their_own() -> None:
 # Hot swap.
 
 
-def addresses(tokens: ConceptTokens) -> list[int]:
-    return [t.data_ptr() for t in (tokens.key, tokens.value, tokens.index, tokens.numbers)]
-
-
-def test_policies_and_concepts_of_the_same_shape_keep_addresses() -> None:
+def test_another_bank_of_the_same_shape_is_read_at_once() -> None:
     engine = make_engine()
     engine.set_requests([A, B])
     before = call(engine, 2)
-    was = before.key.clone()
     engine.bank.update("a", torch.randn(2, WIDTH))
     engine.set_requests([Policy({"a": 0.25, "b": 0.5}), None])
     after = call(engine, 2)
-    assert after is before and addresses(after) == addresses(before)
-    assert not torch.equal(after.key[:2], was[:2]) and torch.equal(after.key[2:], was[2:])
     assert entries(engine, after) == [{"a": 0.5, "b": 1.0}, NONE]
+    assert not torch.equal(after.context[0, :2], before.context[0, :2])
+    assert torch.equal(after.context[0, 2:], before.context[0, 2:])
+
+
+# At fixed addresses, for compiled code.
+
+
+def fixed(engine: Engine, batch: int, **options: Any) -> list[int]:
+    """A call that reads them; checks that it reads what other calls would, and gives the addresses."""
+    with engine.running(Call(batch, CPU, lambda: False, fixed=True, **options)) as running:
+        rows = engine.fixed
+        assert rows.ready and engine._thread == threading.get_ident()
+        projected = torch.nn.functional.pad(rows.context[0], (0, DIM - WIDTH)).unsqueeze(1)
+        tokens = rows.tokens(projected, projected)
+        assert tokens.batch == batch and torch.equal(rows.context, running.context)
+        offsets = tokens.index[-batch - 1 :].tolist()
+        found = [
+            {list(engine.bank)[tokens.index[e]]: tokens.strength[e].item() for e in range(*span)}
+            for span in itertools.pairwise(offsets)
+        ]
+    assert not rows.ready and engine._thread is None
+    assert found == entries(engine, call(engine, batch))
+    return [t.data_ptr() for t in (rows.context, rows.index, rows.numbers)]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 8])
-def test_another_batch_uses_the_same_memory(batch: int) -> None:
+def test_rows_keep_their_addresses_while_the_bank_keeps_its_shape(batch: int) -> None:
     engine = make_engine()
     engine.set_requests([A])
-    first = call(engine, 3)
-    assert addresses(call(engine, batch)) == addresses(first)
+    first = fixed(engine, 3)
+    assert fixed(engine, batch) == first
+    engine.bank.update("a", torch.randn(2, WIDTH))
+    engine.set_requests([Policy({"a": 0.25, "b": 0.5})])
+    assert fixed(engine, batch) == first
+    engine.clear()
+    assert fixed(engine, batch) == first
+
+
+def test_calls_that_read_fixed_addresses_take_turns() -> None:
+    engine = make_engine()
+    engine.set_requests([A])
+    facts = Call(1, CPU, lambda: False, fixed=True)
+    entered: list[str] = []
+
+    def other() -> None:
+        with engine.running(facts):
+            entered.append("other")
+
+    thread = threading.Thread(target=other)
+    with engine.running(facts):
+        thread.start()
+        thread.join(0.2)
+        assert entered == [] and thread.is_alive()
+        with pytest.raises(NegationNotAppliedError, match="within its own forward"), engine.running(facts):
+            pass
+    thread.join(60)
+    assert entered == ["other"]
 
 
 def test_concepts_come_and_go() -> None:
@@ -388,7 +437,7 @@ def test_a_change_of_roles_changes_weights() -> None:
     for roles in ([Role.SOT, Role.CONTENT], [Role.CONTENT, Role.EOT]):
         old = engine.bank["a"]
         engine.bank.update("a", Concept(old.prompt, torch.tensor(roles, dtype=torch.int8), old.prototypes))
-        weight = call(engine, 1).token_weight
+        weight = call(engine, 1).weight
         assert weight is not None
         assert weight[:2].tolist() == [float(r == Role.CONTENT) for r in roles]
 
@@ -403,26 +452,63 @@ def test_the_last_concept_may_go() -> None:
     assert entries(engine, call(engine, 2, guided=True)) == [NONE, ROW_A]
 
 
-def test_a_call_that_nobody_prepared_has_no_rows() -> None:
-    engine = make_engine()
-    engine.set_requests([A])
-    call(engine, 1)
-    engine.end_call()
-    assert engine.layers["layer"].tokens is None and not engine.live
-
-
-def test_remove_runs_once_and_copies_are_not_installed() -> None:
+def test_remove_runs_once_and_engines_are_not_copied() -> None:
     engine, calls = make_engine(), []
     engine.on_remove(lambda: calls.append(1))
-    engine.observer = calls.append
     engine.set_requests([A])
-    twin = copy.deepcopy(engine)
-    assert twin.armed and twin.observer is None
-    twin.remove()
-    assert calls == []
+    with pytest.raises(TypeError, match="belongs to its pipeline"):
+        copy.deepcopy(engine)
     engine.remove()
     engine.remove()
     assert calls == [1] and not engine.armed
+
+
+# Negative prompts.
+
+
+def test_negative_prompts_are_encoded_once() -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> Concept:
+        asked.append(text)
+        return Concept.from_embeddings(torch.full((len(text), WIDTH), float(len(text))))
+
+    engine = Engine(make_bank(a=2), RULE, ["layer"], max_batch=4, encode=encode)
+    policies = [Policy(negative_prompt="xy"), Policy({"a": 1.0}, negative_prompt="pqr"), None]
+    for _ in range(2):
+        engine.set_requests(policies)
+        running = call(engine, 3)
+        tokens = tokens_of(running)
+        assert running.context[0, 2:, 0].tolist() == [2.0] * 2 + [3.0] * 3
+        assert tokens.index[-4:].tolist() == [0, 1, 3, 3]
+        assert tokens.index[:3].tolist() == [1, 0, 2]
+    engine.set_requests([Policy(negative_prompt="pqr", negative_strength=0.5)])
+    assert tokens_of(call(engine, 1)).strength[0] == 1.0
+    assert asked == ["xy", "pqr"]
+    with engine.batch([Policy({"a": 1.0}, negative_prompt="z", negative_strength=0.0)]):
+        assert len(call(engine, 1).context[0]) == 2
+    assert asked == ["xy", "pqr"]
+
+
+def test_another_negative_prompt_changes_no_size_that_was_compiled() -> None:
+    def encode(text: str) -> Concept:
+        return Concept.from_embeddings(torch.full((len(text), WIDTH), float(len(text))))
+
+    engine = Engine(make_bank(a=2), RULE, ["layer"], max_batch=4, encode=encode)
+
+    def sizes(*texts: str) -> tuple[Any, ...]:
+        engine.set_requests([Policy(negative_prompt=text) for text in texts])
+        with engine.running(Call(len(texts), CPU, lambda: False, fixed=True)):
+            rows = engine.fixed
+            return rows.context.shape, rows.numbers.shape, rows._all.shape, rows.longest, rows.concepts
+
+    first = sizes("xy")
+    assert sizes("pqrst") == sizes("x", "yz", "zzz", "zzzz") == first
+
+
+def test_an_engine_without_an_encoder_refuses_negative_prompts() -> None:
+    with pytest.raises(ValueError, match="negative_prompt='x'"):
+        make_engine().set_requests([Policy(negative_prompt="x")])
 
 
 # Policy.
@@ -441,6 +527,8 @@ def test_remove_runs_once_and_copies_are_not_installed() -> None:
         ({"stop": 1.1}, "stop=1.1"),
         ({"stop": float("nan")}, "stop=nan"),
         ({"threshold": float("inf")}, "threshold=inf"),
+        ({"negative_prompt": " "}, "negative_prompt=' ': is blank"),
+        ({"negative_strength": -1.0}, "negative_strength=-1.0"),
     ],
     ids=str,
 )

@@ -68,8 +68,10 @@ def processors(pipe: Any) -> dict[str, Any]:
 
 
 def hooks(pipe: Any) -> int:
+    """What is left in the pipeline and its denoiser: hooks, and classes of our own."""
     model = denoiser(pipe)
-    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+    ours = sum("_fastnegate_base" in vars(type(thing)) for thing in (pipe, model))
+    return len(model._forward_hooks) + len(model._forward_pre_hooks) + ours
 
 
 @contextmanager
@@ -162,7 +164,6 @@ def test_an_error_in_the_block_restores_too(sd: Any) -> None:
         with pytest.raises(ZeroDivisionError):
             negated(sd, [DOG])
         assert not engine.armed and not engine.live
-        assert all(layer.tokens is None for layer in engine.layers.values())
 
 
 def test_after_an_error_in_the_denoiser_nothing_is_live(sd: Any) -> None:
@@ -171,7 +172,7 @@ def test_after_an_error_in_the_denoiser_nothing_is_live(sd: Any) -> None:
         engine.set_requests([DOG])
         with pytest.raises(ZeroDivisionError):
             generate(sd)
-        assert not engine.live and all(layer.tokens is None for layer in engine.layers.values())
+        assert not engine.live
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
@@ -382,27 +383,90 @@ def test_custom_timesteps(sd: Any) -> None:
 # What is projected when.
 
 
-def count_calls(modules: Sequence[nn.Module]) -> list[int]:
-    calls = [0]
+@contextmanager
+def projections() -> Iterator[list[Any]]:
+    """The layers that project, whatever the text: prompts and concepts."""
+    seen: list[Any] = []
+    project = fn.NegationAttnProcessor.project
 
-    def note(*_arguments: Any) -> None:
-        calls[0] += 1
+    def note(self: Any, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(attn)
+        return project(self, attn, context)
 
-    for module in modules:
-        module.register_forward_hook(note)
-    return calls
+    with mock.patch.object(fn.NegationAttnProcessor, "project", note):
+        yield seen
 
 
-def test_concepts_are_projected_once_per_pipeline_call(pipe: Any) -> None:
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_concepts_of_plain_layers_are_projected_once_per_pipeline_call(kind: str) -> None:
+    pipe = pipelines.build(kind)
     layers = list(pipelines.attentions(pipe).values())
-    keys, values = (count_calls([getattr(attn, name) for attn in layers]) for name in ("to_k", "to_v"))
-    generate(pipe, steps=4)
-    assert keys == values == [4 * len(layers)]
-    with installed(pipe):
-        negated(pipe, [DOG], steps=4)
-        assert keys == values == [(4 + 4 + 1) * len(layers)]
-        negated(pipe, [DOG], steps=4)
-        assert keys == values == [(4 + 2 * (4 + 1)) * len(layers)]
+    with installed(pipe), projections() as seen:
+        for calls in (1, 2):
+            negated(pipe, [DOG], steps=4)
+            assert Counter(map(id, seen)) == {id(attn): calls * (4 + 1) for attn in layers}
+
+
+def _hook(pipe: Any) -> None:
+    for attn in pipelines.attentions(pipe).values():
+        attn.to_v.register_forward_hook(lambda *_arguments: None)
+
+
+def _patch(pipe: Any) -> None:
+    for attn in pipelines.attentions(pipe).values():
+        attn.to_k.forward = attn.to_k.forward
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "options"),
+    [
+        ("sd15", _hook, {}),
+        ("sd15", _patch, {}),
+        ("sd15", lambda _pipe: None, {"callback_on_step_end": lambda _pipe, _i, _t, given: given}),
+        ("pixart_alpha", lambda _pipe: None, {}),  # its captions go through a projection of the model
+    ],
+    ids=["hooks", "another forward", "a callback", "projected captions"],
+)
+def test_else_they_are_projected_at_every_step(kind: str, change: Any, options: dict[str, Any]) -> None:
+    pipe = pipelines.build(kind)
+    change(pipe)
+    layers = list(pipelines.attentions(pipe).values())
+    with installed(pipe), projections() as seen:
+        negated(pipe, [DOG], steps=4, **options)
+    assert Counter(map(id, seen)) == {id(attn): 2 * 4 for attn in layers}
+
+
+def test_weights_that_change_between_steps_are_seen(sd: Any) -> None:
+    """In place, exchanged, or behind autograd's back."""
+    latents = {}
+    attn = next(iter(pipelines.attentions(sd).values()))
+    weights = attn.to_v.weight.detach().clone()
+
+    def in_place() -> None:
+        with torch.no_grad():
+            attn.to_v.weight.mul_(0.5)
+
+    def exchanged() -> None:
+        attn.to_v.weight = nn.Parameter(weights * 0.5)
+
+    def behind() -> None:
+        attn.to_v.weight.data.mul_(0.5)
+
+    with installed(sd, rule="nag"):
+        for change in (in_place, exchanged, behind):
+            attn.to_v.weight = nn.Parameter(weights.clone())
+
+            def halve(_pipe: Any, i: int, _t: Any, given: Any, change: Any = change) -> Any:
+                if i == 0:
+                    change()
+                return given
+
+            latents[change.__name__] = negated(sd, [DOG], callback_on_step_end=halve)
+        attn.to_v.weight = nn.Parameter(weights.clone())
+        unchanged = negated(sd, [DOG])
+    assert torch.equal(latents["in_place"], latents["exchanged"])
+    assert torch.equal(latents["in_place"], latents["behind"])
+    assert not torch.allclose(latents["in_place"], unchanged)
 
 
 class Adapted(nn.Module):
@@ -728,24 +792,50 @@ def test_subclasses_are_known_by_their_call(sd: Any) -> None:
 
 
 def test_another_pipeline_around_the_same_model(sd: Any) -> None:
-    """Its batch layout is not known to the engine: it runs without a policy and refuses one."""
+    """Its calls are calls of the same denoiser, with its own rows and steps."""
     other = diffusers.StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
 
-    def run() -> Tensor:
+    def run(strength: float = 0.5) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         image = torch.zeros(1, 3, 32, 32)
-        return other(
-            "a cat", image=image, num_inference_steps=4, generator=generator, output_type="latent"
-        ).images
+        options = {"num_inference_steps": 4, "strength": strength, "output_type": "latent"}
+        return other("a cat", image=image, generator=generator, **options).images
 
-    untouched = run()
-    with installed(sd) as engine:
+    untouched, all_steps = run(), run(1.0)
+    with installed(sd, rule="nag") as engine:
         assert torch.equal(run(), untouched)
-        with engine.batch([DOG]), pytest.raises(fn.UnsupportedModelError, match="conditional"):
-            run()
+        with engine.batch([DOG]):
+            assert not torch.allclose(run(), untouched)
+        with engine.batch([Policy({"dog": 1.0}, start=0.5)]):
+            assert not torch.allclose(run(), untouched)  # two of four steps run, the last ones
+        early = Policy({"dog": 1.0}, stop=0.5)
+        with pytest.raises(NegationNotAppliedError, match="none of the 2 steps that run"):
+            with engine.batch([early]):
+                run()
+        with engine.batch([early]):
+            assert not torch.allclose(run(1.0), all_steps)
         engine.set_rows([DOG], row_map=[None, 0])
         assert not torch.allclose(run(), untouched)
+
+
+def test_a_pipeline_that_nobody_knows_around_the_same_model(sd: Any) -> None:
+    """Its batch layout is not known: it runs without a policy and refuses one."""
+
+    class Unknown(diffusers.StableDiffusionPipeline):
+        def __call__(self, prompt: str) -> Tensor:
+            text, _ = self.encode_prompt(prompt, "cpu", 1, False)
+            return self.unet(torch.ones(1, 4, 16, 16), 1, text).sample
+
+    other = Unknown(**sd.components, requires_safety_checker=False)
+    with torch.no_grad():
+        untouched = other("a cat")
+        with installed(sd) as engine:
+            assert torch.equal(other("a cat"), untouched)
+            with pytest.raises(fn.UnsupportedModelError, match="conditional"), engine.batch([DOG]):
+                other("a cat")
+            engine.set_rows([DOG])
+            assert not torch.allclose(other("a cat"), untouched)
 
 
 def test_processors_of_others_stay_wrapped(sd: Any) -> None:
@@ -760,19 +850,55 @@ def test_processors_of_others_stay_wrapped(sd: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+    "copied",
+    [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deep", "flat", "pickle"],
 )
-def test_a_copy_of_the_model_does_not_belong_to_the_pipeline(sd: Any, copied: Callable[[Any], Any]) -> None:
+def test_copies_of_the_model_are_clean(sd: Any, copied: Callable[[Any], Any]) -> None:
     denoise = direct(sd)
     untouched, original = denoise(), sd.unet
     with installed(sd) as engine:
-        asleep = copied(sd.unet)
         engine.set_rows([DOG, None])
-        armed = copied(sd.unet)
-        sd.unet = asleep
-        assert torch.equal(denoise(), untouched)
-        sd.unet = armed
-        with pytest.raises(NegationNotAppliedError, match="gone"):
-            denoise()
+        sd.unet = clean = copied(original)
+        assert type(clean) is diffusers.UNet2DConditionModel and hooks(sd) == 1  # the pipeline has its engine
+        if copied is not copy.copy:  # a flat copy has the very same layers
+            assert {type(p) for p in clean.attn_processors.values()} == {AttnProcessor2_0}
+            assert torch.equal(denoise(), untouched)
+        with pytest.raises(fn.DisplacedProcessorError, match="unet is another one"):
+            generate(sd)
         sd.unet = original
         assert not torch.allclose(denoise(), untouched)
+
+
+def test_copies_of_the_pipeline_are_clean(sd: Any) -> None:
+    untouched = generate(sd)
+    with installed(sd) as engine:
+        engine.set_requests([DOG])
+        twin = copy.deepcopy(sd)
+        assert (
+            type(twin) is diffusers.StableDiffusionPipeline and hooks(twin) == 0 and engine_of(twin) is None
+        )
+        assert torch.equal(generate(twin), untouched)
+        assert not torch.allclose(generate(sd), untouched)
+
+
+def test_what_is_left_can_always_be_removed(sd: Any) -> None:
+    """Also when the engine is lost, modules were replaced, or nothing is there."""
+    untouched = generate(sd)
+    fn.install(sd, bank_of(sd)).set_requests([DOG])
+    fn.remove(sd)
+    assert torch.equal(generate(sd), untouched) and hooks(sd) == 0 and engine_of(sd) is None
+    fn.remove(sd)
+    fn.install(sd, bank_of(sd)).set_requests([DOG])
+    block = sd.unet.mid_block
+    for name, fresh in pipelines.build("sd15").unet.mid_block.named_children():
+        setattr(block, name, fresh)
+    with pytest.raises(fn.DisplacedProcessorError):
+        generate(sd)
+    fn.remove(sd)
+    generate(sd)
+    sd.unet.set_attn_processor(fn.NegationAttnProcessor(bank_of(sd), OPEN))
+    fn.remove(sd)
+    assert hooks(sd) == 0 and not any(
+        isinstance(p, fn.NegationAttnProcessor) for p in processors(sd).values()
+    )

@@ -51,7 +51,7 @@ CALLS: list[list[Policy | None]] = [
     [DOG, CAT],
     [CAT, DOG],  # other rows
     [Policy({"dog": 0.25, "cat": 2.0}), None],  # other strengths
-    [Policy({"dog": 1.0}, stop=0.5), Policy({"cat": 1.0}, start=0.7)],  # windows; steps without a live entry
+    [Policy({"dog": 1.0}, stop=0.5), Policy({"cat": 1.0}, start=0.6)],  # windows; steps without a live entry
     [None, None],
     [DOG, CAT],
 ]
@@ -108,15 +108,83 @@ def test_compiled_past_the_hook_it_fails() -> None:
         generate(pipe)
 
 
-def test_compiled_blocks_after_install_are_negated() -> None:
-    """Regional compilation leaves the hook on the denoiser outside."""
-    eager, pipe = pipelines.build("sd15"), pipelines.build("sd15")
+def in_place(pipe: Any) -> None:
+    pipe.unet.compile(backend="eager")
+
+
+def by_blocks(pipe: Any) -> None:
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("compile_it", [in_place, by_blocks])
+@pytest.mark.parametrize("first", ["compile", "install"])
+def test_code_compiled_in_place_is_negated(compile_it: Any, first: str) -> None:
+    """Whatever came first; also without a policy, and with another one."""
+    eager, pipe = pipelines.build("sd15"), pipelines.build("sd15")
+    if first == "compile":
+        compile_it(pipe)
+    expected = fn.install(eager, bank_of(eager), rule=OPEN)
+    engine = fn.install(pipe, bank_of(pipe), rule=OPEN)
+    if first == "install":
+        compile_it(pipe)
+    for policies in ([DOG], [None], [CAT], [Policy({"dog": 1.0}, stop=0.5)]):
+        with engine.batch(policies), expected.batch(policies):
+            close(generate(pipe), generate(eager))
+    close(generate(pipe), generate(eager))
+
+
+def test_negative_prompts_do_not_compile_again() -> None:
+    eager, pipe = pipelines.build("sd15"), pipelines.build("sd15")
+    counter = compiled(pipe)
+    engines = [fn.install(p, bank_of(p), rule="nag") for p in (eager, pipe)]
+    frames = set()
+    for text in ("red", "a photo of a dog", "it", "painting"):
+        with (
+            engines[0].batch([Policy(negative_prompt=text)]),
+            engines[1].batch([Policy(negative_prompt=text)]),
+        ):
+            close(generate(pipe), generate(eager))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
+class Scaled(torch.nn.Module):
+    """A linear layer and a low-rank part of a scale that may change, as adapters have it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.part = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * self.part(x)
+
+
+def test_an_adapters_scale_changed_by_a_callback_acts_on_concepts() -> None:
+    """Eager and compiled, from the step after the callback on."""
     results = []
-    for p in (eager, pipe):
-        with fn.negate(p, bank_of(p), OPEN):
-            results.append(generate(p))
-    close(results[1], results[0])
+    for compile_it in (False, True):
+        pipe = pipelines.build("sd15")
+        adapters = []
+        for attn in pipelines.attentions(pipe).values():
+            attn.to_k, attn.to_v = Scaled(attn.to_k), Scaled(attn.to_v)
+            adapters += [attn.to_k, attn.to_v]
+        if compile_it:
+            compiled(pipe)
+        engine = fn.install(pipe, bank_of(pipe), rule="nag")
+
+        def switch(_pipe: Any, i: int, _t: Any, given: Any, adapters: Any = adapters) -> Any:
+            for adapter in adapters:
+                adapter.scale.fill_(float(i))  # 0 at the first step
+            return given
+
+        with engine.batch([DOG]):
+            results.append(generate(pipe, steps=4, callback_on_step_end=switch))
+        engine.remove()
+    close(*results)
 
 
 def test_an_unprepared_call_of_compiled_code_fails() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,8 +89,13 @@ class Audit:
         self._calls: dict[tuple[int, int | None], dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._removed: dict[_Image, list[float]] = defaultdict(list)
         self._nonfinite = 0
+        self._adding = threading.Lock()  # calls of several threads
 
     def __call__(self, record: Record) -> None:
+        with self._adding:
+            self._add(record)
+
+    def _add(self, record: Record) -> None:
         stats = record.statistics
         self._calls[record.call, record.step][record.layer] += 1
         self._asked |= {((record.call, row), concept) for row, concept in record.asked}
@@ -168,6 +174,9 @@ class Audit:
                     )
         if self._nonfinite:
             raise AuditError(f"{self._nonfinite} output values are not finite")
+
+    def __repr__(self) -> str:
+        return f"Audit({len(self._images())} images, {self._engine!r})"
 
     def _images(self) -> list[_Image]:
         return sorted({image for image, _ in self._asked})

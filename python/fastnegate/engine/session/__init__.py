@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to one batch and one call of the denoiser: policies become rows, which travel with the call."""
+"""What belongs to one batch and one call of the denoiser: policies become rows that travel with the call."""

@@ -207,7 +207,7 @@ class Hook:
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
             # The user's code may change weights between steps in ways that nobody can see.
-            keep=progress is None or not progress.callback,
+            keep=entry.projection is None and (progress is None or not progress.callback),
             fixed=sample.device.type == "cuda" or self._compiled(model),
             project=lambda embeddings: project_context(entry, model, embeddings),
         )
