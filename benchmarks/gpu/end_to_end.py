@@ -192,8 +192,17 @@ def by_operators(pipe: Any, batch: int) -> None:
             processor._attend = MethodType(_attend, processor)
 
 
-def _attend(processor: Any, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: None) -> Tensor:
-    tokens, (batch, *_) = processor.layer.tokens, query.shape
+def _attend(
+    processor: Any,
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    tokens: Any,
+    running: Any,
+) -> Tensor:
+    batch = query.shape[0]
 
     def parts(x: Tensor) -> list[Tensor]:  # [B, H, T, D] of each concept
         expanded = x.transpose(0, 1).expand(batch, -1, -1, -1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -11,10 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastnegate import Policy, install, negated_attention
+from fastnegate import Policy, install
 from fastnegate.integrations.diffusers import processor
 from fastnegate.operator.rule import Rule
-from fastnegate.operator.tokens import ConceptTokens
 from fastnegate.testbed import DEFAULT_GUIDANCE, DEFAULT_STEPS, load, suite
 from fastnegate.testbed.quality import bank_of
 
@@ -31,28 +29,21 @@ def captured(name: str, rule: Rule, requests: int = 8) -> Iterator[Case]:
     engine = install(pipe, bank_of(pipe, tuple({case.concept for case in prompts})), requests, rule=rule)
     found: list[Case] = []
 
+    attend = processor.NegationAttnProcessor._attend
+
     def record(
-        query: Tensor, key: Tensor, value: Tensor, tokens: ConceptTokens, rule: Rule, **options: Any
+        self: Any, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, tokens: Any, running: Any
     ) -> Tensor:
         if engine.step in QUARTERS:
-            layer = next(n for n, layer in engine.layers.items() if layer.tokens is tokens)
-            place = layer.split(".transformer_blocks")[0]
+            place = self.layer.split(".transformer_blocks")[0]
+            name_of_case = f"embedded {name} {place} step {engine.step}"
             found.append(
-                Case(
-                    f"embedded {name} {place} step {engine.step}",
-                    query.clone(),
-                    key.clone(),
-                    value.clone(),
-                    dataclasses.replace(tokens, numbers=tokens.numbers.clone(), index=tokens.index.clone()),
-                    rule,
-                    rule.threshold,
-                )
+                Case(name_of_case, query.clone(), key.clone(), value.clone(), tokens, rule, rule.threshold)
             )
-        return negated_attention(query, key, value, tokens, rule, **options)
+        return attend(self, attn, query, key, value, mask, tokens, running)
 
-    # The tensors of the tokens are static: what changes from step to step is copied above.
     with (
-        mock.patch.object(processor, "negated_attention", record),
+        mock.patch.object(processor.NegationAttnProcessor, "_attend", record),
         engine.batch([Policy({case.concept: 1.0}) for case in prompts]),
     ):
         pipe(
