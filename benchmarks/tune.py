@@ -41,7 +41,7 @@ from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.backends import unavailable
 from fastnegate.operator.problem import Problem
 
-from ..testing.accuracy import Judge, fair, make_problem
+from ..testing import Judge, fair, make_problem
 from .gpu.card import Call, Card, CudaCard
 from .gpu.step import first_line
 from .gpu.times import asked, inputs, problem_of

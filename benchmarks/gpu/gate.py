@@ -16,7 +16,7 @@ from fastnegate import negated_attention, negated_attention_with_statistics
 from fastnegate.operator.backends import load, unavailable
 from fastnegate.operator.problem import Problem, Statistics
 
-from ...testing.accuracy import Judge, make_problem
+from ...testing import Judge, make_problem
 from ..operator.cases import moved
 from .card import Card
 from .carried import load as carried

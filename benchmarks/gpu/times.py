@@ -21,9 +21,9 @@ from torch import Tensor
 from fastnegate import negated_attention
 from fastnegate.operator.problem import Problem
 
-from ...testing.accuracy import Judge
+from ...testing import Judge, moved
 from ..operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
-from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make, moved
+from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make
 from ..operator.measure import Ratio, compulsory_bytes, interleave, ratio
 from .card import Call, CaptureError, Card, Timer
 from .step import Item, Setting, first_line

@@ -40,7 +40,7 @@ from torch import Tensor
 import fastnegate as fn
 from fastnegate.operator.backends import cpu
 from fastnegate.operator.problem import Problem
-from fastnegate.testing.accuracy import Judge
+from fastnegate.testing import Judge
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..benchmarks.operator.cases import moved
 from ..operator.attention import backends, negated_attention
 from ..operator.backends import load, unavailable
 from ..operator.problem import Problem
 from ..operator.rule import presets
-from ..testing.accuracy import Judge, fair, make_problem
+from ..testing import Judge, fair, make_problem, moved
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers", "pybind11")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,8 +162,10 @@ def _checks(backend: str, device: str) -> Iterator[_Found]:
 
 def _judge(dtype: torch.dtype, preset: str, size: tuple[int, tuple[int, ...]]) -> Judge:
     dim, lengths = size
-    sizes = {"queries": 37, "keys": 77, "dim": dim, "concept_lengths": lengths}
-    return fair(make_problem(2, dtype=dtype, rule=preset, rows="same", **sizes, seed=s) for s in range(9))
+    return fair(
+        make_problem(2, 2, 37, 77, dim, dtype, rule=preset, rows="same", concept_lengths=lengths, seed=seed)
+        for seed in range(9)
+    )
 
 
 def problems() -> Iterator[tuple[str, Callable[[], Problem]]]:
