@@ -21,7 +21,7 @@ _VIRIDIS = (
     (38, 130, 142), (33, 145, 140), (31, 159, 136), (39, 173, 129), (61, 188, 116), (92, 200, 99),
     (129, 211, 77), (170, 220, 50), (213, 226, 26), (253, 231, 37),
 )  # fmt: skip
-_CONTRAST = 0.3  # of the picture under the colours
+_CONTRAST = 0.15  # of the picture under the colours: little, so that it is not taken for heat
 _SMALLEST = 128  # pixels: what is lower is enlarged, or nobody could read the bar
 
 

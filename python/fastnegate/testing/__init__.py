@@ -7,7 +7,7 @@ writes a backend:
     print(budget_report())
 """
 
-from .judge import Judge, budget_report, delta, eps, fair
+from .judge import Judge, Verdict, budget_report, delta, eps, fair
 from .problems import LAYOUTS, MASKS, ROWS, make_problem, moved, pairwise
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "MASKS",
     "ROWS",
     "Judge",
+    "Verdict",
     "budget_report",
     "delta",
     "eps",

@@ -7,7 +7,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ def eps(dtype: torch.dtype) -> float:
 def delta(dtype: torch.dtype) -> float:
     """How exactly a similarity is known: results closer than this to a jump may fall on either side."""
     return max(64 * eps(torch.float32), 4 * eps(dtype))
+
+
+class Verdict(NamedTuple):
+    """The share of the accuracy budget that was used, and what is wrong, empty if nothing is."""
+
+    used: float
+    wrong: str = ""
 
 
 class Judge:
@@ -122,23 +129,39 @@ class Judge:
             error[self.near] = torch.minimum(error[self.near], beside)
         return error
 
-    def check(self, actual: Tensor, label: str = "") -> float:
-        """Assert the budget; returns the share of it that was used."""
-        assert self.near_share <= self.near_limit, f"{self.near_share:.2%} of rows next to a jump"
-        assert actual.dtype == self.dtype and actual.shape == self.truth.shape
+    def verdict(self, actual: Tensor) -> Verdict:
+        """Whether [B, H, N, D] keeps the budget, and how much of it was used."""
+        if self.near_share > self.near_limit:
+            return Verdict(torch.inf, f"{self.near_share:.2%} of rows next to a jump")
+        if actual.dtype != self.dtype or actual.shape != self.truth.shape:
+            return Verdict(
+                torch.inf, f"{actual.dtype} {[*actual.shape]} is not of the problem's dtype and shape"
+            )
         if actual.numel() == 0:
-            return 0.0
+            return Verdict(0.0)
         error = self.errors(actual)
-        most, mean = self.allowed
-        worst = error.max().item()
-        where = tuple(torch.unravel_index(error.argmax(), error.shape))
-        used = max(worst / most, error.mean().item() / mean)
-        if label:
-            _used[label, self.problem.rule.name, str(self.dtype)].append(used)
-        at = [int(i) for i in where]
-        assert worst <= most, f"{label}: row {at} errs by {worst:.3g}, allowed {most:.3g}"
-        assert error.mean() <= mean, f"{label}: mean error {error.mean():.3g}, allowed {mean:.3g}"
-        return used
+        worst, mean = error.max().item(), error.mean().item()
+        most, most_mean = self.allowed
+        used = max(worst / most, mean / most_mean)
+        if not worst <= most:
+            row = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
+            return Verdict(used, f"row {row} errs by {worst:.3g}, allowed {most:.3g}")
+        if not mean <= most_mean:
+            return Verdict(used, f"mean error {mean:.3g}, allowed {most_mean:.3g}")
+        return Verdict(used)
+
+    def check(self, actual: Tensor, label: str = "") -> float:
+        """The share of the budget that was used; with a label, `budget_report` knows it.
+
+        Raises:
+            AssertionError: the budget is not kept.
+        """
+        verdict = self.verdict(actual)
+        if label and actual.numel():
+            _used[label, self.problem.rule.name, str(self.dtype)].append(verdict.used)
+        if verdict.wrong:
+            raise AssertionError(f"{label}: {verdict.wrong}")
+        return verdict.used
 
     def check_statistics(self, actual: Statistics, label: str = "") -> None:
         """Statistics are the reference's up to delta (1 + |x|), where a similarity may be delta off.
