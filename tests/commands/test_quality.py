@@ -34,6 +34,7 @@ def test_the_table_is_what_the_file_holds(tmp_path: Path, capsys: pytest.Capture
         ({"seed": -1}, "seed=-1"),
         ({"suites": ("hue",)}, "'hue'"),
         ({"methods": ("magic",)}, "'magic'"),
+        ({"strength": 0.0}, "strength=0.0: must be > 0"),
         ({"methods": ("casteer",)}, "methods: 'casteer' needs directions"),
     ],
 )
@@ -53,3 +54,12 @@ def test_each_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(scores) == 2 and len(seen) == steps(("none", "vsf"), ("shape",), 3)
     assert seen[0] == "none on shape" and seen[-1] == "vsf on shape"
     assert BATCH > 2  # else the last batch was not smaller than the others
+
+
+def test_less_strength_removes_less() -> None:
+    from fastnegate.testbed import load
+
+    pipe = load()
+    (little,) = measure(pipe, ("protore",), ("implicit",), cases=4, strength=0.01)
+    (usual,) = measure(pipe, ("protore",), ("implicit",), cases=4)
+    assert little.gone == 0.0 < usual.gone

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     quality.add_argument("--cases", type=options.whole(1), default=64)
     quality.add_argument("--seed", type=options.seed, default=0)
+    quality.add_argument("--strength", type=options.strength, default=1.0, help="1: the method's own")
     quality.add_argument("--json", type=options.file, metavar="FILE", help="also write the scores")
     quality.set_defaults(run=_quality)
     return parser
@@ -102,7 +103,7 @@ def _quality(given: argparse.Namespace) -> int:
     _quiet_hub()
     from .quality import run
 
-    run(given.methods, given.suites, given.cases, given.seed, given.json)
+    run(given.methods, given.suites, given.cases, given.seed, given.strength, given.json)
     return 0
 
 

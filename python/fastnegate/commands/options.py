@@ -8,6 +8,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
+from ..operator.rule import check_number
+
 MOST_SEED = 2**32 - 1  # what numpy's and torch's generators both take
 
 
@@ -28,6 +30,16 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 seed = whole(0, MOST_SEED)
+
+
+def strength(text: str) -> float:
+    """A number above 0: 0 would be no negation."""
+    try:
+        value = float(text)
+        check_number("strength", value, above=0.0)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: must be a number above 0") from error
+    return value
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:

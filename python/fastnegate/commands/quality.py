@@ -13,13 +13,15 @@ from ..testbed.quality import Score, measure, steps
 from .progress import progress
 
 
-def run(methods: Sequence[str], suites: Sequence[str], cases: int, seed: int, file: Path | None) -> None:
+def run(
+    methods: Sequence[str], suites: Sequence[str], cases: int, seed: int, strength: float, file: Path | None
+) -> None:
     """Print a line per method and suite as it is found; write all of them to `file`."""
     scores = []
     with progress("step") as bar:
         bar.expect(steps(methods, suites, cases))
         bar.say(f"{'method':17}{'suite':10}{'cases':>6}{'concept gone':>14}{'rest kept':>11}{'right':>7}")
-        for score in measure(load(), methods, suites, cases, seed, bar.step):
+        for score in measure(load(), methods, suites, cases, seed, strength, bar.step):
             scores.append(asdict(score))
             bar.say(_line(score))
     if file is not None:

@@ -15,7 +15,7 @@ import torch
 from ..engine.concepts import ConceptBank
 from ..engine.policy import Policy
 from ..integrations.diffusers.install import install
-from ..operator.rule import Rule
+from ..operator.rule import Rule, check_number
 from .concepts import CONCEPTS, members, templates
 from .detector import LOOSE, STRICT, detect, kept, shows
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS
@@ -54,6 +54,7 @@ def measure(
     suites: Sequence[str] = SUITES,
     cases: int = 64,
     seed: int = 0,
+    strength: float = 1.0,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Score]:
     """Score methods on suites, case by case in batches in which every request has its own policy.
@@ -63,6 +64,7 @@ def measure(
         suites: some of `SUITES`.
         cases: of each suite, at least 1.
         seed: of the cases and of the noise, at least 0.
+        strength: relative, above 0; 1.0 is each method's own.
         on_step: called after each denoising step, of which there are `steps(...)`, with what is going on.
 
     Raises:
@@ -73,8 +75,9 @@ def measure(
     for method in methods:
         if method not in UNNEGATED and Rule.preset(method).tokens == "none":
             raise ValueError(f"methods: {method!r} needs directions, which the embedded model's bank lacks")
+    check_number("strength", strength, above=0.0)
     drawn = {name: suite(name, cases, seed) for name in suites}
-    return _measure(pipe, methods, drawn, seed, on_step)
+    return _measure(pipe, methods, drawn, seed, strength, on_step)
 
 
 def steps(methods: Sequence[str], suites: Sequence[str], cases: int) -> int:
@@ -87,6 +90,7 @@ def _measure(
     methods: Sequence[str],
     drawn: Mapping[str, list[Case]],
     seed: int,
+    strength: float,
     on_step: Callable[[str], None],
 ) -> Iterator[Score]:
     wanted = {case.concept for todo in drawn.values() for case in todo}
@@ -95,7 +99,9 @@ def _measure(
     for method, (name, todo) in product(methods, drawn.items()):
         batches = [(i, todo[i : i + BATCH]) for i in range(0, len(todo), BATCH)]
         said = partial(on_step, f"{method} on {name}")
-        images = np.concatenate([_draw(pipe, bank, method, batch, seed + i, said) for i, batch in batches])
+        images = np.concatenate(
+            [_draw(pipe, bank, method, batch, seed + i, strength, said) for i, batch in batches]
+        )
         verdicts = np.array([_judge(image, case, name) for image, case in zip(images, todo)])
         yield Score(method, name, len(todo), *verdicts.mean(0).tolist())
 
@@ -106,6 +112,7 @@ def _draw(
     method: str,
     cases: list[Case],
     seed: int,
+    strength: float,
     on_step: Callable[[], None],
 ) -> np.ndarray[Any, Any]:
     def on_step_end(_pipe: Any, _i: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def _draw(
     assert bank is not None
     engine = install(pipe, bank, max_batch=BATCH, rule=method)
     try:
-        with engine.batch([Policy({case.concept: 1.0}) for case in cases]):
+        with engine.batch([Policy({case.concept: strength}) for case in cases]):
             return np.asarray(pipe(**arguments).images)
     finally:
         engine.remove()
