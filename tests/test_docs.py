@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """README and docs: their code runs, their links exist, and they name what there is.
 
-The blocks of a page run in order, as one program. Pipelines come from `from_pretrained` as they would, but tiny,
-random and offline; there is no GPU to move them to.
+The blocks of a page run in order, as one program. Pipelines come from `from_pretrained` as they would, but
+tiny, random and offline; there is no GPU to move them to.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastnegate.operator import rule as words
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = 5
 NOT_RUN: dict[str, str] = {}  # page:line of a block -> why; three at most
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,11 +35,19 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a page downloads is tiny, what it writes is temporary."""
+    """What a page downloads is tiny, what it draws takes few steps, what it writes is temporary."""
     diffusers = pytest.importorskip("diffusers")
     from pipelines import build
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+    for kind in kinds:
+        module = sys.modules[getattr(diffusers, kind).__module__]
+        retrieve = module.retrieve_timesteps
+
+        def few(scheduler: Any, _steps: int, *args: Any, retrieve: Any = retrieve, **options: Any) -> Any:
+            return retrieve(scheduler, STEPS, *args, **options)
+
+        monkeypatch.setattr(module, "retrieve_timesteps", few)
 
     def from_pretrained(cls: type, name: str, **_options: Any) -> Any:
         assert "/" in name, f"{name} is no model of the hub"
