@@ -17,20 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastnegate.benchmarks.gpu import (
-    card,
-    carried,
-    child,
-    end_to_end,
-    gate,
-    gpu_tests,
-    host,
-    report,
-    step,
-    times,
-)
+from fastnegate.benchmarks.gpu import card, carried, child, report, step
 from fastnegate.benchmarks.gpu.card import CudaCard, Rehearsal
 from fastnegate.benchmarks.gpu.step import Setting
+from fastnegate.benchmarks.gpu.steps import end_to_end, gate, gpu_tests, host, times
 from fastnegate.benchmarks.operator import cases
 from fastnegate.benchmarks.operator.cases import CONCEPTS, METHODS, Layer, make, noise
 from fastnegate.benchmarks.pipeline import models
