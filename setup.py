@@ -174,6 +174,7 @@ setup(
         "fastnegate.triton_kernels",
         "fastnegate.benchmarks",
         "fastnegate.benchmarks.gpu",
+        "fastnegate.benchmarks.gpu.steps",
         "fastnegate.benchmarks.operator",
         "fastnegate.benchmarks.pipeline",
     ],

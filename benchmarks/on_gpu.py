@@ -45,7 +45,7 @@ class Step(NamedTuple):
     """A step of the run."""
 
     name: str
-    module: str  # of benchmarks.gpu, with `items(setting)`; none: a command of `Machine`
+    module: str  # of benchmarks.gpu.steps, with `items(setting)`; none: a command of `Machine`
     part: str = ""
     seconds: float = 0.0  # its share of the time, after which it is killed
     after: tuple[str, ...] = ()  # steps that must have ended, well or not

@@ -41,11 +41,11 @@ from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.backends import unavailable
 from fastnegate.operator.problem import Problem
 
-from ..testing.accuracy import Judge, fair, make_problem
+from ..testing import Judge, fair, make_problem, moved
 from .gpu.card import Call, Card, CudaCard
 from .gpu.step import first_line
-from .gpu.times import asked, inputs, problem_of
-from .operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, moved
+from .gpu.steps.times import asked, inputs, problem_of
+from .operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS
 from .operator.measure import interleave, ratio
 
 ROUNDS, WARM, FEWEST = (

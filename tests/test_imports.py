@@ -32,6 +32,7 @@ LAYERS = (
     ("integrations",),
     ("testing",),
     ("testbed",),
+    ("commands.doctor", "commands.options", "commands.progress"),  # what benchmarks share with commands
     ("benchmarks",),
     ("commands",),
     ("__main__",),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a run on a GPU: what is in report.json, and how it is read. Nothing here is measured.
 
-`python -m benchmarks.gpu.report` fills the README's table from the committed reports.
+`python -m benchmarks.gpu.report` fills the table of docs/performance.md from the committed reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ..tables import table
 VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"  # <card>/report.json
-PLACE = re.compile(r"(<!-- measured on GPUs -->\n).*?(<!-- end -->)", re.DOTALL)  # of the README's table
+PAGE = ROOT / "docs" / "performance.md"
+PLACE = re.compile(r"(<!-- measured on GPUs -->\n).*?(<!-- end -->)", re.DOTALL)  # of the table
 UNSHOWN = ("seconds", "report", "trace", "missing", "kernel", "failures", "commit")  # only in report.json
 Content = Mapping[str, Any]
 
@@ -257,10 +258,10 @@ def _left_out(found: Content) -> str:
     return "".join(f"\n\n{name} is left out: {why}" for name, why in found.get("left_out", {}).items())
 
 
-# ---- the README's table -----------------------------------------------------------------------
+# ---- the table of docs/performance.md ---------------------------------------------------------
 
 
-def readme_table(results: Path = RESULTS) -> str:
+def summary(results: Path = RESULTS) -> str:
     """A row for each layer with four concepts of 8 tokens that a committed report has a time of."""
     body = []
     for path in sorted(results.glob("*/report.json")):
@@ -283,11 +284,10 @@ def readme_table(results: Path = RESULTS) -> str:
     return table(head, body)
 
 
-def filled(readme: str, results: Path = RESULTS) -> str:
-    """The README with that table."""
-    return PLACE.sub(lambda place: f"{place[1]}{readme_table(results)}\n{place[2]}", readme)
+def filled(page: str, results: Path = RESULTS) -> str:
+    """The page with that table."""
+    return PLACE.sub(lambda place: f"{place[1]}{summary(results)}\n{place[2]}", page)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -53,7 +53,7 @@ class Setting:
 class Job(NamedTuple):
     """What the process is told."""
 
-    step: str  # a module of this package with `items(setting)`
+    step: str  # a module of benchmarks.gpu.steps with `items(setting)`
     part: str
     work: str
     carried: str | None
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card: Card = Rehearsal() if job.rehearse else CudaCard()
     carried = Path(job.carried) if job.carried else None
     setting = Setting(card, Path(job.work), carried, job.until, job.part, small=job.rehearse)
-    items = importlib.import_module(f"{__package__}.{job.step}").items
+    items = importlib.import_module(f"{__package__}.steps.{job.step}").items
     with open(job.results, "a") as results:
 
         def write(line: dict[str, Any]) -> None:

@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnegate import negated_attention, negated_attention_with_statistics
+from fastnegate.commands.options import file as writable
+from fastnegate.commands.options import whole
+from fastnegate.commands.progress import Progress, progress
 
 from .baselines import baselines, sdpa
 from .cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, make
@@ -32,15 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=["none", "1x8", "4x8"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["protore"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=whole(1, 1024), default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=whole(1), default=ROUNDS)
     parser.add_argument("--compile", action="store_true", help="also the baselines under torch.compile")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--own", action="store_true", help="the operator against itself, by layer and dtype")
     mode.add_argument("--sparse", action="store_true", help="gates that are open in one region of the image")
     mode.add_argument("--embedded", action="store_true", help="tensors of the embedded model as it draws")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="ratios to torch's attention as a picture")
+    parser.add_argument("--json", type=writable, metavar="FILE")
+    parser.add_argument(
+        "--plot", type=writable, metavar="FILE", help="ratios to torch's attention as a picture"
+    )
     options = parser.parse_args(arguments)
     _check(options)
     torch.set_num_threads(options.threads)
@@ -52,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"torch {torch.__version__}, copy {copy / 1e9:.1f} GB/s"
     )
     run = _own if options.own else _embedded if options.embedded else _layers
-    with torch.inference_mode():
-        rows = list(run(options, copy))
+    with torch.inference_mode(), progress("round") as bar:
+        rows = list(run(options, copy, bar))
     if options.json:
         options.json.write_text(json.dumps({"facts": machine, "rows": rows}, indent=2) + "\n")
     if options.plot:
@@ -65,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what cannot work before the run rather than after it."""
-    for name in ("threads", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: must be >= 1")
     if options.sparse:
         for method in options.methods:
             if METHODS[method].gate == "open":
@@ -78,9 +79,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--plot shows layers and concepts, not --own or --embedded")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("--plot needs matplotlib: pip install 'fastnegate[bench]'")
-    for file in (options.json, options.plot):
-        if file:
-            file.touch()
 
 
 # ---- what is measured -------------------------------------------------------------------------
@@ -91,37 +89,50 @@ def fused(case: Case) -> Callable[[], Tensor]:
 
 
 def timed(
-    calls: Mapping[str, Callable[[], object]], rounds: int
+    calls: Mapping[str, Callable[[], object]], rounds: int, bar: Progress
 ) -> tuple[dict[str, list[float]], tuple[float, float]]:
     """Interleaved times, and the FMA peaks just before and after."""
-    interleave(calls, WARM, warm=0)  # compiles, too
+    interleave(calls, WARM, warm=0, on_round=bar.step)  # compiles, too
     before = fma_peak()
-    times = interleave(calls, rounds, warm=1)
+    times = interleave(calls, rounds, warm=1, on_round=bar.step)
     return times, (before, fma_peak())
 
 
-def _layers(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+def _rounds(options: argparse.Namespace) -> int:
+    """That `timed` runs."""
+    return WARM + 1 + int(options.rounds)
+
+
+def _layers(options: argparse.Namespace, copy: float, bar: Progress) -> Iterator[dict[str, Any]]:
     """Each layer, dtype, method and set of concepts against the baselines."""
-    for layer, dtype, method, concepts in product(
-        options.layers, options.dtypes, options.methods, options.concepts
-    ):
-        if concepts == "none" and (options.sparse or method != options.methods[0]):
-            continue  # without concepts there are no gates, and all methods are the same
+    wanted = [
+        (layer, dtype, method, concepts)
+        for layer, dtype, method, concepts in product(
+            options.layers, options.dtypes, options.methods, options.concepts
+        )
+        # Without concepts there are no gates, and all methods are the same.
+        if concepts != "none" or (not options.sparse and method == options.methods[0])
+    ]
+    bar.expect(len(wanted) * _rounds(options))
+    for layer, dtype, method, concepts in wanted:
         case = make(LAYERS[layer], CONCEPTS[concepts], METHODS[method], DTYPES[dtype], sparse=options.sparse)
         calls = {"fused": fused(case), **baselines(case, with_compile=options.compile)}
-        found = row(case, *timed(calls, options.rounds), copy)
+        found = row(case, *timed(calls, options.rounds, bar), copy)
         found |= {"layer": layer, "dtype": dtype, "method": method, "concepts": concepts}
-        _print(found)
+        bar.say(_text(found))
         yield found
 
 
-def _embedded(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+def _embedded(options: argparse.Namespace, copy: float, bar: Progress) -> Iterator[dict[str, Any]]:
     from .embedded import captured
 
     for method, suite in product(options.methods, ("implicit", "benign")):
-        for case in captured(suite, METHODS[method]):
+        cases = [*captured(suite, METHODS[method])]
+        bar.expect(len(cases) * _rounds(options))
+        for case in cases:
             calls = {"fused": fused(case), "sdpa": sdpa(case)}
-            _print(found := row(case, *timed(calls, options.rounds), copy))
+            found = row(case, *timed(calls, options.rounds, bar), copy)
+            bar.say(_text(found))
             yield found
 
 
@@ -139,8 +150,9 @@ OWN = (
 )
 
 
-def _own(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
+def _own(options: argparse.Namespace, copy: float, bar: Progress) -> Iterator[dict[str, Any]]:
     """For each layer and dtype, ratios of the operator to itself, all of them from the same rounds."""
+    bar.expect(len(options.layers) * len(options.dtypes) * _rounds(options))
     for layer, dtype in product(options.layers, options.dtypes):
         calls, gates = {}, []
         for method, concepts, with_statistics in dict.fromkeys(key for pair in OWN for key in pair):
@@ -150,7 +162,7 @@ def _own(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
                 call = partial(negated_attention_with_statistics, *call.args)
             calls[method, concepts, with_statistics] = call
             gates.append(open_share(largest_gates(case)))
-        times, peaks = timed({_named(key): call for key, call in calls.items()}, options.rounds)
+        times, peaks = timed({_named(key): call for key, call in calls.items()}, options.rounds, bar)
         names = [(_named(a), _named(b)) for a, b in OWN]
         found = {
             "case": f"{layer} {dtype}",
@@ -160,13 +172,13 @@ def _own(options: argparse.Namespace, copy: float) -> Iterator[dict[str, Any]]:
             "own": {f"{a} / {b}": vars(ratio(times[a], times[b])) for a, b in names},
             "seconds": times,
         }
-        print(
+        bar.say(
             f"{found['case']}: open gates {100 * min(gates):.1f} %, FMA peak before and after "
             f"{peaks[0] / 1e9:.1f}, {peaks[1] / 1e9:.1f} GFLOP/s"
         )
         for (a, b), r in zip(names, found["own"].values()):
             ms = found["ms"]
-            print(f"    {a:26} / {b:14} {_interval(r)}   ({ms[a]:.2f} / {ms[b]:.2f} ms)", flush=True)
+            bar.say(f"    {a:26} / {b:14} {_interval(r)}   ({ms[a]:.2f} / {ms[b]:.2f} ms)")
         yield found
 
 
@@ -179,19 +191,17 @@ def _named(key: tuple[str, str, bool]) -> str:
 # ---- tables -----------------------------------------------------------------------------------
 
 
-def _print(found: dict[str, Any]) -> None:
+def _text(found: dict[str, Any]) -> str:
     gates = f"open gates {100 * found['open_gates']:.1f} %"
     gates += f", blocks without one {100 * found['skipped_blocks']:.1f} %" if found["skipped_blocks"] else ""
-    print(
+    lines = [
         f"{found['case']:58} {found['fused_ms']:8.2f} ms {found['fused_gflops']:6.1f} GFLOP/s "
         f"({100 * found['share_of_peak']:.0f} % of peak) {found['fused_gbytes']:5.1f} GB/s "
         f"({100 * found['share_of_copy']:.0f} % of copy)  {gates}"
-    )
+    ]
     for name, r in found["fused_over"].items():
-        print(
-            f"    fused / {name:28} {_interval(r)}   ({found['baseline_ms'][name]:.2f} ms)",
-            flush=True,
-        )
+        lines.append(f"    fused / {name:28} {_interval(r)}   ({found['baseline_ms'][name]:.2f} ms)")
+    return "\n".join(lines)
 
 
 def _interval(r: dict[str, float]) -> str:

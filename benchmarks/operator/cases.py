@@ -8,10 +8,9 @@ Tensors lie in memory as the models make them: [B, N, H, D], viewed as [B, H, N,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,28 +157,6 @@ def noise(seed: int, *shape: int, device: str = "cpu") -> Tensor:
         sums += (word & 0xFFFF) + (word >> 16)
     middle, deviation = 2 * 0xFFFF, (4 * (2**32 - 1) / 12) ** 0.5
     return ((sums - middle).float() * (1 / deviation)).reshape(shape)
-
-
-def moved(holder: Any, device: str) -> Any:
-    """A case or a problem with every tensor in it, those of its concepts too, on a device; each lies in
-    memory as it did."""
-    changes = {}
-    for field in fields(holder):
-        item = getattr(holder, field.name)
-        if isinstance(item, Tensor):
-            changes[field.name] = _moved(item, device)
-        elif isinstance(item, ConceptTokens):
-            changes[field.name] = moved(item, device)
-    return replace(holder, **changes)
-
-
-def _moved(tensor: Tensor, device: str) -> Tensor:
-    """`to(device)` makes a tensor dense. Here all of its memory is copied, what lies in gaps as well, so that
-    strides, where it begins and so what its rows are aligned to stay."""
-    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    copied = memory.to(device, copy=True).untyped_storage()
-    there = torch.empty(0, dtype=tensor.dtype, device=device)
-    return there.set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @lru_cache(maxsize=1)

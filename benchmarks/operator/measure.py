@@ -61,12 +61,17 @@ class Rounds:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warm: int = WARM, clock: Clock = wall
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm: int = WARM,
+    clock: Clock = wall,
+    on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each of `rounds` rounds, after some that do not count."""
     timed = Rounds(calls, clock)
     for _ in range(warm + rounds):
         timed.run()
+        on_round()
     return {name: times[warm:] for name, times in timed.times.items()}
 
 

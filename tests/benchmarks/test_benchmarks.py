@@ -292,8 +292,6 @@ def test_embedded_rows() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--rounds", "0"], "--rounds 0: must be >= 1"),
-        (["--threads", "0"], "--threads 0: must be >= 1"),
         (["--sparse", "--methods", "nag"], "method nag has no gate"),
         (["--sparse", "--concepts", "none"], "needs concepts"),
         (["--own", "--plot", "x.png"], "--plot shows layers"),

@@ -131,7 +131,7 @@ def test_the_plan_is_in_order() -> None:
     for number, planned in enumerate(PLAN):
         assert {*planned.after} <= {*names[:number]}
         if planned.module:
-            assert importlib.import_module(f"fastnegate.benchmarks.gpu.{planned.module}").items
+            assert importlib.import_module(f"fastnegate.benchmarks.gpu.steps.{planned.module}").items
 
 
 def test_building_and_compiling_run_side_by_side(tmp_path: Path) -> None:

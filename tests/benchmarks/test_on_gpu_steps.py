@@ -17,20 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastnegate.benchmarks.gpu import (
-    card,
-    carried,
-    child,
-    end_to_end,
-    gate,
-    gpu_tests,
-    host,
-    report,
-    step,
-    times,
-)
+from fastnegate.benchmarks.gpu import card, carried, child, report, step
 from fastnegate.benchmarks.gpu.card import CudaCard, Rehearsal
 from fastnegate.benchmarks.gpu.step import Setting
+from fastnegate.benchmarks.gpu.steps import end_to_end, gate, gpu_tests, host, times
 from fastnegate.benchmarks.operator import cases
 from fastnegate.benchmarks.operator.cases import CONCEPTS, METHODS, Layer, make, noise
 from fastnegate.benchmarks.pipeline import models
@@ -40,13 +30,12 @@ from torch import Tensor
 import fastnegate as fn
 from fastnegate.operator.backends import cpu
 from fastnegate.operator.problem import Problem
-from fastnegate.testing.accuracy import Judge
+from fastnegate.testing import Judge
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(cpu.unavailable() is not None, reason=f"{cpu.unavailable()}"),
 ]
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def setting(part: str = "cuda") -> Setting:
@@ -589,24 +578,25 @@ def test_report() -> None:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 
 
-def test_the_table_of_the_readme_is_that_of_the_reports(tmp_path: Path) -> None:
-    text = README.read_text()
-    assert report.filled(text, README.parent / "benchmarks" / "results") == text, "benchmarks.gpu.report"
+def test_the_table_of_the_page_is_that_of_the_reports(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "performance.md").read_text()
+    assert report.filled(text, root / "benchmarks" / "results") == text, "benchmarks.gpu.report"
     assert len(report.PLACE.findall(text)) == 1
     folder = tmp_path / "h100"
     folder.mkdir()
-    empty = report.readme_table(tmp_path)
+    empty = report.summary(tmp_path)
     none = {**measured(0.7), "us": {"cuda": {"median": 16.0}}}
     found = content(times={"status": "done", "items": {"sdxl-64 4x8": measured(0.8), "sdxl-64 none": none}})
     (folder / "report.json").write_text(json.dumps(found))
-    row = report.readme_table(tmp_path).splitlines()[-1]
+    row = report.summary(tmp_path).splitlines()[-1]
     assert len(empty.splitlines()) == 2
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "NVIDIA H100", "sdxl-64", "cuda", "20.0", "1.25", "0.80 [0.70, 0.90]",
     ]  # fmt: skip
     (folder / "report.json").write_text(json.dumps({**found, "rehearsal": True}))
     with pytest.raises(ValueError, match="is a rehearsal"):
-        report.readme_table(tmp_path)
+        report.summary(tmp_path)
 
 
 def test_timed_layers_exist() -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fastnegate.benchmarks.gpu import tools
+from fastnegate.benchmarks.gpu.steps import tools
 
 BANNER = "========= COMPUTE-SANITIZER\n"
 CLEAN = f"{BANNER}nag 77: ok: 420 rows\n========= ERROR SUMMARY: 0 errors\n"

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,8 +70,16 @@ def lines_of(capsys: pytest.CaptureFixture[str], status: int) -> list[str]:
 @needs_cpu
 def test_ok_says_what_was_compared(capsys: pytest.CaptureFixture[str]) -> None:
     lines = lines_of(capsys, 0)
-    assert f"cpu: ok: {len(PRESETS)} presets in bfloat16, float16, float32 against the reference" in lines
+    (line,) = (line for line in lines if line.startswith("cpu: "))
+    found = re.fullmatch(r"cpu: ok: (.*); at most (\d+) % of the budget was used", line)
+    assert found[1] == f"{len(PRESETS)} presets in bfloat16, float16, float32" and 0 < int(found[2]) <= 100
     assert "triton: not available: left out" in lines
+    (compared,) = (line for line in lines if line.startswith("compared: "))
+    for said in ("37 queries, 77 keys", "head_dim 40, concepts of 8 and 8 tokens", "concepts of 77 tokens"):
+        assert said in compared
+    assert (
+        "ok: each output is within the accuracy budget of the float64 reference (docs/semantics.md)" in lines
+    )
 
 
 def test_every_size_of_the_check_reaches_the_backend(
@@ -123,8 +134,8 @@ def test_one_preset_that_is_wrong_in_float16(stand_in: Callable, capsys: pytest.
 
     stand_in(run)
     lines = lines_of(capsys, 1)
-    (wrong,) = (line for line in lines if "off by" in line)
-    assert wrong.startswith("ong in float16, head_dim 64, concepts of 77 tokens: off by ")
+    (wrong,) = (line for line in lines if "errs by" in line)
+    assert wrong.startswith("ong in float16, head_dim 64, concepts of 77 tokens: row ")
     (head,) = (line for line in lines if line.startswith("triton: WRONG"))
     assert head.startswith("triton: WRONG in ong in float16; right in ")
     assert f"{len(PRESETS)} presets in bfloat16, float32" in head and "7 presets in float16" in head
@@ -134,7 +145,25 @@ def test_an_output_that_is_not_finite_is_wrong(
     stand_in: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(lambda problem: reference.run(problem) * torch.nan)
-    assert any("off by inf" in line for line in lines_of(capsys, 1))
+    assert any("errs by inf" in line for line in lines_of(capsys, 1))
+
+
+def test_optimized_python_checks_as_much() -> None:
+    """Which leaves assertions out."""
+    code = (
+        "from fastnegate.testing import Judge, make_problem; judge = Judge(make_problem());"
+        "assert False; print(judge.verdict(judge.truth.float() * 1.01).wrong);"
+        "judge.check(judge.truth.float() * 1.01)"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert "errs by" in done.stdout and "AssertionError" in done.stderr
+
+
+def test_an_output_of_another_dtype_or_shape_is_wrong(
+    stand_in: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(lambda problem: reference.run(problem)[..., :-1])
+    assert any("not of the problem's dtype and shape" in line for line in lines_of(capsys, 1))
 
 
 @needs_cpu
@@ -144,12 +173,60 @@ def test_refusals_are_not_called_right(
     cpu = load("cpu")
     monkeypatch.setattr(cpu, "supports", lambda p: "not today" if p.query.dtype == torch.float32 else None)
     lines = lines_of(capsys, 0)
-    assert f"cpu: ok: {len(PRESETS)} presets in bfloat16, float16 against the reference" in lines
+    assert any(line.startswith(f"cpu: ok: {len(PRESETS)} presets in bfloat16, float16; at") for line in lines)
     assert f"refused: {len(PRESETS)} presets in float32: not today" in lines
     monkeypatch.setattr(cpu, "supports", lambda problem: "not today")
     lines = lines_of(capsys, 0)
     assert "cpu: not checked" in lines
     assert f"refused: {len(PRESETS)} presets in bfloat16, float16, float32: not today" in lines
+
+
+# ---- the environment --------------------------------------------------------------------------
+
+BAD_VARIABLES = {
+    "FASTNEGATE_CPU_ISA": ("nonsense", "BAD: usable here are "),
+    "FASTNEGATE_TRITON_TILES": ("/none/tiles.json", "BAD: must be a file that can be read: No such file"),
+    "OMP_NUM_THREADS": ("two", "BAD: must be whole numbers >= 1, separated by commas"),
+    "TRITON_INTERPRET": ("perhaps", "BAD: must be 1 or 0"),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize(("variable", "value", "said"), [(v, *x) for v, x in BAD_VARIABLES.items()])
+def test_a_bad_variable_is_said_and_the_report_goes_on(variable: str, value: str, said: str) -> None:
+    """In a process of its own: some are read once, when a library is loaded."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", variable: value}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnegate", "doctor"], env=environment, capture_output=True, text=True
+    )
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len([line for line in lines if line.startswith(f"{variable}={value!r}: {said}")]) == 1
+    assert "Traceback" not in done.stderr and lines[-1].startswith("triton: ")
+    (cpu,) = (line for line in lines if line.startswith("cpu: "))
+    expected = f"cpu: not checked: {variable}=" if variable == "FASTNEGATE_CPU_ISA" else "cpu: ok: "
+    assert cpu.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("OMP_NUM_THREADS", "1", "as asked"),
+        ("OMP_NUM_THREADS", "64,2", "torch has another number"),
+        (
+            "TRITON_INTERPRET",
+            "1",
+            "Triton's kernels are interpreted on the CPU, slowly, and no GPU runs them",
+        ),
+        ("TRITON_INTERPRET", "off", "off"),
+    ],
+)
+def test_a_good_variable(
+    variable: str, value: str, said: str, quick: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    assert f"{variable}={value!r}: {said}" in lines_of(capsys, 0)
 
 
 # ---- the driver -------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`audit`: what is recorded, where, and when `verify` refuses; and the commands built on it."""
+"""`audit`: what is recorded, where, and when `verify` refuses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import fastnegate as fn
 from fastnegate import testbed
-from fastnegate.commands import cli, demo
 from fastnegate.testbed import quality
 
 PROMPT = "a red circle and a blue square"
@@ -81,8 +79,6 @@ def test_the_heat_is_where_the_concept_is(pipe: Any, bank: fn.ConceptBank) -> No
     heat = record.heatmap("red").array(32, 32)
     assert heat.shape == (32, 32) and 0 <= heat.min() and heat.max() <= 1
     assert heat[:, :16].mean() > 1.5 * heat[:, 16:].mean()  # the red circle is on the left
-    picture = record.heatmap("red").overlay(Image.new("RGB", (48, 32), "white"))
-    assert picture.size == (48, 32)
     for concept, image in (("blue", 0), ("red", 1), ("red", -1)):
         with pytest.raises(ValueError, match="nothing was recorded"):
             record.heatmap(concept, image)
@@ -110,56 +106,3 @@ def test_verify_refuses_what_never_acted(pipe: Any, bank: fn.ConceptBank) -> Non
 def test_audit_needs_an_engine(pipe: Any) -> None:
     with pytest.raises(ValueError, match="no engine"), fn.audit(pipe):
         pass
-
-
-# The commands.
-
-
-def test_demo_removes_the_concept_and_writes_what_it_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["demo", "--method", "protore", "--pictures", "2", "--out", str(tmp_path), "--json"]
-    assert cli.main(arguments) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result == json.loads((tmp_path / "demo.json").read_text())
-    none, negative, protore = result["columns"]
-    assert (none["method"], negative["method"], protore["method"]) == (
-        "no negation",
-        "negative prompt",
-        "protore",
-    )
-    assert none["present"] == [True, True] and protore["present"] == [False, False]
-    assert none["kept"] == protore["kept"] == [True, True]
-    assert [x["image"] for x in protore["audit"]] == [0, 1]
-    assert all(x["gate_max"] > 0 and x["removed_energy"] > 0 for x in protore["audit"])
-    for name in ("grid.png", "heat.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["demo", "--prompt", "a cat"], "cat"),
-        (["demo", "--negate", "cat"], "cat"),
-        (["demo", "--pictures", "0"], "pictures=0"),
-        (["demo", "--pictures", "65"], "pictures=65"),
-        (["quality", "--methods", "magic"], "magic"),
-        (["bench", "--rounds", "0"], "--rounds 0"),
-    ],
-)
-def test_bad_options_end_before_any_work(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if arguments[0] == "demo":
-        arguments = [*arguments, "--out", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err and captured.out == ""
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_table_shows_the_verdicts() -> None:
-    column = {"method": "protore", "step_ms": 2.0, "present": [False, True], "kept": [True, True]}
-    text = demo.table({"prompt": "p", "concept": "c", "pictures": 2, "steps": 20, "columns": [column]})
-    assert "1 of 2" in text and "2 of 2" in text

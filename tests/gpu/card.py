@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastnegate.benchmarks.operator.cases import moved
 from support import DTYPES, RULES
 from torch import Tensor
 
 import fastnegate as fn
 from fastnegate.operator.problem import Problem, Statistics
 from fastnegate.operator.rule import Rule
+from fastnegate.testing import moved
 
 _asked = os.environ.get("FASTNEGATE_GPU_TESTS", "")
 if _asked not in ("", "rehearse"):
@@ -52,8 +52,7 @@ def unavailable(backend: str | None) -> str | None:
 
 def on_card(problem: Problem) -> Problem:
     """The problem in the GPU's memory, laid out as it was."""
-    there: Problem = moved(problem, DEVICE)
-    return there
+    return moved(problem, DEVICE)
 
 
 def call(p: Problem, backend: str) -> Tensor:

@@ -25,12 +25,12 @@ from card import (
     same,
     synchronize,
 )
-from fastnegate.benchmarks.operator.cases import moved
 from support import Judge, make_problem
 from torch import Tensor
 
 import fastnegate as fn
 from fastnegate.operator.problem import Problem
+from fastnegate.testing import moved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # One launch, two and three.

@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("triton")
 from compiler import Compiled
-from fastnegate.benchmarks.gpu import carried, compile
+from fastnegate.benchmarks.gpu import carried
 from fastnegate.benchmarks.gpu.card import Rehearsal
 from fastnegate.benchmarks.gpu.step import Setting
-from fastnegate.benchmarks.gpu.times import TIMED
+from fastnegate.benchmarks.gpu.steps import compile
+from fastnegate.benchmarks.gpu.steps.times import TIMED
 
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem

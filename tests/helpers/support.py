@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of the operator share: rules and backends; problems and the one judge of accuracy are
-those of the benchmarks."""
+those of `fastnegate.testing`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastnegate as fn
 from fastnegate.operator.backends import cpu
 from fastnegate.operator.problem import Problem, Statistics
 from fastnegate.operator.rule import Rule
-from fastnegate.testing.accuracy import (  # noqa: F401
+from fastnegate.testing import (  # noqa: F401
     LAYOUTS,
     MASKS,
     ROWS,

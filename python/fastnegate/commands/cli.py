@@ -8,15 +8,20 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
-from ..operator.rule import Rule, presets
+from ..operator.rule import presets
+from ..testbed import CONCEPTS, SUITES, objects_in
+from . import options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand; returns the exit status.
+
+    Raises:
+        SystemExit: what argparse refuses (status 2), `--help`, `--version`.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = arguments[0] if arguments else ""
     try:
@@ -24,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ..benchmarks.operator.__main__ import main as bench
 
             return int(bench(arguments[1:]))
-        options = _parser().parse_args(arguments)
-        return int(options.run(options))
+        given = _parser().parse_args(arguments)
+        return int(given.run(given))
     except ModuleNotFoundError as error:
         print(f"fastnegate {command}: {error}; pip install 'fastnegate[diffusers]'", file=sys.stderr)
     except (ValueError, RuntimeError, OSError) as error:
@@ -37,16 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastnegate", description="Cross-attention with concept negation.")
     parser.add_argument("--version", action="version", version=f"fastnegate {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    # A bank has tokens, not directions.
+    methods = [name for name, rule in presets().items() if rule.tokens != "none"]
 
     demo = commands.add_parser("demo", help="negate a concept on the embedded model and show the pictures")
-    demo.add_argument("--prompt", default="a tomato and a blue square")
-    demo.add_argument("--negate", default="red", metavar="CONCEPT")
-    methods = [name for name, rule in presets().items() if rule.tokens != "none"]
+    demo.add_argument("--prompt", type=options.checked(objects_in), default="a tomato and a blue square")
+    demo.add_argument("--negate", choices=CONCEPTS, default="red", metavar="CONCEPT")
     demo.add_argument("--method", choices=methods, help="show this method alone (default: four methods)")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--pictures", type=int, default=4, help="how many seeds")
-    demo.add_argument("--steps", type=int, default=20)
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
+    demo.add_argument("--seed", type=options.seed, default=0)
+    demo.add_argument("--pictures", type=options.whole(1, 64), default=4, help="how many seeds")
+    demo.add_argument("--steps", type=options.whole(1, 1000), default=20)
+    demo.add_argument("--out", type=options.folder, default=Path("demo"), metavar="DIR")
     demo.add_argument("--json", action="store_true", help="print JSON instead of the table")
     demo.set_defaults(run=_demo)
 
@@ -56,68 +62,48 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     quality = commands.add_parser("quality", help="score methods on the embedded model")
-    quality.add_argument("--methods", nargs="+", default=["none", "negative prompt", "protore"])
-    quality.add_argument("--suites", nargs="+", help="default: all")
-    quality.add_argument("--cases", type=int, default=64)
-    quality.add_argument("--seed", type=int, default=0)
-    quality.add_argument("--json", type=Path, metavar="FILE", help="also write the scores")
+    default = ["none", "negative prompt", "protore"]
+    quality.add_argument("--methods", nargs="+", choices=[*default[:2], *methods], default=default)
+    quality.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
+    quality.add_argument("--cases", type=options.whole(1), default=64)
+    quality.add_argument("--seed", type=options.seed, default=0)
+    quality.add_argument("--strength", type=options.strength, default=1.0, help="1: the method's own")
+    quality.add_argument("--json", type=options.file, metavar="FILE", help="also write the scores")
     quality.set_defaults(run=_quality)
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(given: argparse.Namespace) -> int:
     _quiet_hub()
     from . import demo
 
-    methods = demo.METHODS if options.method is None else (options.method,)
+    methods = demo.METHODS if given.method is None else (given.method,)
     result = demo.run(
-        options.prompt,
-        options.negate,
+        given.prompt,
+        given.negate,
         methods,
-        seed=options.seed,
-        pictures=options.pictures,
-        steps=options.steps,
-        out=options.out,
+        seed=given.seed,
+        pictures=given.pictures,
+        steps=given.steps,
+        out=given.out,
     )
-    print(json.dumps(result, indent=2) if options.json else demo.table(result))
+    print(json.dumps(result, indent=2) if given.json else demo.table(result))
     for name in ("grid.png", "heat.png", "demo.json"):
-        print(f"wrote {options.out / name}", file=sys.stderr)
+        print(f"wrote {given.out / name}", file=sys.stderr)
     return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(given: argparse.Namespace) -> int:
     from .doctor import run
 
     return run()
 
 
-def _quality(options: argparse.Namespace) -> int:
+def _quality(given: argparse.Namespace) -> int:
     _quiet_hub()
-    from ..testbed import SUITES, load
-    from ..testbed.quality import measure
+    from .quality import run
 
-    for method in options.methods:
-        if method not in ("none", "negative prompt"):
-            Rule.preset(method)
-    if options.json:
-        options.json.touch()  # fails now rather than after the run
-    scores = []
-    print(f"{'method':17}{'suite':10}{'cases':>6}{'concept gone':>14}{'rest kept':>11}{'right':>7}")
-    for score in measure(
-        load(),
-        tuple(options.methods),
-        tuple(options.suites or SUITES),
-        options.cases,
-        options.seed,
-    ):
-        scores.append(asdict(score))
-        shares = [f"{100 * x:.0f} %" for x in (score.gone, score.kept, score.right)]
-        print(
-            f"{score.method:17}{score.suite:10}{score.cases:6}{shares[0]:>14}{shares[1]:>11}{shares[2]:>7}",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps(scores, indent=2) + "\n")
+    run(given.methods, given.suites, given.cases, given.seed, given.strength, given.json)
     return 0
 
 

@@ -6,28 +6,26 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image
 
 from ..engine.audit import Audit, audit
-from ..integrations.diffusers.install import MOST_IMAGES, negate
+from ..integrations.diffusers.install import negate
 from ..operator.attention import backends
 from ..operator.backends import AUTO
-from ..operator.rule import Rule
-from ..testbed.concepts import members
 from ..testbed.detector import LOOSE, STRICT, detect, kept, objects_in, shows
 from ..testbed.model import DEFAULT_GUIDANCE, load
 from ..testbed.quality import bank_of
+from .progress import progress
+from .sheet import Cell, Mark, picture, sheet
 
 METHODS = ("nag", "vsf", "eiup", "protore")
-_CELL, _TEXT = 160, 34  # pixels of a picture in the grid, and of a line of text
 
 
 @dataclass
@@ -58,48 +56,50 @@ def run(
     Writes `grid.png` (a column per method, a row per seed), `heat.png` (the pictures of the last
     method with where it suppressed the concept laid over them) and `demo.json`.
 
+    Args:
+        prompt, concept: of the embedded model's words.
+        methods: presets that read a bank's tokens.
+        seed: of the first picture; the others follow.
+        out: the folder, which is made if need be.
+
     Raises:
-        ValueError: an unknown word, concept or method, or numbers that are not positive.
+        ValueError: an unknown word, concept or method.
         AuditError: negation was asked for and did not run.
     """
-    for method in methods:
-        Rule.preset(method)
-    for name, number in (("pictures", pictures), ("steps", steps)):
-        if number < 1:
-            raise ValueError(f"{name}={number}: must be >= 1")
-    if pictures > MOST_IMAGES:
-        raise ValueError(f"pictures={pictures}: must be <= {MOST_IMAGES}")
     objects = objects_in(prompt)
-    members(concept)
-    out.mkdir(parents=True, exist_ok=True)
     pipe = load()
     bank = bank_of(pipe, (concept,))
     columns = []
     heat = None
     names = ["no negation", "negative prompt", *methods]
-    with tqdm(total=len(names) * steps, unit="step") as bar:
-        for name in names:
-            bar.set_description(f"{name:>15}")
+    with progress("step") as bar:
+        bar.expect((len(names) + len(methods)) * steps)
+
+        def drawn(name: str) -> tuple[list[Any], float]:
             arguments: dict[str, Any] = {"prompt": [prompt] * pictures, "num_inference_steps": steps}
             if name == "negative prompt":
                 arguments["negative_prompt"] = [concept] * pictures
+            return _draw(pipe, arguments, seed, lambda: bar.step(name))
+
+        for name in names:
             if name not in methods:
-                columns.append(_column(name, *_draw(pipe, arguments, seed, bar), concept, objects))
+                columns.append(_column(name, *drawn(name), concept, objects))
                 continue
             with negate(pipe, bank, name):
-                drawn = _draw(pipe, arguments, seed, bar)
+                images, step_ms = drawn(name)
                 with audit(pipe) as record:  # once more, watched: the timed pictures are not
-                    watched, _ = _draw(pipe, arguments, seed, None)
+                    watched, _ = drawn(name)
             record.verify()
-            if not all(np.array_equal(a, b) for a, b in zip(drawn[0], watched)):
+            if not all(np.array_equal(a, b) for a, b in zip(images, watched)):
                 raise RuntimeError(f"method {name}: statistics changed the pictures")
-            columns.append(_column(name, *drawn, concept, objects))
+            columns.append(_column(name, images, step_ms, concept, objects))
             columns[-1].audit = record.report()
             heat = _heat(columns[0], columns[-1], record, concept)
+    result = _summary(columns, prompt, concept, seed, steps)
+    out.mkdir(parents=True, exist_ok=True)
     _grid(columns, prompt, concept, seed).save(out / "grid.png")
     if heat is not None:
         heat.save(out / "heat.png")
-    result = _summary(columns, prompt, concept, seed, steps)
     (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -121,14 +121,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _draw(pipe: Any, arguments: dict[str, Any], seed: int, bar: Any) -> tuple[list[Any], float]:
+def _draw(
+    pipe: Any, arguments: dict[str, Any], seed: int, on_step: Callable[[], None]
+) -> tuple[list[Any], float]:
     """Pictures [32, 32, 3] in [0, 1] and the median milliseconds of a step."""
     ends = [time.perf_counter()]
 
     def on_step_end(_pipe: Any, _i: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
         ends.append(time.perf_counter())
-        if bar is not None:
-            bar.update()
+        on_step()
         return values
 
     count = len(arguments["prompt"])
@@ -172,59 +173,27 @@ def _summary(columns: list[Column], prompt: str, concept: str, seed: int, steps:
 # ---- pictures ---------------------------------------------------------------------------------
 
 
-def _picture(array: Any) -> Image.Image:
-    pixels = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.NEAREST)
-
-
 def _grid(columns: list[Column], prompt: str, concept: str, seed: int) -> Image.Image:
-    rows = [[_picture(c.images[i]) for c in columns] for i in range(len(columns[0].images))]
-    marks = [
-        [(f"{concept}: {'yes' if c.present[i] else 'no'}", not c.present[i]) for c in columns]
-        for i in range(len(rows))
-    ]
-    return _sheet(
+    """Under each picture both verdicts: is the concept gone, and is the rest still there."""
+
+    def cell(column: Column, i: int) -> Cell:
+        gone = Mark(f"{concept} stayed" if column.present[i] else f"{concept} gone", not column.present[i])
+        rest = Mark("rest kept" if column.kept[i] else "rest lost", column.kept[i])
+        return Cell(picture(column.images[i]), (gone, rest))
+
+    count = len(columns[0].images)
+    return sheet(
         f"prompt: {prompt}     negated: {concept}",
-        [c.method for c in columns],
-        [f"seed {seed + i}" for i in range(len(rows))],
-        rows,
-        marks,
+        [column.method for column in columns],
+        [f"seed {seed + i}" for i in range(count)],
+        [[cell(column, i) for column in columns] for i in range(count)],
     )
 
 
 def _heat(plain: Column, negated: Column, record: Audit, concept: str) -> Image.Image:
     rows = []
     for i, (before, after) in enumerate(zip(plain.images, negated.images)):
-        overlay = record.heatmap(concept, i).overlay(_picture(before))
-        rows.append([_picture(before), overlay, _picture(after)])
-    names = ["no negation", f"{negated.method}: gate of {concept}", negated.method]
-    return _sheet(f"where {concept} was suppressed", names, [""] * len(rows), rows, None)
-
-
-def _sheet(
-    title: str,
-    columns: list[str],
-    rows: list[str],
-    pictures: list[list[Image.Image]],
-    marks: list[list[tuple[str, bool]]] | None,
-) -> Image.Image:
-    """Pictures in a table with a title, column and row names, and a coloured mark under each."""
-    font = ImageFont.load_default(size=15)
-    gap, left = 10, 70 if any(rows) else 10
-    line = _CELL + gap + (24 if marks else 0)
-    sheet = Image.new("RGB", (left + len(columns) * (_CELL + gap), 2 * _TEXT + len(rows) * line), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 8), title, "black", font)
-    for c, name in enumerate(columns):
-        pen.text((left + c * (_CELL + gap), _TEXT + 6), name, "black", font)
-    for r, name in enumerate(rows):
-        top = 2 * _TEXT + r * line
-        pen.text((gap, top + _CELL // 2 - 8), name, "black", font)
-        for c, picture in enumerate(pictures[r]):
-            x = left + c * (_CELL + gap)
-            sheet.paste(picture, (x, top))
-            pen.rectangle((x, top, x + _CELL - 1, top + _CELL - 1), outline=(190, 190, 190))
-            if marks:
-                text, good = marks[r][c]
-                pen.text((x, top + _CELL + 2), text, (0, 120, 0) if good else (190, 0, 0), font)
-    return sheet
+        overlay = record.heatmap(concept, i).overlay(picture(before))
+        rows.append([Cell(picture(before)), Cell(picture(after)), Cell(overlay)])
+    names = ["no negation", negated.method, f"gate of {concept}"]
+    return sheet(f"where {concept} was suppressed", names, [""] * len(rows), rows)

@@ -15,20 +15,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
 from .engine import Engine
 from .errors import AuditError
+from .heat import HeatMap
 from .session.call import Record
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 _Image = tuple[int, int]
 
@@ -45,36 +41,6 @@ class _Totals:
     similarity_max: float = -math.inf
     heat: dict[int, Tensor] = field(default_factory=dict)  # queries N -> sum of heat [N]
     heats: dict[int, int] = field(default_factory=dict)  # and how many were added
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """Where a concept was suppressed: gates averaged over layers and steps, per resolution of the layers."""
-
-    levels: dict[int, Tensor]  # N -> [N]
-
-    def array(self, height: int, width: int) -> Tensor:
-        """float32 [height, width] in [0, 1], the mean of all resolutions."""
-        maps = []
-        for queries, heat in self.levels.items():
-            # The grid with this many cells whose shape is closest to the picture's.
-            divisors = [r for r in range(1, queries + 1) if queries % r == 0]
-            ideal = math.sqrt(queries * height / width)
-            rows = min(divisors, key=lambda r: abs(math.log(r / ideal)))
-            grid = heat.reshape(1, 1, rows, queries // rows)
-            maps.append(F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)[0, 0])
-        return torch.stack(maps).mean(0).clamp(0, 1)
-
-    def overlay(self, image: Image) -> Image:
-        """The image in gray with the map laid over it in red and yellow, scaled to its maximum."""
-        from PIL import Image as images
-
-        heat = self.array(image.height, image.width)
-        heat = heat / heat.max().clamp(min=1e-6)
-        colour = torch.stack([torch.ones_like(heat), (2 * heat - 1).clamp(min=0), 0 * heat], -1) * 255
-        hot = images.fromarray(colour.byte().numpy())
-        strength = images.fromarray((0.8 * heat * 255).byte().numpy())
-        return images.composite(hot, image.convert("L").convert("RGB"), strength)
 
 
 class Audit:

@@ -225,7 +225,7 @@ def check_number(
 
 FAMILIES = ("sd15", "sd2", "sdxl", "pixart", "sana", "sd35", "flux", "wan")
 
-# Sources: reference text in README, "Methods". `protore` and `ong` are reconstructions: the equations
+# Sources: docs/semantics.md, section 5. `protore` and `ong` are reconstructions: the equations
 # of those papers are not public.
 _PRESETS = {
     # Dong et al., NeurIPS 2023: prototype -> retrieve negative features -> refine.

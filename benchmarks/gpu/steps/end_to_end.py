@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fastnegate.operator.backends import unavailable
 
-from ..operator.baselines import negated
-from ..operator.cases import CONCEPTS, DENSE, METHODS, Case
-from ..operator.measure import interleave, ratio, wall
-from ..pipeline.models import MODELS, Model, negating, pipeline, random_unet, small, step, twin
-from .card import Call, CaptureError, Card
-from .step import Item, Setting, first_line
+from ...operator.baselines import negated
+from ...operator.cases import CONCEPTS, DENSE, METHODS, Case
+from ...operator.measure import interleave, ratio, wall
+from ...pipeline.models import MODELS, Model, negating, pipeline, random_unet, small, step, twin
+from ..card import Call, CaptureError, Card
+from ..step import Item, Setting, first_line
 from .times import as_dict
 
 NEGATED, RULE = CONCEPTS["4x8"], METHODS["protore"]

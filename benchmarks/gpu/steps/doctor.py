@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .child import run
-from .step import Item, Setting
+from ..child import run
+from ..step import Item, Setting
 
 
 def items(setting: Setting) -> Iterator[Item]:

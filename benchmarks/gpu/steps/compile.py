@@ -19,11 +19,12 @@ from fastnegate.commands import doctor
 from fastnegate.operator.backends import load
 from fastnegate.operator.problem import Problem
 
-from ..operator.cases import CONCEPTS, LAYERS, METHODS, Layer, make, moved
+from ....testing import moved
+from ...operator.cases import CONCEPTS, LAYERS, METHODS, Layer, make
+from ..card import Card, CudaCard
+from ..carried import load as carried
+from ..step import Item, Setting, first_line
 from . import gate, host
-from .card import Card, CudaCard
-from .carried import load as carried
-from .step import Item, Setting, first_line
 from .times import TIMED, problem_of
 
 SPARED = 4  # cores, for nvcc

@@ -16,11 +16,10 @@ from fastnegate import negated_attention, negated_attention_with_statistics
 from fastnegate.operator.backends import load, unavailable
 from fastnegate.operator.problem import Problem, Statistics
 
-from ...testing.accuracy import Judge, make_problem
-from ..operator.cases import moved
-from .card import Card
-from .carried import load as carried
-from .step import Item, Setting
+from ....testing import Judge, make_problem, moved
+from ..card import Card
+from ..carried import load as carried
+from ..step import Item, Setting
 
 REPEATS = 20  # of a call that must not change a bit
 PROMISED = ("protore", "nag")  # one launch; sums over heads between launches

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import child
-from .child import Done
-from .step import Item, Setting
+from .. import child
+from ..child import Done
+from ..step import Item, Setting
 
 SECONDS = {"drive": 60.0, "sanitizer": 150.0, "ncu": 120.0}  # after so many a child is killed
 SANITIZERS = ("memcheck", "racecheck", "initcheck")

@@ -21,12 +21,12 @@ from torch import Tensor
 from fastnegate import negated_attention
 from fastnegate.operator.problem import Problem
 
-from ...testing.accuracy import Judge
-from ..operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
-from ..operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make, moved
-from ..operator.measure import Ratio, compulsory_bytes, interleave, ratio
-from .card import Call, CaptureError, Card, Timer
-from .step import Item, Setting, first_line
+from ....testing import Judge, moved
+from ...operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
+from ...operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make
+from ...operator.measure import Ratio, compulsory_bytes, interleave, ratio
+from ..card import Call, CaptureError, Card, Timer
+from ..step import Item, Setting, first_line
 
 # Seven layers in order of worth; a size of 1024 x 1024 and one of few queries are for `benchmarks.tune`.
 TIMED = ("sdxl-64", "sd15-64", "sdxl-32", "sd15-32", "pixart-64", "wan-480p", "sd15-16")

@@ -13,11 +13,11 @@ import torch
 
 from fastnegate import negated_attention
 
-from ..operator.baselines import sdpa
-from ..operator.cases import CONCEPTS, METHODS, Layer, make
-from ..operator.measure import interleave, ratio, wall
-from .card import Call, Card
-from .step import Item, Setting
+from ...operator.baselines import sdpa
+from ...operator.cases import CONCEPTS, METHODS, Layer, make
+from ...operator.measure import interleave, ratio, wall
+from ..card import Call, Card
+from ..step import Item, Setting
 
 LAYER = Layer("host", heads=2, queries=64, dim=64, keys=16)
 CALLS, ROUNDS = 50, 41  # calls that are timed at once, and how often

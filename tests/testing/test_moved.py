@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastnegate.benchmarks.operator.cases import moved
 from support import LAYOUTS, every_dtype, make_problem, with_concepts
 from torch import Tensor
 
 from fastnegate.operator.problem import Problem
+from fastnegate.testing import moved
 
 ELSEWHERE = ("cpu", "meta")
 

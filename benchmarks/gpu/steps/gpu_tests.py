@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .child import run
-from .step import Item, Setting
+from ..child import run
+from ..step import Item, Setting
 
 MOST_PROCESSES = 8
 OUTCOMES = ("passed", "failed", "error", "skipped")
