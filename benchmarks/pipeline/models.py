@@ -79,7 +79,7 @@ def pipeline(model: Model, unet: Any) -> Any:
     """The pipeline that an engine is installed in; its text encoders are small ones of the same width, since
     no step runs them."""
     tokenizer = CLIPTokenizer(
-        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=TOKENS
+        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}, merges=[], model_max_length=TOKENS
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
     scheduler.set_timesteps(STEPS)
@@ -94,7 +94,7 @@ def pipeline(model: Model, unet: Any) -> Any:
 
 def _text_encoder(kind: Any, width: int, device: torch.device) -> Any:
     config = CLIPTextConfig(
-        vocab_size=2, hidden_size=width, intermediate_size=width, num_hidden_layers=1, projection_dim=width,
+        vocab_size=3, hidden_size=width, intermediate_size=width, num_hidden_layers=1, projection_dim=width,
         num_attention_heads=width // 64 or 1, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return kind(config).eval().to(device)

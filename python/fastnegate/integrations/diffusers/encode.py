@@ -53,9 +53,11 @@ def encode(
         raise ValueError(f"templates={templates!r}: must be several captions, or a function of the member")
     plans = {}
     for name, phrases in prompts.items():
-        members = (phrases,) if isinstance(phrases, str) else tuple(phrases)
+        members = (phrases,) if isinstance(phrases, str) else tuple(phrases or ())
         if not members or not all(isinstance(m, str) and m.strip() for m in members):
             raise ValueError(f"{called}[{name!r}]={phrases!r}: must be phrases that are not empty")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{called} has the name {name!r}: must be a str that is not empty")
         for member in members:
             words.check(f"{called}[{name!r}]", member)
         joint = " ".join(members)  # one negative prompt, as GIE joins it
