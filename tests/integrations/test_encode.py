@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from pipelines import one_thread  # noqa: F401
 import fastnegate as fn
 from fastnegate.engine import host
 from fastnegate.integrations.diffusers import encode
+from fastnegate.integrations.diffusers.words import Words
 
 SOT, CONTENT, EOT, PADDING = Role
 FAMILIES = ("sd15", "sdxl", "pixart_alpha")
@@ -147,6 +149,9 @@ def test_tokenizers_that_do_not_agree_are_refused() -> None:
         ({"x": []}, None, r"prompts\['x'\]"),
         ({"x": ["cat", " "]}, None, r"prompts\['x'\]"),
         ({"x": [1]}, None, r"prompts\['x'\]"),
+        ({"x": None}, None, r"prompts\['x'\]=None: must be phrases"),
+        ({"x": "cat", 1: "cat"}, None, "prompts has the name 1: must be a str"),
+        ({"": "cat"}, None, "prompts has the name ''"),
         ({"x": "a " * 76}, None, "has 76 tokens: the encoder takes 75"),
         ({"x": "cat"}, ["a photo"], "'a photo' must contain {} exactly once"),
         ({"x": "cat"}, ["{} and {}"], "exactly once"),
@@ -204,7 +209,7 @@ def test_messages_name_the_argument_as_the_caller_wrote_it(call: Any, message: s
 
 def many_members(pipe: Any) -> list[str]:
     """As many as take two prompts."""
-    room = encode.Words(pipe).room
+    room = Words(pipe).room
     words = [word for word in pipelines.WORDS if word != "it"]
     return [f"{words[i % 11]} {words[i // 11 % 11]}" for i in range(room)]
 
@@ -246,7 +251,7 @@ def test_texts_are_encoded_once_and_in_batches(family: str) -> None:
     members = [f"{a} {b}" for a in pipelines.WORDS[:8] for b in pipelines.WORDS[:8]]
     with mock.patch.object(pipe.text_encoder, "forward", counted):
         ConceptBank.from_prompts(pipe, {"x": members, "y": members[0]}, templates=["{}", "photo {}"])
-    joint = int(encode.Words(pipe).fit(members))
+    joint = int(Words(pipe).fit(members))
     assert sum(sizes) == 2 * len(members) + joint and len(sizes) == -(-sum(sizes) // encode.BATCH)
 
 
@@ -360,6 +365,7 @@ def test_a_tokenizer_may_offer_captions_of_its_own() -> None:
 
 def test_the_embedded_model_negates_a_word_of_its_own() -> None:
     """Without templates, which ordinary captions would not even be words of: red goes, the rest stays."""
+    assert fn.__getattr__("testbed") is fn.testbed  # without an import of its own
     pipe = fn.testbed.load()
     prompt = "a tomato and a blue square"
 
@@ -395,7 +401,7 @@ def test_a_negative_prompt_is_encoded_as_the_pipeline_does(family: str) -> None:
         made = pipe.encode_prompt("a photo", negative_prompt=text, **options)
     negative, kept = (made[2], made[3][0].bool()) if family == "pixart_alpha" else (made[1], slice(None))
     close(concept.prompt, negative[0][kept])
-    tokens = encode.Words(pipe).count(text)
+    tokens = Words(pipe).count(text)
     assert concept.roles.tolist() == roles_of(family, tokens) and tokens > 4  # commas are tokens, too
     assert concept.members == ("Red cat", "a dog", "photo")
     bank = ConceptBank.from_prompts(pipe, {"x": ["red cat", "a dog", "photo"]})
@@ -412,6 +418,40 @@ def test_a_negative_prompt_is_deterministic() -> None:
     assert all(map(torch.equal, first.prototypes, second.prototypes))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_encode_beside_each_other_and_the_pipeline(family: str) -> None:
+    """A tokenizer keeps the padding that its last caller asked for, whoever that was."""
+    pipe = pipelines.build(family)
+    texts = ["red cat", "dog, a photo of it", "cat, dog, red, painting"]
+    expected = [encode.negative_prompt(pipe, text) for text in texts]
+    wrong: list[str] = []
+
+    def ask() -> None:
+        for text, concept in zip(texts * 6, expected * 6):
+            try:
+                found = encode.negative_prompt(pipe, text)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            if not (torch.equal(found.prompt, concept.prompt) and torch.equal(found.roles, concept.roles)):
+                wrong.append(text)
+
+    def tokenize() -> None:
+        while any(thread.is_alive() for thread in threads[:3]):
+            lengths = {
+                len(ids) for ids in pipe.tokenizer(texts, padding="max_length", max_length=40).input_ids
+            }
+            if lengths != {40}:
+                wrong.append(f"the pipeline's own texts have {lengths} tokens")
+
+    threads = [threading.Thread(target=ask) for _ in range(3)] + [threading.Thread(target=tokenize)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 @pytest.mark.parametrize("text", [None, 7, ["cat"], "", " \n", " , ,", "cat, " * 40, "<|endoftext|>"])
 def test_bad_negative_prompts(text: Any) -> None:
     with pytest.raises(ValueError, match=r"^negative_prompt[=:]"):
@@ -426,7 +466,7 @@ def test_without_an_encoder_nothing_is_encoded(name: str) -> None:
         lambda: ConceptBank.from_prompts(pipe, {"x": "cat"}),
         lambda: encode.negative_prompt(pipe, "cat"),
     ):
-        with pytest.raises(fn.UnsupportedModelError, match=f"pipe.{name} is None, so nothing can be encoded"):
+        with pytest.raises(fn.UnsupportedModelError, match=f"pipe.{name} is None, so .*before freeing it"):
             call()
 
 

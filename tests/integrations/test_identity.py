@@ -128,7 +128,12 @@ def test_encoders_that_were_never_seen_are_refused(take_away: Callable[[Any], No
     pipe = pipelines.build("sd15")  # the same encoder, in fact; nobody can tell
     take_away(pipe)
     before = "freeing" if take_away in (free, free_tokenizers) else "enabling offload"
-    for ask in (bank.check, lambda p: ConceptBank.load(tmp_path / "bank", p), lambda p: fn.install(p, bank)):
+    for ask in (
+        bank.check,
+        lambda p: ConceptBank.load(tmp_path / "bank", p),
+        lambda p: fn.install(p, bank),
+        bank_of,
+    ):
         with pytest.raises(UnsupportedModelError, match=f"make or load the bank before {before}"):
             ask(pipe)
 

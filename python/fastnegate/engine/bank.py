@@ -83,7 +83,8 @@ class ConceptBank:
             templates: captions in which a member is encoded for its prototype, or a function from
                 member to captions. `{}` stands for the member; square brackets may mark a longer span
                 to average, e.g. "a [{} dress] on a chair". Default: a few plain captions, as far as the
-                tokenizer knows their words.
+                tokenizer knows their words; or what the tokenizer's own `concept_templates(member)`
+                offers, if it has that.
             called: what error messages call `prompts`.
 
         Raises:
@@ -92,8 +93,9 @@ class ConceptBank:
                 does not know, or a template without `{}` or whose spans have different numbers of
                 tokens.
         """
-        concepts = host.of(pipe).encode(pipe, prompts, templates, called)
-        return cls(concepts, host.of(pipe).fingerprint(pipe), pipe)
+        owner = host.of(pipe)
+        fingerprint = owner.fingerprint(pipe)  # first: it is quick, and may refuse
+        return cls(owner.encode(pipe, prompts, templates, called), fingerprint, pipe)
 
     @classmethod
     def load(cls, path: str | Path, pipe: Any) -> ConceptBank:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pipeline's tokenizers know about a text before anything is encoded: how many tokens it has, where a
+phrase stands in it, and whether the text encoders can read it at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...engine.concepts import Role, Templates
+from ...engine.errors import UnsupportedModelError
+from ...engine.prototypes import DEFAULT_TEMPLATES, Caption
+from .contract import family
+
+# A tokenizer remembers the padding and truncation of its last call and reads them when it works. Two threads
+# that share one therefore pad each other's texts. The pipeline's may be in use, so ours are copies, one
+# thread at a time.
+turn = threading.RLock()
+_copies: weakref.WeakKeyDictionary[Any, tuple[object, Any]] = weakref.WeakKeyDictionary()
+
+
+def beside(pipe: Any) -> Any:
+    """The same pipeline with tokenizers of its own; to be used within `turn`."""
+    twin = copy.copy(pipe)
+    for name, _ in family(pipe).encoders:
+        tokenizer = getattr(pipe, name)
+        with turn:
+            state = (len(tokenizer), tokenizer.model_max_length, str(tokenizer.special_tokens_map))
+            if _copies.get(tokenizer, (None,))[0] != state:  # new, or words were added since
+                _copies[tokenizer] = state, copy.deepcopy(tokenizer)
+            vars(twin)[name] = _copies[tokenizer][1]
+    return twin
+
+
+class Span(NamedTuple):
+    """Tokens `first` to `last` of the encoding of `text`."""
+
+    text: str
+    first: int
+    last: int
+
+
+class Words:
+    """The words of one pipeline.
+
+    Attributes:
+        pipe: the pipeline, with tokenizers of its own (`beside`).
+        starts: how many special tokens come before a text.
+        room: the most tokens of a text that is encoded whole.
+        left_out: default templates that these tokenizers did not take.
+
+    Raises:
+        UnsupportedModelError: the pipeline is not a supported one, or lacks a tokenizer or text encoder.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        encoders = family(pipe).encoders
+        for name in (name for names in encoders for name in names):
+            if getattr(pipe, name) is None:
+                raise UnsupportedModelError(
+                    f"pipe.{name} is None, so nothing can be encoded: make the concepts before freeing it, "
+                    "or load a bank that was saved"
+                )
+        self._offers = getattr(getattr(pipe, encoders[0][0]), "concept_templates", None)
+        self.pipe = beside(pipe)
+        self.tokenizers = [getattr(self.pipe, tokenizer) for tokenizer, _ in encoders]
+        with turn:
+            special = self.tokenizers[0]("").input_ids
+        self.starts = len(special) - 1  # T5 ends a text, CLIP also begins it
+        length = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+        longest: int = length.default if length else self.tokenizers[0].model_max_length
+        self.room = longest - len(special)
+        self.left_out: dict[str, None] = {}
+        self._known: dict[str, list[list[int]]] = {}
+
+    def ids(self, text: str) -> list[list[int]]:
+        """What each tokenizer makes of a text, without special tokens.
+
+        Raises:
+            ValueError: unknown characters or words, or tokenizers that do not agree where words are.
+        """
+        if text not in self._known:
+            with turn:
+                made = [self._ids(text, tokenizer) for tokenizer in self.tokenizers]
+            if len({len(ids) for ids in made}) > 1:
+                counts = " and ".join(str(len(ids)) for ids in made)
+                raise ValueError(f"{text!r} has {counts} tokens: the pipeline's tokenizers must agree")
+            self._known[text] = made
+        return self._known[text]
+
+    def _ids(self, text: str, tokenizer: Any) -> list[int]:
+        text = text.strip()
+        if not text:
+            return []
+        # What the pipeline tokenizes: PixArt lower-cases prompts, the Stable Diffusion pipelines expand
+        # learned tokens of several vectors.
+        if hasattr(self.pipe, "_text_preprocessing"):
+            text = self.pipe._text_preprocessing(text)[0]
+        if hasattr(self.pipe, "maybe_convert_prompt"):
+            text = self.pipe.maybe_convert_prompt(text, tokenizer)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if tokenizer.unk_token_id in ids:
+            raise ValueError(f"{text!r} has characters or words that the tokenizer does not know")
+        return ids
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has, not counting special ones."""
+        return len(self.ids(text)[0])
+
+    def check(self, called: str, text: str) -> None:
+        """Raise ValueError, which names `called`, unless `text` can be encoded whole."""
+        try:
+            tokens = self.count(text)
+        except ValueError as error:
+            raise ValueError(f"{called}: {error}") from error
+        if not tokens:
+            raise ValueError(f"{called}: {text!r} has no tokens")
+        if tokens > self.room:
+            raise ValueError(f"{called}: {text!r} has {tokens} tokens: the encoder takes {self.room}")
+
+    def fit(self, members: Sequence[str]) -> bool:
+        """Whether one prompt holds them all."""
+        return sum(self.count(member) for member in members) <= self.room
+
+    def spans(self, member: str, templates: Templates | None = None) -> list[Span]:
+        """Where `member` stands in each of its captions.
+
+        Raises:
+            ValueError: a template or the caption it makes is wrong, or the spans differ in length.
+        """
+        if templates is None:
+            spans = self._default_spans(member)
+        else:
+            given = templates(member) if callable(templates) else templates
+            spans = [self._span(template, member) for template in given]
+        lengths = {span.last - span.first for span in spans}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(
+                f"templates: {member!r} has {sorted(lengths)} tokens in the marked spans: must be one length"
+            )
+        return spans
+
+    def _default_spans(self, member: str) -> list[Span]:
+        """In the captions that the tokenizer itself offers for this member, else in the default ones: those
+        whose words it knows and that are not too long. The member alone always is one of them."""
+        if self._offers is not None and (offered := self._offers(member)):
+            return [self._span(template, member) for template in offered]
+        spans = []
+        for template in DEFAULT_TEMPLATES:
+            try:
+                spans.append(self._span(template, member))
+            except ValueError:
+                self.left_out[template] = None
+        return spans
+
+    def _span(self, template: str, member: str) -> Span:
+        caption = Caption.of(template, member)
+        begin, end = caption.before, caption.before + caption.span
+        self.check("templates", caption.text)
+        for whole, before, until in zip(self.ids(caption.text), self.ids(begin), self.ids(end)):
+            if whole[: len(before)] != before or whole[: len(until)] != until:
+                raise ValueError(f"templates: {caption.span!r} in {caption.text!r} must be whole tokens")
+        return Span(caption.text, self.starts + self.count(begin), self.starts + self.count(end))
+
+    def roles(self, text: str, length: int) -> Tensor:
+        """int8 [length], the `Role` of each token of an encoded text."""
+        end = self.starts + self.count(text)
+        roles = torch.full((length,), Role.PADDING, dtype=torch.int8)
+        roles[: self.starts] = Role.SOT
+        roles[self.starts : end] = Role.CONTENT
+        roles[end] = Role.EOT
+        return roles
