@@ -28,6 +28,7 @@ pytest.importorskip("diffusers")
 import diffusers
 import pipelines
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from pipelines import SUPPORTED, generate, one_thread  # noqa: F401
 
 import fastnegate as fn
@@ -836,6 +837,40 @@ def test_a_pipeline_that_nobody_knows_around_the_same_model(sd: Any) -> None:
                 other("a cat")
             engine.set_rows([DOG])
             assert not torch.allclose(other("a cat"), untouched)
+
+
+def test_guiders_tell_steps_and_rows() -> None:
+    """A pipeline of blocks calls its denoiser once for each kind of rows, as a guider says."""
+    whole = pipelines.build("sdxl")
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    names = pipe.components.keys() & whole.components.keys()
+    pipe.update_components(**{name: whole.components[name] for name in names if whole.components[name]})
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(prompts: Any = "a cat", steps: int = 4) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 32, "width": 32, "output_type": "latent"}
+        return pipe(prompt=prompts, num_inference_steps=steps, generator=generator, output="images", **size)
+
+    untouched, records = run(), []
+    with installed(pipe, rule="nag") as engine:
+        assert torch.equal(run(), untouched)
+        engine.observer = records.append
+        with engine.batch([Policy({"dog": 1.0}, stop=0.5)]):
+            assert not torch.allclose(run(), untouched)
+        assert {record.requests for record in records} == {(0,)}  # of the conditional calls alone
+        assert {record.step for record in records} == {0, 1} and engine.call == 1
+        records.clear()
+        with engine.batch([None, DOG]):
+            run(["a cat", "a dog"])
+        assert {record.requests for record in records} == {(0, 1)}
+        assert all({row for _, row, _ in record.entries} == {1} for record in records)
+        pipe.update_components(guider=pipe.guider.new(enabled=False))
+        with engine.batch([DOG]):
+            assert not torch.allclose(run(), untouched)
+        with pytest.raises(NegationNotAppliedError, match="none of the 1 steps"):
+            with engine.batch([Policy({"dog": 1.0}, start=0.5)]):
+                run(steps=1)
 
 
 def test_processors_of_others_stay_wrapped(sd: Any) -> None:

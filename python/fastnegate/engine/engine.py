@@ -264,7 +264,7 @@ class Engine:
             assignment.expect(call.prompts)
         slots = self._shelf.slots(() if assignment is None else assignment.texts, call.fixed)
         requests: tuple[int | None, ...] = (None,) * call.batch
-        if assignment is not None:
+        if assignment is not None and not call.unconditional:
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows_of(assignment, requests, slots)
         running = Running(self, call, "dormant" if asks else "idle", rows, slots, busiest=len(slots.slots))

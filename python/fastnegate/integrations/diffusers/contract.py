@@ -6,8 +6,9 @@ not in the table is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ class Family:
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
+        guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
+            above are then not used.
     """
 
     denoiser: str
@@ -46,6 +49,7 @@ class Family:
     timesteps: str = "timesteps"
     index: str = "i"
     callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
+    guider: bool = False
 
 
 _SD = Family(
@@ -72,6 +76,7 @@ _TABLE: dict[str, Family] = {
     "StableDiffusionXLPipeline": _SDXL,
     "StableDiffusionXLImg2ImgPipeline": _SDXL,
     "StableDiffusionXLInpaintPipeline": _SDXL,
+    "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
 }
@@ -83,7 +88,7 @@ def _code(pipeline: type) -> CodeType:
     return code
 
 
-_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in _TABLE.items()}
+_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in _TABLE.items() if not entry.guider}
 
 
 def family(pipe: Any) -> Family:
@@ -100,6 +105,16 @@ def family(pipe: Any) -> Family:
     raise UnsupportedModelError(
         f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(_TABLE)}"
     )
+
+
+def encoder_of(pipe: Any) -> Any:
+    """A pipeline that encodes prompts as `pipe` does: itself, unless it does that in blocks."""
+    if not family(pipe).guider:
+        return pipe
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    whole = diffusers.StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in parts})
+    whole.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return whole
 
 
 def denoiser(pipe: Any) -> nn.Module:
@@ -140,26 +155,33 @@ def project_for(model: Any, embeddings: Tensor) -> Tensor:
     return embeddings
 
 
+_GUIDED = "guider_state_batch"  # local variable of loops that ask a guider
+
+
 class InProgress(NamedTuple):
     """A pipeline call that a denoiser call is made in.
 
     Attributes:
         pipe: the pipeline.
         own: whether the pipeline's loop makes the denoiser call, rather than, say, a callback.
-        prompts: of the call.
-        guided: whether its batch is [unconditional, conditional] halves (classifier-free guidance).
+        prompts: of the call, if known.
+        guided: whether the rows are [unconditional, conditional] halves (classifier-free guidance).
         timesteps: those that it runs; the object is this call's own.
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
+        part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
+        unconditional: whether a guider has all rows unconditional.
     """
 
     pipe: Any
     own: bool
-    prompts: int
+    prompts: int | None
     guided: bool
     timesteps: Any
     at: int
     callback: bool
+    part: int = 0
+    unconditional: bool = False
 
 
 def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
@@ -171,22 +193,57 @@ def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
     """
     first = frame
     while frame is not None:
-        entry = _OF_CODE.get(frame.f_code)
+        entry, facts = _OF_CODE.get(frame.f_code), None
         if entry is not None:
             facts = frame.f_locals
             pipe = facts.get("self")
-            if pipe is not None and (
-                model is None or bare(getattr(pipe, entry.denoiser, None)) is bare(model)
-            ):
-                guided = facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided)
-                return InProgress(
-                    pipe=pipe,
-                    own=frame is first,
-                    prompts=facts[entry.prompts],
-                    guided=bool(guided),
-                    timesteps=facts[entry.timesteps],
-                    at=facts[entry.index],
-                    callback=any(facts.get(name) is not None for name in entry.callbacks),
-                )
+        elif _GUIDED in frame.f_code.co_varnames or _GUIDED in frame.f_code.co_cellvars:
+            facts = frame.f_locals
+            pipe = facts.get("components")
+            entry = _guider_family(pipe)
+        if entry is not None and facts is not None and _has(pipe, entry, model):
+            return (_by_guider if entry.guider else _by_call)(pipe, entry, facts, frame is first)
         frame = frame.f_back
     return None
+
+
+def _has(pipe: Any, entry: Family, model: Any) -> bool:
+    return pipe is not None and (model is None or bare(getattr(pipe, entry.denoiser, None)) is bare(model))
+
+
+def _guider_family(pipe: Any) -> Family | None:
+    """Of a pipeline made of blocks whose loop asks a guider."""
+    try:
+        entry = family(pipe)
+    except UnsupportedModelError:
+        return None
+    return entry if entry.guider else None
+
+
+def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> InProgress:
+    guided = facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided)
+    return InProgress(
+        pipe=pipe,
+        own=own,
+        prompts=facts[entry.prompts],
+        guided=bool(guided),
+        timesteps=facts[entry.timesteps],
+        at=facts[entry.index],
+        callback=any(facts.get(name) is not None for name in entry.callbacks),
+    )
+
+
+def _by_guider(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> InProgress:
+    """diffusers' guiders call the denoiser once for each kind of rows, and say which it is."""
+    guider = pipe.guider
+    return InProgress(
+        pipe=pipe,
+        own=own,
+        prompts=None,
+        guided=False,
+        timesteps=facts["block_state"].timesteps,
+        at=facts["i"],
+        callback=False,
+        part=guider.get_state()["count_prepared"],
+        unconditional=own and not guider.is_conditional,
+    )

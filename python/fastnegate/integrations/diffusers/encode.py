@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...engine.concepts import Concept, Templates
 from ...engine.prototypes import prototype
-from .contract import family
+from .contract import encoder_of, family
 from .words import Span, Words, turn
 
 log = logging.getLogger("fastnegate")
@@ -46,7 +46,7 @@ def encode(
     called: str = "prompts",
 ) -> dict[str, Concept]:
     """Concepts by name; see `ConceptBank.from_prompts`."""
-    words = Words(pipe)
+    words = Words(encoder_of(pipe))
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError(f"{called}={prompts!r}: must map concept names to member phrases")
     if isinstance(templates, str):
@@ -73,7 +73,7 @@ def negative_prompt(pipe: Any, text: str) -> Concept:
         UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
         ValueError: not a str, blank, too long for the encoder, or characters that it does not know.
     """
-    words = Words(pipe)
+    words = Words(encoder_of(pipe))
     parts = tuple(p.strip() for p in text.split(",") if p.strip()) if isinstance(text, str) else ()
     if not parts:
         raise ValueError(f"negative_prompt={text!r}: must be a text that is not blank")

@@ -53,7 +53,7 @@ class OwnCall(PipelineCall):
         if first is None:  # a schedule of its own
             first, self.count = 0, len(these)
         self.run = range(first, first + len(these))
-        self.seen: set[int] = set()
+        self.seen: set[tuple[int, int]] = set()  # which timestep, and which part of its denoiser calls
 
     def step(self, index: int) -> Step:
         return Step(self.run.start + index, self.count, self.run)
@@ -160,7 +160,7 @@ class Hook:
     def _check_seen(self, pipe: Any, seen: Seen) -> None:
         if self._on_displaced == "warn" or getattr(pipe, "_interrupt", False):
             return
-        missing = [len(c.run) - len(c.seen) for c in seen.calls]
+        missing = [len(c.run) - len({at for at, _ in c.seen}) for c in seen.calls]
         if self.engine.removed or not missing or any(missing):
             raise NegationNotAppliedError(
                 f"negation was asked for, and {sum(missing) if missing else 'all'} steps of the pipeline "
@@ -195,7 +195,7 @@ class Hook:
             of = own = self._own(progress)
             step = own.step(progress.at)
             if progress.own:
-                own.seen.add(progress.at)
+                own.seen.add((progress.at, progress.part))
         else:
             of, step = self._loop(given["timestep"])
         return Call(
@@ -206,6 +206,7 @@ class Hook:
             of=of,
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
+            unconditional=progress is not None and progress.unconditional,
             # The user's code may change weights between steps in ways that nobody can see.
             keep=entry.projection is None and (progress is None or not progress.callback),
             fixed=sample.device.type == "cuda" or self._compiled(model),
@@ -217,7 +218,7 @@ class Hook:
         key = id(progress.timesteps)
         with self._adding:
             known = self._calls.get(key)
-            if known is not None and not (progress.own and progress.at in known.seen):
+            if known is not None and not (progress.own and (progress.at, progress.part) in known.seen):
                 return known
             # New, or the same object in another call: a step comes once in a call.
             made = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
