@@ -363,7 +363,7 @@ def test_another_bank_of_the_same_shape_is_read_at_once() -> None:
 
 def fixed(engine: Engine, batch: int, **options: Any) -> list[int]:
     """A call that reads them; checks that it reads what other calls would, and gives the addresses."""
-    with engine.running(Call(batch, CPU, lambda: False, fixed=True, **options)) as running:
+    with engine.running(Call(batch, CPU, lambda: False, fixed=True, compiled=True, **options)) as running:
         rows = engine.fixed
         assert rows.ready and engine._thread == threading.get_ident()
         projected = torch.nn.functional.pad(rows.context[0], (0, DIM - WIDTH)).unsqueeze(1)
@@ -500,7 +500,7 @@ def test_another_negative_prompt_changes_no_size_that_was_compiled() -> None:
         engine.set_requests([Policy(negative_prompt=text) for text in texts])
         with engine.running(Call(len(texts), CPU, lambda: False, fixed=True)):
             rows = engine.fixed
-            return rows.context.shape, rows.numbers.shape, rows._all.shape, rows.longest, rows.concepts
+            return rows.embeddings.shape, rows.numbers.shape, rows._all.shape, rows.longest, rows.concepts
 
     first = sizes("xy")
     assert sizes("pqrst") == sizes("x", "yz", "zzz", "zzzz") == first

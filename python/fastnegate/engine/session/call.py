@@ -41,7 +41,8 @@ class Call:
         step: None if unknown.
         prompts: of the pipeline call; None where there is none.
         keep: whether what layers make of embeddings may be kept for the rest of the pipeline call.
-        fixed: whether rows must lie at fixed addresses, for compiled code or captured graphs.
+        fixed: whether rows must lie at fixed addresses: for captured graphs, and for compiled code.
+        compiled: whether some of the layers are compiled, so that `project` has to run before them.
         project: from the text encoder's embeddings [1, T, C] to what the layers receive.
     """
 
@@ -55,6 +56,7 @@ class Call:
     unconditional: bool = False
     keep: bool = False
     fixed: bool = False
+    compiled: bool = False
     project: Callable[[Tensor], Tensor] = lambda embeddings: embeddings
 
 
@@ -75,6 +77,7 @@ class Running:
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
     observed: bool = False  # somebody wants all statistics
+    embeddings: Tensor | None = None  # at a fixed address
     _context: Tensor | None = None
 
     @property
@@ -87,7 +90,10 @@ class Running:
         the denoiser's forward, where offloaded weights have been brought in."""
         if self._context is None:
             assert self.slots is not None
-            self._context = self.call.project(self.slots.context(self.call.device, self.call.dtype))
+            embeddings = self.embeddings
+            if embeddings is None:
+                embeddings = self.slots.context(self.call.device, self.call.dtype)
+            self._context = self.call.project(embeddings)
         return self._context
 
     def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:

@@ -27,7 +27,8 @@ class Fixed:
         self.ready = False  # a denoiser call that was prepared is running
         self.owner: int | None = None  # the thread whose call that is
         self._turn = threading.Lock()
-        self.context: Tensor | None = None
+        self.embeddings: Tensor | None = None
+        self.context: Tensor | None = None  # what the layers receive of them: compiled ones
         self.index: Tensor | None = None  # of the rows at hand: a view
         self.numbers: Tensor | None = None
         self.weight: Tensor | None = None
@@ -66,12 +67,14 @@ class Fixed:
             self._all = _copied(self._all, index, device)
             self.numbers = _copied(self.numbers, rows.numbers(running.active, entries), device)
             self.weight = None if slots.weight is None else _copied(self.weight, slots.weight, device)
-            context = running.call.project(slots.context(device, running.call.dtype))
-            self.context = _copied(self.context, context, device)
+            embeddings = slots.context(device, running.call.dtype)
+            running.embeddings = self.embeddings = _copied(self.embeddings, embeddings, device)
+            if running.call.compiled:
+                self.context = _copied(self.context, running.call.project(self.embeddings), device)
         self.index = self._all[: len(index) - most + running.call.batch]
         self.concepts, self.longest, self.busiest = len(slots.slots), slots.longest, len(slots.slots)
         running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
-        running.busiest, running._context = self.busiest, self.context
+        running.busiest = self.busiest
         self.ready = True
 
     def release(self, device: torch.device) -> None:

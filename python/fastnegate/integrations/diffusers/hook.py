@@ -188,7 +188,7 @@ class Hook:
     def _facts(self, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
         sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
         text, entry = given.get("encoder_hidden_states"), self._family
-        progress = in_progress(model, frame)
+        progress, compiled = in_progress(model, frame), self._compiled(model)
         of: PipelineCall
         step: Step | None
         if progress is not None:
@@ -209,7 +209,8 @@ class Hook:
             unconditional=progress is not None and progress.unconditional,
             # The user's code may change weights between steps in ways that nobody can see.
             keep=entry.projection is None and (progress is None or not progress.callback),
-            fixed=sample.device.type == "cuda" or self._compiled(model),
+            fixed=compiled or sample.device.type == "cuda",
+            compiled=compiled,
             project=lambda embeddings: project_context(entry, model, embeddings),
         )
 
