@@ -18,7 +18,7 @@ import torch
 
 from ..benchmarks.operator.cases import moved
 from ..operator.attention import backends, negated_attention
-from ..operator.backends import load, unavailable
+from ..operator.backends import cpu, cuda, load, unavailable
 from ..operator.problem import Problem
 from ..operator.rule import presets
 from ..testing.accuracy import Judge, fair, make_problem
@@ -41,12 +41,11 @@ def run() -> int:
             print(f"  {package} not installed")
     print(f"threads: {torch.get_num_threads()}")
     if unavailable("cpu") is None:
-        cpu = load("cpu")
         print(f"CPU instruction set: {cpu.instruction_set()}")
-    cuda = load("cuda")._cuda
-    print(f"NVIDIA driver: {_driver() or 'none found'}{_needed(cuda)}")
-    if cuda is not None:
-        print(f"CUDA architectures of this build: {cuda.ARCHS}")
+    build = cuda._cuda
+    print(f"NVIDIA driver: {_driver() or 'none found'}{_needed(build)}")
+    if build is not None:
+        print(f"CUDA architectures of this build: {build.ARCHS}")
     failed = False
     print("backends:")
     for name, reason in backends().items():
