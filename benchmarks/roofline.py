@@ -145,7 +145,7 @@ def _per_row(tile: Tiles) -> int:
 def _moments(rule: Rule) -> int:
     """Numbers per head and query of an entry, in the table of sums."""
     products = rule.similarity == "cosine" or rule.direction in ("orthogonal", "projection")
-    return 3 * products + rule.reads_direction + (rule.similarity == "mass")
+    return 3 * products + rule.reads.direction + (rule.similarity == "mass")
 
 
 def _scalars(rule: Rule, goal: str, launches: Sequence[str], entries: int) -> int:

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.backends import unavailable
+from fastnegate.operator.plan import Plan
 from fastnegate.operator.problem import Problem
 
 from ..testing import Judge, fair, make_problem, moved
@@ -264,9 +265,9 @@ def screen(choices: Sequence[Tuned], judges: Iterable[Judge], card: Card, until:
             if choice is not default and time.monotonic() > until:
                 dropped[choice.tiles] = LATE
                 continue
-            launch = backend._new_launch(problem, choice)
+            plan = backend.plan(problem, False, choice)
             try:
-                judged.check(output_of(problem, launch).cpu(), named(choice))
+                judged.check(output_of(problem, plan).cpu(), named(choice))
             except Exception as error:  # whatever a compiler may raise
                 if choice is default:
                     raise
@@ -274,7 +275,7 @@ def screen(choices: Sequence[Tuned], judges: Iterable[Judge], card: Card, until:
                 dropped[choice.tiles] = wrong + first_line(error)
                 card.synchronize()  # raises again if the device is lost
                 continue
-            spills = max(kernel.n_spills for kernel in launch.compiled.values())
+            spills = max(kernel.n_spills for kernel in plan.launch.compiled.values())
             if choice is default:
                 most = spills
             if spills > most:
@@ -282,8 +283,8 @@ def screen(choices: Sequence[Tuned], judges: Iterable[Judge], card: Card, until:
     return dropped
 
 
-def output_of(problem: Problem, launch: Any) -> Tensor:
-    return backend._run(problem, None, launch)
+def output_of(problem: Problem, plan: Plan) -> Tensor:
+    return plan.run(*problem.operands)[0]
 
 
 # ---- time -------------------------------------------------------------------------------------
@@ -310,9 +311,9 @@ def timed(
             if timers and time.monotonic() > end - share / 2:
                 dropped[name] = LATE
                 continue
-            launch = backend._new_launch(problems[0], choice)
+            plan = backend.plan(problems[0], False, choice)
             try:
-                timers[name] = card.timer([partial(output_of, problem, launch) for problem in problems])
+                timers[name] = card.timer([partial(output_of, problem, plan) for problem in problems])
             except Exception as error:
                 if not timers:
                     raise

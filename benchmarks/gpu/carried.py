@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
     stored: dict[str, Any] = {"commit": commit(), "gate": {}}
     for name, judge in gate_problems():
         print(f"reference: {name}", flush=True)
-        flat = ops._flat(judge.problem, "reference")
+        flat = ops.flat(judge.problem, "reference")
         stored["gate"][name] = {"problem": flat, "state": judge.state()}
     with gzip.open(folder / REFERENCES, "wb") as file:  # exponents of random numbers are much alike
         torch.save(stored, file)
@@ -121,7 +121,7 @@ def load(folder: Path | None) -> Problems:
         content = io.BytesIO(gzip.decompress((folder / REFERENCES).read_bytes()))
         stored = torch.load(content, weights_only=True)
         gate = {
-            name: Judge.restored(ops._problem(*item["problem"]), item["state"])
+            name: Judge.restored(ops.from_flat(*item["problem"]), item["state"])
             for name, item in stored["gate"].items()
         }
         return Problems(stored["commit"], gate)

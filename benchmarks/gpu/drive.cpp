@@ -48,9 +48,11 @@ constexpr float kDense = -1.f;  // a threshold below every cosine: each gate is 
 
 // Width 0: 1 - threshold.
 constexpr Rule kProtore = {Similarity::cosine, Gate::ramp, Direction::projection, Combine::separate, Select::max,
-                           Norm::limit, 2, Scope::head, 1.f, 1.f, 0.f, {2.f, 0.f, .5f, 0.f, 1.f, 1.f}};
+                           Norm::limit, 2, Scope::head, 1.f, 1.f, 0.f, {2.f, 0.f, .5f, 0.f, 1.f, 1.f},
+                           {true, false, true, false}};
 constexpr Rule kNag = {Similarity::one, Gate::open, Direction::difference, Combine::separate, Select::all,
-                       Norm::limit, 1, Scope::feature, 2.5f, .375f, 0.f, {2.f, 0.f, 0.f, 1.f, 1.f, 1.f}};
+                       Norm::limit, 1, Scope::feature, 2.5f, .375f, 0.f, {2.f, 0.f, 0.f, 1.f, 1.f, 1.f},
+                       {true, false, false, false}};
 
 Rule over_all_heads(Rule rule) {
   rule.scope = Scope::feature;
@@ -385,7 +387,8 @@ Outputs run(const Case& c, const Inputs& in, int launches, std::string& cut) {
   p.index = index.get(), p.numbers = numbers.get();
   p.rule = c.rule;
 
-  const CudaTiling tiling = cuda_tiling(p, kDevice);
+  const CudaPlan plan = plan_cuda(p, kDevice);
+  const CudaTiling& tiling = plan.tiling;
   int64_t slots = 0;
   for (int e = 0; e < p.busiest; ++e) slots += ceil_div(c.lengths[e], 8) * 8;
   const bool stays = tiling.prompt_slots > 0;
@@ -393,7 +396,7 @@ Outputs run(const Case& c, const Inputs& in, int launches, std::string& cut) {
         (!stays ? "all text in pieces" : slots <= tiling.concept_slots ? "all text stays" : "concepts in pieces");
   const CudaTables tables{moments.get(), norms.get(), trace_entries.get(), trace_rows.get()};
   for (int i = 0; i < launches; ++i) {
-    run_cuda(p, tables, kDevice, nullptr);
+    run_cuda(plan, p, tables, nullptr);
     check(cudaDeviceSynchronize(), "the kernel");
   }
   return {out.values(), trace_entries.values(), trace_rows.values()};

@@ -179,7 +179,7 @@ class Tile {
     for (int64_t g = 0; g < plan.group; ++g) {
       attend_prompt(g);
       for (int64_t e = 0; e < entries; ++e) measure(g, e);
-      if (plan.reads_mass && plan.reads_tokens) weigh(g);
+      if (plan.reads.mass && plan.reads.tokens) weigh(g);
     }
     if (entries == 0) {
       for (int64_t g = 0; g < plan.group; ++g)
@@ -273,7 +273,7 @@ class Tile {
       std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
       std::memset(s.zz, 0, sizeof(float) * L);
     }
-    if (plan.reads_moments)
+    if (plan.reads.products)
       for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
   }
 
@@ -336,12 +336,12 @@ class Tile {
   // Feature of entry e in head g, and what it adds to the inner products over the scope.
   void measure(int64_t g, int64_t e) {
     const int64_t h = task.first_head + g;
-    if (plan.reads_tokens) {
+    if (plan.reads.tokens) {
       const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
       const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
       float* f = f_is_x ? x(g, e) : s.feature;
       attend(pack, g, 1 + e, [&](float scale) { return add_token_bias(pack, scale); }, f);
-      for (int q = 0; plan.reads_moments && q < NQ; ++q) {
+      for (int q = 0; plan.reads.products && q < NQ; ++q) {
         F zf, ff;
         dots(z(g), f, q, &zf, &ff);
         add(entry(e, kZf, q), zf);
@@ -349,7 +349,7 @@ class Tile {
       }
       if (rule.direction == Direction::retrieve) recall(pack, g, x(g, e));
     }
-    if (plan.reads_direction) {
+    if (plan.reads.direction) {
       const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;
       for (int q = 0; q < NQ; ++q)
         add(entry(e, kAlong, q), over_channels([&](int64_t d, F part) {
@@ -412,7 +412,7 @@ class Tile {
 
   // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.
   void mix() {
-    const bool root = rule.norm_order == 2, known = root && plan.reads_moments;  // |Z|^2 is <Z,Z>
+    const bool root = rule.norm_order == 2, known = root && plan.reads.products;  // |Z|^2 is <Z,Z>
     F a[NQ], norm_y[NQ] = {}, norm_z[NQ] = {};
     if (rule.combine == Combine::separate) subtract(a);
     for (int64_t g = 0; g < plan.group; ++g) {

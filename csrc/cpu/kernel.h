@@ -48,8 +48,7 @@ struct Plan {
   const int64_t* live_begin;     // [batch + 1]
   int64_t most_live;             // over the rows
   int64_t group;                 // heads per task: 1 for scope `head`, else all
-  // What the rule (or statistics) reads, so that the rest is not computed.
-  bool reads_tokens, reads_direction, reads_moments, reads_mass;
+  Reads reads;                   // of the rule; statistics read mass, too
   double *entry_partials, *row_partials;  // per task, or null without statistics
   float* gates;                  // [entries][heads / group][queries], or null
 };

@@ -159,8 +159,8 @@ void find_live(const Problem& p, Workspace& w) {
       const int64_t c = clamp(p.index[e], p.concepts - 1);
       const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
       const Span span = span_of(p, c);
-      if (!(numbers.active > 0.f) || (w.plan.reads_direction && !p.direction) ||
-          (w.plan.reads_tokens && !has_tokens(p, span)))
+      if (!(numbers.active > 0.f) || (w.plan.reads.direction && !p.direction) ||
+          (w.plan.reads.tokens && !has_tokens(p, span)))
         continue;
       if (slot[c] < 0) {
         slot[c] = static_cast<int64_t>(w.spans.size());
@@ -177,7 +177,7 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   const bool shared = p.key.batch == 0 && p.value.batch == 0 && (!p.key_bias || p.bias_batch == 0);
   w.plan.prompt_batch_stride = shared ? 0 : p.heads;
   w.prompts.resize((shared ? std::min<int64_t>(p.batch, 1) : p.batch) * p.heads);
-  w.concepts.resize(w.plan.reads_tokens ? w.spans.size() * p.heads : 0);
+  w.concepts.resize(w.plan.reads.tokens ? w.spans.size() * p.heads : 0);
   const auto blocks = [&](int64_t n) { return ceil_div(n, kRows) * kRows * p.dim; };
   const auto channels = [&](int64_t n) { return ceil_div(p.dim, kRows) * kRows * n; };
   const bool bias = p.key_bias && p.bias_query == 0;
@@ -263,16 +263,9 @@ void run_cpu(const Problem& p, const std::string& isa_name, int threads) {
   Workspace w;
   Plan& plan = w.plan;
   const bool with_statistics = p.row_table != nullptr;
-  const Rule& rule = p.rule;
   plan.problem = &p;
-  plan.reads_tokens = rule.similarity == Similarity::cosine || rule.similarity == Similarity::mass ||
-                      rule.direction != Direction::fixed;
-  plan.reads_direction =
-      rule.similarity == Similarity::direction || rule.direction == Direction::fixed;
-  plan.reads_moments = rule.similarity == Similarity::cosine ||
-                       rule.direction == Direction::orthogonal ||
-                       rule.direction == Direction::projection;
-  plan.reads_mass = rule.similarity == Similarity::mass || with_statistics;
+  plan.reads = p.rule.reads;
+  plan.reads.mass = plan.reads.mass || with_statistics;
   find_live(p, w);
   lay_out_packs(p, w);
   plan.spans = w.spans.data();

@@ -10,25 +10,43 @@ using namespace fastnegate;
 
 namespace {
 
-// `tables`: those of CudaTables, in order.
-void run(const py::tuple& arguments, const std::array<uintptr_t, 4>& tables, int device, uintptr_t stream) {
-  const Problem p = Arguments::from(arguments).problem();
-  const CudaTables t{at<float>(tables[0]), at<float>(tables[1]), at<float>(tables[2]), at<float>(tables[3])};
-  py::gil_scoped_release release;
-  run_cuda(p, t, device, at<void>(stream));
-}
+// Calls of one signature on one device.
+class Call {
+ public:
+  Call(const py::tuple& arguments, int device)
+      : problem(Arguments::from(arguments).problem()), plan(plan_cuda(problem, device)) {}
+
+  // Tables as in CudaTables, 0 where they are not wanted.
+  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t key_bias,
+           const py::tuple& concepts, uintptr_t moments, uintptr_t norms, uintptr_t trace_entries,
+           uintptr_t trace_rows, uintptr_t stream) const {
+    const Problem p = Addresses::from(query, key, value, out, key_bias, concepts).in(problem);
+    const CudaTables tables{at<float>(moments), at<float>(norms), at<float>(trace_entries), at<float>(trace_rows)};
+    py::gil_scoped_release release;
+    run_cuda(plan, p, tables, at<void>(stream));
+  }
+
+  py::tuple tiling() const {
+    const CudaTiling& t = plan.tiling;
+    return py::make_tuple(t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots, t.shared);
+  }
+
+ private:
+  Problem problem;
+  CudaPlan plan;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastnegate; called by fastnegate.operator.backends.cuda.";
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
-  m.def("run", &run);
+  py::class_<Call>(m, "Call", "Calls on one device that differ in addresses alone.")
+      .def(py::init<const py::tuple&, int>())
+      .def("run", &Call::run)
+      .def("tiling", &Call::tiling,
+           "(warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");
-  m.def("tiling", [](const py::tuple& arguments, int device) {
-    const CudaTiling t = cuda_tiling(Arguments::from(arguments).problem(), device);
-    return py::make_tuple(t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots, t.shared);
-  }, "(warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
   m.def("supports_dim", [](int dim) { return cuda::kernel_float16(dim) != nullptr; });
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;
   m.attr("OLDEST_DRIVER") = kOldestDriver;

@@ -85,45 +85,44 @@ std::string cuda_unavailable() {
   return "";
 }
 
-CudaTiling cuda_tiling(const Problem& p, int device) {
-  // What rows have is known on the device, here only capacities are.
-  const int64_t tokens = std::min(p.entries, p.busiest) * ceil_div(p.longest, 8) * 8;
-  return cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                      attribute(cudaDevAttrMultiProcessorCount, device)});
-}
-
-void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stream) {
-  if (p.batch == 0 || p.heads == 0 || p.queries == 0) return;
+CudaPlan plan_cuda(const Problem& p, int device) {
+  if (p.batch == 0 || p.heads == 0 || p.queries == 0) return {device, nullptr, {}};
   // The kernel numbers them with 32 bits.
   const int64_t most = std::numeric_limits<int>::max() / 2;
   if (std::max({p.batch * p.heads * ceil_div(p.queries, kCudaQueries), p.queries, p.keys, p.tokens, p.entries}) > most)
     throw std::invalid_argument("more than 2^30 queries, tiles of 16 queries, keys, concept tokens or entries");
+  const Kernel kernel = kernel_of(p);
+  const OnDevice guard(device);
+  // What rows have is known on the device, here only capacities are.
+  const int64_t tokens = std::min(p.entries, p.busiest) * ceil_div(p.longest, 8) * 8;
+  const CudaTiling tiling = cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
+                                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                                         attribute(cudaDevAttrMultiProcessorCount, device)});
+  if (tiling.warps == 0) throw std::invalid_argument("not even a piece of the text fits in shared memory");
+  allow_shared(kernel, device, tiling.shared);
+  return {device, kernel, tiling};
+}
+
+void run_cuda(const CudaPlan& plan, const Problem& p, const CudaTables& tables, void* stream) {
+  if (!plan.kernel) return;
   for (const Strided* rows : {&p.query, &p.key, &p.value, &p.concept_key, &p.concept_value})
     if (reinterpret_cast<uintptr_t>(rows->data) % 16)
       throw std::invalid_argument("query, key, value or tokens of concepts do not begin at a multiple of 16 bytes");
-  const Kernel kernel = kernel_of(p);
-  const OnDevice guard(device);
-  const Rule& r = p.rule;
+  const OnDevice guard(plan.device);
+  const Reads& reads = p.rule.reads;
 
   Launch launch{};
   launch.problem = p;
-  launch.tiling = cuda_tiling(p, device);
-  if (launch.tiling.warps == 0) throw std::invalid_argument("not even a piece of the text fits in shared memory");
+  launch.tiling = plan.tiling;
   // What the rule does not read is not there; an entry without a direction that the rule reads does not exist.
-  const bool reads_direction = r.similarity == Similarity::direction || r.direction == Direction::fixed;
   Problem& q = launch.problem;
-  if (!reads_direction) q.direction = q.offset = nullptr;
-  if (q.entries == 0 || q.concepts == 0 || (reads_direction && !q.direction)) q.index = nullptr;
-  launch.reads_tokens = r.similarity == Similarity::cosine || r.similarity == Similarity::mass ||
-                        r.direction != Direction::fixed;
-  launch.reads_moments = r.similarity == Similarity::cosine || r.direction == Direction::orthogonal ||
-                         r.direction == Direction::projection;
+  if (!reads.direction) q.direction = q.offset = nullptr;
+  if (q.entries == 0 || q.concepts == 0 || (reads.direction && !q.direction)) q.index = nullptr;
+  launch.reads_tokens = reads.tokens, launch.reads_moments = reads.products;
   launch.factor = p.scale * 1.44269504088896f;
   launch.bias_factor = 1.f / p.scale;
   launch.per_head = 1.f / static_cast<float>(p.heads);
   launch.moments = tables.moments, launch.norms = tables.norms;
-  allow_shared(kernel, device, launch.tiling.shared);
 
   const auto start = [&](Goal goal, const char* name) {
     Launch l = launch;
@@ -131,7 +130,7 @@ void run_cuda(const Problem& p, const CudaTables& tables, int device, void* stre
     if (goal == Goal::moments) l.norms = nullptr;
     if (goal == Goal::output) l.trace_entries = tables.trace_entries, l.trace_rows = tables.trace_rows;
     void* arguments[] = {&l};
-    check(cudaLaunchKernel(kernel, dim3(l.tiling.blocks), dim3(l.tiling.warps * 32), arguments, l.tiling.shared,
+    check(cudaLaunchKernel(plan.kernel, dim3(l.tiling.blocks), dim3(l.tiling.warps * 32), arguments, l.tiling.shared,
                            static_cast<cudaStream_t>(stream)),
           name);
   };

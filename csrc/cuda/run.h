@@ -29,11 +29,19 @@ struct CudaTables {
   float *trace_entries, *trace_rows;   // [3, E, H, N], cleared, and [4, B, H, N]: statistics
 };
 
-// How run_cuda cuts the problem on a device.
-CudaTiling cuda_tiling(const Problem& problem, int device);
+// How problems that differ in addresses alone run on a device.
+struct CudaPlan {
+  int device;
+  cuda::Kernel kernel;  // null: there is nothing to compute
+  CudaTiling tiling;
+};
 
-// Starts the operator on a device and one of its streams. Throws std::invalid_argument for what the kernel does
-// not take, CudaError, before anything is started or if starting fails.
-void run_cuda(const Problem& problem, const CudaTables& tables, int device, void* stream);
+// Throws std::invalid_argument for what the kernel does not take, CudaError if the device cannot be asked.
+CudaPlan plan_cuda(const Problem& problem, int device);
+
+// Starts the operator on one of the device's streams. `problem` has the sizes and strides of the plan's. Throws
+// std::invalid_argument for addresses that the kernel does not take, before anything is started, and CudaError if
+// starting fails.
+void run_cuda(const CudaPlan& plan, const Problem& problem, const CudaTables& tables, void* stream);
 
 }  // namespace fastnegate

@@ -35,6 +35,7 @@ from support import Judge, make_problem
 
 from fastnegate.operator import reference
 from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.plan import plans
 from fastnegate.operator.problem import Problem
 
 pytestmark = [
@@ -58,7 +59,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTNEGATE_TRITON_TILES", raising=False)
-    monkeypatch.setattr(backend, "_launches", {})
+    plans.clear()
     monkeypatch.setitem(cases.LAYERS, "tiny", TINY)
     backend._table.cache_clear()
     yield
@@ -128,7 +129,7 @@ def key_of_problem(problem: Problem) -> Key:
 
 
 def launched(problem: Problem, choice: Tuned | None = None) -> torch.Tensor:
-    return backend._run(problem, None, backend._new_launch(problem, choice))
+    return backend.plan(problem, False, choice).run(*problem.operands)[0]
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))
@@ -224,7 +225,7 @@ class Still:
         problems = [call.args[0] for call in calls]
         assert len({id(p.query) for p in problems}) == len(problems) == 2, "inputs rotate"
         assert all(call.func is tune.output_of for call in calls)
-        tiles = calls[0].args[1].tiles
+        tiles = calls[0].args[1].launch.tiles
         self.asked[tiles] = time = self.asked.get(tiles, -1) + 1
         return lambda: self.seconds(tiles, time)
 
@@ -280,8 +281,8 @@ def test_a_table_is_made_and_used(
     problem = make_problem(1, 1, 20, 24, 16, torch.float16, concept_lengths=(8,), rows="same")
     with SimulatedDevice():
         Judge(problem).check(backend.run(problem))
-    (launch,) = backend._launches.values()
-    assert launch.tiles == ROWS[64]
+        (plan,) = plans
+    assert plan.launch.tiles == ROWS[64]
 
 
 def test_what_was_fastest_by_chance_is_not_chosen(few: list[Tuned], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +356,7 @@ def test_tilings_that_cannot_be_timed_are_left_out(few: list[Tuned]) -> None:
 
     class Refusing(Still):
         def timer(self, calls: list[partial[torch.Tensor]]) -> Callable[[], float]:
-            if calls[0].args[1].tiles == ROWS[64]:
+            if calls[0].args[1].launch.tiles == ROWS[64]:
                 raise RuntimeError("capture failed\nmore")
             return super().timer(calls)
 
@@ -370,15 +371,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[Tiles, Any]:
     """What each tiling does, instead of kernels: spills so many registers, or raises."""
     does: dict[Tiles, Any] = {}
 
-    def run(problem: Problem, tables: None, launch: Any) -> torch.Tensor:
+    def run(self: backend.TritonPlan, *operands: Any) -> tuple[torch.Tensor, None]:
+        launch = self.launch
         done = does[launch.tiles]
         if isinstance(done, Exception):
             raise done
         launch.compiled["moments"] = SimpleNamespace(n_spills=0)
         launch.compiled["output"] = SimpleNamespace(n_spills=done)
-        return reference.evaluate(problem).output.to(problem.query.dtype)
+        return reference.run(Problem(*operands, METHODS["protore"], 0.25)), None
 
-    monkeypatch.setattr(backend, "_run", run)
+    monkeypatch.setattr(backend.TritonPlan, "run", run)
     return does
 
 
@@ -402,10 +404,12 @@ def test_judged_problems_run_the_kernels_that_are_timed() -> None:
         case = cases.make(TINY, CONCEPTS[concepts], METHODS[method], DTYPES["float16"])
         timed = Problem(case.query, case.key, case.value, None, case.tokens, case.rule, 0.25)
         with SimulatedDevice():
-            a, b = (backend._new_launch(p) for p in (judged, timed))
+            a, b = (backend.launch_of(p) for p in (judged, timed))
         assert (a.constants, a.goals, a.text, a.tiles) == (b.constants, b.goals, b.text, b.tiles)
         assert key_of_problem(judged) == key_of_problem(timed)
-        for x, y, read in zip(backend._tensors(judged.concepts), backend._tensors(timed.concepts), a.text):
+        for x, y, read in zip(
+            backend.tensors_of(judged.concepts), backend.tensors_of(timed.concepts), a.text
+        ):
             assert not read or (x is None) == (y is None)
         assert judged.sizes[2] % 16, "the last tile is not full"
 
@@ -566,6 +570,10 @@ def test_a_table_changes_what_is_compiled(table: Path) -> None:
     assert (other.constants["ROWS"], other.kernel.warps) == (128, 8)
 
 
+def described(problem: Problem) -> str:
+    return backend.plan(problem, False).describe()
+
+
 def test_tables_are_used_only_when_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("", None):
         monkeypatch.setenv("FASTNEGATE_TRITON_TILES", value or "")
@@ -573,14 +581,14 @@ def test_tables_are_used_only_when_named(table: Path, monkeypatch: pytest.Monkey
             monkeypatch.delenv("FASTNEGATE_TRITON_TILES")
         backend._table.cache_clear()
         with SimulatedDevice():
-            assert backend._new_launch(small()).tiles.rows == 128
-            assert "table" not in backend.describe(small())
+            assert backend.launch_of(small()).tiles.rows == 128
+            assert "table" not in described(small())
 
 
 def test_it_is_said_where_tiles_come_from(table: Path) -> None:
     with SimulatedDevice():
-        assert backend.describe(small()).endswith(f", from the table {table}")
-        assert "table" not in backend.describe(small(keys=96))
+        assert described(small()).endswith(f", from the table {table}")
+        assert "table" not in described(small(keys=96))
 
 
 def test_results_with_a_table(table: Path) -> None:
@@ -599,16 +607,16 @@ def test_resident_programs_are_launched(table: Path) -> None:
     (entry,) = load_table(table, MACHINE).values()
     many = small(heads=8, queries=4096)
     with SimulatedDevice():
-        one, two = (backend._new_launch(many, entry._replace(resident=n)) for n in (1, 2))
-        assert backend._new_launch(many).grid == two.grid
+        one, two = (backend.launch_of(many, entry._replace(resident=n)) for n in (1, 2))
+        assert backend.launch_of(many).grid == two.grid
     assert torch.tensor(two.grid).prod() > torch.tensor(one.grid).prod()
 
 
 def test_a_table_is_read_once(table: Path) -> None:
     with SimulatedDevice():
-        assert backend._new_launch(small()).tiles.rows == 64
+        assert backend.launch_of(small()).tiles.rows == 64
         table.unlink()
-        assert backend._new_launch(small(queries=51)).tiles.rows == 64
+        assert backend.launch_of(small(queries=51)).tiles.rows == 64
 
 
 def test_a_refused_table_stops_every_call(table: Path) -> None:
@@ -622,4 +630,4 @@ def test_a_refused_table_stops_every_call(table: Path) -> None:
 def test_a_table_is_for_no_interpreter(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_interpreted", lambda: True)
     with pytest.raises(ValueError, match='here it is "Triton\'s interpreter"'):
-        backend._new_launch(small())
+        backend.launch_of(small())

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ import fastnegate as fn
 from fastnegate.commands import cli, doctor
 from fastnegate.operator import reference
 from fastnegate.operator.backends import load
+from fastnegate.operator.plan import plans
 from fastnegate.operator.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,17 +36,33 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(load(name), "unavailable", lambda: "left out")
 
 
+class Computed:
+    """The plan of a backend that computes with a function."""
+
+    backend = "triton"
+
+    def __init__(self, run: Callable[[Problem], Tensor], problem: Problem) -> None:
+        self.of, self.rule, self.scale = run, problem.rule, problem.scale
+
+    def run(self, *operands) -> tuple[Tensor, None]:
+        return self.of(Problem(*operands, self.rule, self.scale)), None
+
+
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Problem], Tensor]], None]:
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[Callable[[Problem], Tensor]], None]]:
     """Puts a Triton backend there that computes with a function."""
 
     def put(run: Callable[[Problem], Tensor]) -> None:
         triton = load("triton")
         monkeypatch.setattr(triton, "unavailable", lambda: None)
         monkeypatch.setattr(triton, "supports", lambda problem: None)
-        monkeypatch.setattr(triton, "run", run)
+        monkeypatch.setattr(triton, "plan", lambda problem, statistics: Computed(run, problem))
+        plans.clear()
 
-    return put
+    yield put
+    plans.clear()
 
 
 def preset_of(problem: Problem) -> str:

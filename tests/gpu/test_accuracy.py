@@ -182,9 +182,8 @@ def test_refusals_name_the_reason(backend: str, reason: str, monkeypatch: pytest
     problem = problem if stays else on_card(problem)
     if grad:
         problem.query.requires_grad_()
-    for name in ("run", "run_with_statistics"):
-        for other in fn.backends():
-            monkeypatch.setattr(load(other), name, lambda problem: pytest.fail("it was computed"))
+    for other in fn.backends():
+        monkeypatch.setattr(load(other), "plan", lambda *call: pytest.fail("it was computed"))
     for operator in (call, call_with_statistics):
         named = f"backend='{backend}' cannot run this call: .*{re.escape(reason)}"
         with pytest.raises(fn.BackendError, match=named):

@@ -66,7 +66,7 @@ def entries_of(problem: Problem) -> list[list[Entry]]:
     kept = torch.ones(concepts.tokens, dtype=torch.bool)
     if concepts.token_bias is not None:
         kept = concepts.token_bias > -torch.inf
-    reads = problem.rule.reads_tokens
+    reads = problem.rule.reads.tokens
     found: list[list[Entry]] = [[] for _ in range(batch)]
     for row, (first, last) in enumerate(itertools.pairwise(rows)):
         for e in range(first, last):

@@ -42,7 +42,6 @@ def everything() -> list[compile.Ahead]:
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
     """An H100 that computes nothing, and a backend that takes what lies on the processor for its own."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(backend, "_launches", {})
     monkeypatch.setattr(backend, "supports", lambda problem: None if takes(problem) else "not this one")
     with Compiled("sm_90") as device:
         yield device

@@ -22,6 +22,7 @@ from support import RULES, Judge, fair, make_problem, pairwise, plain, with_conc
 
 import fastnegate as fn
 from fastnegate.operator.backends import cuda as backend
+from fastnegate.operator.backends import native
 from fastnegate.operator.problem import Problem
 
 pytestmark = [
@@ -231,9 +232,10 @@ def test_errors_name_the_call(function: str, error: int, built: Path, tmp_path: 
 
 def test_the_current_device_is_left_as_it_was(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> None:
     shim.reset(count=3)
-    monkeypatch.setattr(backend, "_place", lambda query: (2, 0))
+    monkeypatch.setattr(backend, "_device", lambda query: 2)
     backend.run(make_problem(dtype=torch.float16))
-    monkeypatch.setattr(backend, "_place", lambda query: (3, 0))
+    shim.forget()
+    monkeypatch.setattr(backend, "_device", lambda query: 3)
     with pytest.raises(RuntimeError, match="cudaSetDevice"):
         backend.run(make_problem(dtype=torch.float16))
 
@@ -331,11 +333,9 @@ def test_the_bank_does_not_matter(shim: Shim) -> None:
 
 class Tiling:
     def __init__(self, shim: Shim, **options) -> None:
-        from fastnegate.operator.arguments import arguments
-
         options = {"batch": 2, "heads": 8, "keys": 77, "rows": "same", "extras": False, **options}
         case = problem(**options)
-        values = shim.module.tiling(arguments(case, case.query).values, 0)
+        values = shim.module.Call(native.layout(case).arguments, 0).tiling()
         self.warps, self.blocks, self.stages, self.prompt, self.concepts, self.shared = values
         self.tiles = options["batch"] * options["heads"] * -(-options["queries"] // 16)
 

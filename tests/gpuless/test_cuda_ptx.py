@@ -7,6 +7,7 @@ The launch code is that of the backend and csrc/cuda/run.cu, with a recorder in 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -55,9 +56,8 @@ from ptxsim.tensors import Tensors
 from support import RULES, Judge, make_problem, plain
 from torch import Tensor
 
-import fastnegate.operator.arguments
-from fastnegate.operator.arguments import arguments
 from fastnegate.operator.backends import cuda as backend
+from fastnegate.operator.backends import native
 from fastnegate.operator.problem import Problem, Statistics
 from fastnegate.operator.rule import Rule
 
@@ -67,9 +67,10 @@ NVCC = shutil.which("nvcc")
 RECORDER = Path(__file__).parent / "cuda_ptx_recorder" / "recorder.cpp"
 TYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
 # Order of the addresses that the bindings take.
-ARGUMENTS = ("query", "key", "value", "out", "concept_key", "concept_value", "key_bias", "token_bias",
-             "token_weight", "direction", "update", "offset", "index", "numbers")  # fmt: skip
-TABLES = ("moments", "norms", "trace_entries", "trace_rows")
+ARGUMENTS = ("query", "key", "value", "out", "key_bias", "concept_key", "concept_value", "index", "numbers",
+             "token_bias", "token_weight", "direction", "update", "offset", "moments", "norms",
+             "trace_entries", "trace_rows")  # fmt: skip
+CONCEPTS = ARGUMENTS[5:14]
 UNDEFINED = ("out", "moments", "norms")  # until the kernel writes them
 WRITTEN = (*UNDEFINED, "trace_entries", "trace_rows")
 
@@ -147,7 +148,7 @@ class Simulator:
 
     def tiling(self, problem: Problem, gpu: Gpu) -> Tiling:
         self.shim.reset(**gpu._asdict())
-        return Tiling(*self.shim.module.tiling(arguments(problem, problem.query).values, 0))
+        return Tiling(*self.shim.module.Call(native.layout(problem).arguments, 0).tiling())
 
     def smaller(self, problem: Problem, gpu: Gpu, accepted: Callable[[Tiling], bool]) -> Gpu:
         """With as much shared memory as there is where the tiling is accepted."""
@@ -168,31 +169,69 @@ class Simulator:
         sums = problem.rule.sums_over_heads if problem.concepts is not None else ()
         memory, launches = Tensors(), []
 
-        def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-            names = ARGUMENTS if len(tensors) == len(ARGUMENTS) else TABLES
-            options = ({"writable": n in WRITTEN, "defined": n not in UNDEFINED} for n in names)
-            return [
-                memory.address(name, tensor, **how) if tensor is not None and tensor.data_ptr() else 0
-                for name, tensor, how in zip(names, tensors, options)
-            ]
-
-        def start(*call: Any) -> None:
-            self.shim.module.run(*call)
-            tiling = Tiling(*self.shim.module.tiling(call[0], 0))
+        def start(call: Any, arguments: tuple, *addresses: Any) -> None:
+            *prompt, concepts, moments, norms, entries, rows, stream = addresses
+            passed = dict(zip(ARGUMENTS, (*prompt, *(concepts or [0] * 9), moments, norms, entries, rows)))
+            there = {
+                name: memory.address(
+                    name, tensor, writable=name in WRITTEN, defined=name not in UNDEFINED
+                ) if (tensor := host_tensor(passed[name], *shape)) is not None else 0
+                for name, shape in host_shapes(arguments).items()
+            }  # fmt: skip
+            *prompt, moments, norms, entries, rows = (there[n] for n in ARGUMENTS if n not in CONCEPTS)
+            concepts = tuple(there[name] for name in CONCEPTS) if concepts else ()
+            call.run(*prompt, concepts, moments, norms, entries, rows, stream)
+            tiling = Tiling(*call.tiling())
             for goal, (blocks, threads, shared, parameter) in zip((*sums, "output"), self.recorder.take()):
                 assert (blocks, threads, shared) == (tiling.blocks, WARP * tiling.warps, tiling.shared)
                 result = run(program, (blocks,), threads, [parameter], memory, shared, limit)
                 launches.append(Launched(goal, tiling, program, result))
 
+        def recorded(arguments: tuple, device: int) -> SimpleNamespace:
+            call = self.shim.module.Call(arguments, device)
+            return SimpleNamespace(run=functools.partial(start, call, arguments), tiling=call.tiling)
+
         self.shim.reset(**gpu._asdict())
         with self.shim.installed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fastnegate.operator.arguments, "addresses", addresses)
-            patch.setattr(backend, "addresses", addresses)
-            patch.setattr(backend, "_cuda", SimpleNamespace(run=start))
+            patch.setattr(backend, "_cuda", SimpleNamespace(Call=recorded))
             if not statistics:
                 return Simulated(backend.run(problem), None, launches)
             output, tables = backend.run_with_statistics(problem)
             return Simulated(output, tables.named, launches)
+
+
+def host_shapes(arguments: tuple) -> dict[str, tuple]:
+    """Shape, strides and dtype of each tensor of a call."""
+    sizes, strides, bias_strides, dtype, *_ = arguments
+    batch, heads, queries, keys, dim, entries, count, _, _, tokens = sizes
+    stored = next(of for of, code in native.DTYPES.items() if code == dtype)
+    shapes: dict[str, tuple] = {
+        name: ((batch, heads, n, dim), (*of, 1), stored)
+        for name, n, of in zip(ARGUMENTS, (queries, keys, keys, queries), strides)
+    }
+    shapes["key_bias"] = (batch, heads, queries, keys), bias_strides, torch.float32
+    for name, (_, head, row) in zip(CONCEPTS, strides[4:]):
+        shapes[name] = (tokens, heads, dim), (row, head, 1), stored
+    vectors, planes = (count, heads, dim), (heads, queries)
+    contiguous = {
+        "index": (entries + 2 * count + batch + 1,), "numbers": (entries, 8), "token_bias": (tokens,),
+        "token_weight": (tokens,), "direction": vectors, "update": vectors, "offset": (count,),
+        "moments": (5, entries, *planes), "norms": (2, batch, *planes),
+        "trace_entries": (3, entries, *planes), "trace_rows": (4, batch, *planes),
+    }  # fmt: skip
+    for name, shape in contiguous.items():
+        like = torch.empty(shape, device="meta")
+        shapes[name] = shape, like.stride(), torch.int32 if name == "index" else torch.float32
+    return shapes
+
+
+def host_tensor(address: int, shape: tuple, strides: tuple, dtype: torch.dtype) -> Tensor | None:
+    """A tensor from its address: what the bindings see of it."""
+    if not address or 0 in shape:
+        return None
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    memory = (ctypes.c_byte * (size * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
 @pytest.fixture(scope="session")
@@ -297,7 +336,7 @@ class Expected:
         """Tables of numbers to be summed up over heads: inner products, those with a direction, masses."""
         rule = self.rule
         inner = rule.similarity == "cosine" or rule.direction in ("orthogonal", "projection")
-        return 3 * inner + rule.reads_direction + (rule.similarity == "mass")
+        return 3 * inner + rule.reads.direction + (rule.similarity == "mass")
 
     def products(self, tokens: int) -> Counter[str]:
         """Matrix instructions of a softmax over 16 rows: tokens come in tiles of 8, two of which are the

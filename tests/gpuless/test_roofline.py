@@ -21,6 +21,7 @@ from fastnegate.triton_kernels.tiles import Tiles, Work
 from support import RULES, make_problem
 
 from fastnegate.operator.backends import triton as backend
+from fastnegate.operator.plan import plans
 from fastnegate.operator.problem import Problem
 
 A100 = GPUS["A100"]
@@ -153,7 +154,7 @@ def test_programs_with_several_tiles(cache: None, monkeypatch: pytest.MonkeyPatc
     """Keys and values of a prompt that fits and of the first entry are read once per program, those of other
     entries per tile."""
     monkeypatch.setattr(sizing, "programs", lambda *_: 3)
-    monkeypatch.setattr(backend, "_launches", {})  # what was planned before, for this shape too
+    plans.clear()  # what was planned before, for this shape too
     problem = problem_of(64, batch=1, heads=2, queries=3 * 128 + 1)
     (counted,) = assert_counted(problem, programs=3)
     row = 2 * 64

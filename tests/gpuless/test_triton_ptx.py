@@ -97,7 +97,6 @@ class Simulated(NamedTuple):
 
 def simulate(problem: Problem, statistics: bool = False, multiprocessors: int = 108, **options) -> Simulated:
     written = {"out", "moments", "norms"}
-    backend._launches.clear()  # else the number of programs would be that of another device
     with SimulatedDevice(
         outputs=written | {"trace_entries", "trace_rows"}, undefined=written,
         gpu=A100._replace(multiprocessors=multiprocessors), **options,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -11,14 +12,16 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import DTYPES, MASKS, RULES, Judge, make_problem, pairwise, run, run_with_statistics
 
 from fastnegate.operator.backends import cpu
+from fastnegate.operator.plan import plans
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
@@ -74,26 +77,30 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Emulator:
-    """Takes the place of the extension module: `run_cpu` runs in qemu and writes to the same memory."""
+    """Takes the place of the extension module: calls run in qemu and write to the same memory."""
 
     def __init__(self, command: list[str], file: Path) -> None:
         self.command, self.file = command, file
 
-    def run_cpu(self, values, tables, report_level, isa, _) -> None:
-        addresses, sizes, strides, bias_strides, dtype, scale, codes, numbers = values
-        addresses, sizes = [*addresses, *tables], sizes[:9]  # without the entries that a row may have
-        batch, heads, queries, keys, dim, tokens, concepts, entries, _ = sizes
-        rows = [queries, keys, keys, queries, tokens, tokens]
-        batches = [batch] * 4 + [1] * 2
+    def Call(self, arguments: tuple, report_level: float) -> SimpleNamespace:
+        return SimpleNamespace(run=functools.partial(self._run, arguments, report_level))
+
+    def _run(self, arguments, report_level, query, key, value, out, key_bias, concepts, *rest) -> None:
+        sizes, strides, bias_strides, dtype, scale, codes, numbers, reads = arguments
+        *tables, isa, _ = rest
+        addresses = [query, key, value, out, key_bias, *(concepts or [0] * 9), *tables]
+        batch, heads, queries, keys, dim, entries, count, _, _, tokens = sizes
         element = 4 if dtype == 0 else 2
-        extents = [element * _extent((b, heads, n, dim), (*s, 1)) for b, n, s in zip(batches, rows, strides)]
-        extents.append(4 * _extent((batch, heads, queries, keys), bias_strides))
-        floats = [tokens, tokens, *[concepts * heads * dim] * 2, concepts]
-        floats += [entries + 2 * concepts + batch + 1, 8 * entries, 5 * entries, entries * queries, 3 * batch]
-        extents += [4 * n for n in floats]
+        shapes = [(batch, heads, n, dim) for n in (queries, keys, keys, queries)]
+        shapes += [(1, heads, tokens, dim)] * 2
+        rows = [element * _extent(shape, (*s, 1)) for shape, s in zip(shapes, strides)]
+        bias = 4 * _extent((batch, heads, queries, keys), bias_strides)
+        words = [entries + 2 * count + batch + 1, 8 * entries, tokens, tokens]
+        words += [count * heads * dim] * 2 + [count, 5 * entries, entries * queries, 3 * batch]
+        extents = [*rows[:4], bias, *rows[4:], *(4 * n for n in words)]
         extents = [n if address else 0 for n, address in zip(extents, addresses)]
-        flat = [*sizes, *(s for three in strides for s in three), *bias_strides, dtype, *codes]
-        header = struct.pack("<57q10d", *extents, *flat, scale, report_level, *numbers)
+        flat = [*sizes, *(s for three in strides for s in three), *bias_strides, dtype, *codes, *reads]
+        header = struct.pack("<62q10d", *extents, *flat, scale, report_level, *numbers)
         arrays = [ctypes.string_at(address, n) if n else b"" for address, n in zip(addresses, extents)]
         self.file.write_bytes(b"".join((header, *arrays)))
         assert isa == self.command[-1]
@@ -111,11 +118,14 @@ def _extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
 
 
 @pytest.fixture
-def neon(emulated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def neon(emulated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend "cpu-neon" of support.run."""
     monkeypatch.setattr(cpu, "_C", Emulator(emulated, tmp_path / "problem"))
     monkeypatch.setattr(cpu, "_MISSING", None)
     monkeypatch.setattr(cpu, "MOST_KEYS", 1024)
+    plans.clear()
+    yield
+    plans.clear()  # those that run in qemu
 
 
 CASES = list(

@@ -66,13 +66,13 @@ def test_01_no_existing_entry_is_plain_attention(backend: str, rule: Rule, dtype
         make_problem(dtype=dtype, rule=rule, rows="none", mask="padding"),
         make_problem(dtype=dtype, rule=rule, rows=[[{"concept": 1, "active": 0}]] * 3, mask="padding"),
     ]
-    if rule.reads_tokens:
+    if rule.reads.tokens:
         masked = torch.full_like(problem.concepts.token_bias, -torch.inf)
         none = problem.concepts.index.clone()
         entries, concepts = problem.concepts.entries, problem.concepts.concepts
         none[entries + concepts : entries + 2 * concepts] = 0
         nothing += [with_concepts(problem, token_bias=masked), with_concepts(problem, index=none)]
-    if rule.reads_direction:
+    if rule.reads.direction:
         nothing.append(with_concepts(problem, direction=None, update=None))
     for idle in nothing:
         idle = dataclasses.replace(
@@ -424,7 +424,7 @@ def test_12_a_far_highest_logit_takes_all(backend: str, dtype: torch.dtype, scal
 @every_rule
 @every_backend
 def test_14_scaling_values_scales_the_output(backend: str, rule: Rule, power: int) -> None:
-    if rule.reads_direction:
+    if rule.reads.direction:
         rule = Rule(similarity="mass", gate=rule.gate, norm=rule.norm, norm_order=rule.norm_order, width=0.75)
     temperature = 40**0.5 if rule.direction == "retrieve" else None  # its logits are products of values
     problem = make_problem(rule=rule, rows="same")
@@ -473,7 +473,7 @@ def test_16_a_fading_schedule_ends_at_plain_attention(backend: str, rule: Rule, 
 @every_backend
 def test_a_nan_in_a_concept_shows_and_stays_there(backend: str, rule: Rule, where: str) -> None:
     """Fails closed: a concept that cannot be measured must not pass as one that is absent."""
-    problem = make_problem(rule=rule, rows=[[0, 1], [1], [2, 0]], extras=rule.reads_direction, queries=70)
+    problem = make_problem(rule=rule, rows=[[0, 1], [1], [2, 0]], extras=rule.reads.direction, queries=70)
     broken = getattr(problem.concepts, where).clone()
     broken[1, 0, 3] = torch.nan  # of concept 0, in the first head
     problem = with_concepts(problem, **{where: broken})

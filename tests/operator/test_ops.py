@@ -77,7 +77,7 @@ def permuted(t: Tensor) -> Tensor:
 def test_opcheck(backend: str, name: str, argument: str | None) -> None:
     rule = "casteer" if argument in ("direction", "update", "offset") else "eiup"
     problem = make_problem(2, 2, 5, 7, 16, rule=rule, mask="per_query")
-    arguments = list(ops._flat(problem, backend))
+    arguments = list(ops.flat(problem, backend))
     if argument is not None:
         at = [a.name for a in operator(name)._schema.arguments].index(argument)
         as_it_was = operator(name)(*arguments)
@@ -99,7 +99,7 @@ def test_fake_strides_are_real_strides(backend: str, dtype: torch.dtype, argumen
     if argument is not None:
         problem = dataclasses.replace(problem, **{argument: permuted(getattr(problem, argument))})
     for name in OPERATORS:
-        arguments = ops._flat(problem, backend)
+        arguments = ops.flat(problem, backend)
         meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
         real, fake = (operator(name)(*a) for a in (arguments, meta))
         for r, f in zip(real, fake) if isinstance(real, tuple) else [(real, fake)]:
@@ -192,7 +192,7 @@ def test_compilers_trace_what_the_cuda_backend_asks(backend: str, monkeypatch: p
     """With the reference in the place of its kernels: on a CPU it would refuse before it asks."""
     monkeypatch.setattr(cuda, "_refused_device", lambda query: None)
     monkeypatch.setattr(cuda, "_unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "run", reference.run)
+    monkeypatch.setattr(cuda, "plan", reference.plan)
     problem = make_problem(2, 2, 9, 7, 40, torch.float16, rows="same")
     compiled = torch.compile(Layer(problem, backend), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(problem.query), Layer(problem, "cuda")(problem.query))

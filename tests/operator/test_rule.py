@@ -212,8 +212,8 @@ def test_the_order_of_words_is_that_of_the_kernels() -> None:
 
 
 def test_what_a_rule_reads() -> None:
-    assert Rule.preset("nasa").reads_tokens and not Rule.preset("nasa").reads_direction
-    assert Rule.preset("casteer").reads_direction and not Rule.preset("casteer").reads_tokens
+    assert Rule.preset("nasa").reads.tokens and not Rule.preset("nasa").reads.direction
+    assert Rule.preset("casteer").reads.direction and not Rule.preset("casteer").reads.tokens
     both = Rule("direction", "step", "raw")
-    assert both.reads_tokens and both.reads_direction
-    assert Rule("mass", "open", "fixed").reads_tokens and Rule("mass", "open", "fixed").reads_direction
+    assert both.reads.tokens and both.reads.direction
+    assert Rule("mass", "open", "fixed").reads.tokens and Rule("mass", "open", "fixed").reads.direction

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTNEGATE_BUDGET_REPORT")}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])  # for `gpuless`
     return subprocess.run(
         [sys.executable, *arguments],
         env={**env, **environment}, cwd=HERE.parents[1], capture_output=True, text=True, check=False,

@@ -23,7 +23,7 @@ from support import (
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate.operator import attention, reference
+from fastnegate.operator import choice, reference
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import Rule
 
@@ -358,7 +358,7 @@ def test_gradients_are_refused_by_name_and_flow_through_auto(name: str) -> None:
 
 
 def test_auto_takes_the_reference_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    attention._log_once.cache_clear()
+    choice._log_once.cache_clear()
     problem = double(make_problem())
     with caplog.at_level(logging.WARNING, logger="fastnegate"):
         outputs = [call(problem, backend="auto") for _ in range(3)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One operator call as plain structs: what crosses the boundary between the bindings and a kernel.
-// Mirrors python/fastnegate/rule.py (order of the enums) and tokens.py (layout of index, numbers).
+// Mirrors python/fastnegate/operator/rule.py (words in their order, Reads) and tokens.py (index, numbers);
+// tests/operator/test_words.py reads this file and compares.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,14 @@ struct Numbers {
 };
 inline constexpr int kNumberColumns = 8;
 
+// What a rule reads; the rest need not be there, and is not computed.
+struct Reads {
+  bool tokens;     // L_e or F_e: an entry without tokens does not exist
+  bool direction;  // the fixed vector u: a concept without one does not exist
+  bool products;   // <Z,Z>, <Z,F> and <F,F>
+  bool mass;       // the share of the concept's softmax mass
+};
+
 struct Rule {
   Similarity similarity;
   Gate gate;
@@ -35,6 +44,7 @@ struct Rule {
   float norm_limit, blend;
   float temperature;  // of `retrieve`; 0: 1 / scale
   Numbers defaults;   // width 0: 1 - threshold of the entry
+  Reads reads;
 };
 
 // A tensor whose last dimension is contiguous; strides in elements, 0 is legal.

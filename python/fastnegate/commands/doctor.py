@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..operator.attention import backends, negated_attention
-from ..operator.backends import load, unavailable
+from ..operator.backends import cpu, cuda, load, unavailable
 from ..operator.problem import Problem
 from ..operator.rule import presets
 from ..testing import Judge, fair, make_problem, moved
@@ -48,11 +48,11 @@ def run() -> int:
     print(f"threads: {torch.get_num_threads()}")
     faults = _environment()
     if unavailable("cpu") is None and "cpu" not in faults:
-        print(f"CPU instruction set: {load('cpu').instruction_set()}")
-    cuda = load("cuda")._cuda
-    print(f"NVIDIA driver: {_driver() or 'none found'}{_needed(cuda)}")
-    if cuda is not None:
-        print(f"CUDA architectures of this build: {cuda.ARCHS}")
+        print(f"CPU instruction set: {cpu.instruction_set()}")
+    build = cuda._cuda
+    print(f"NVIDIA driver: {_driver() or 'none found'}{_needed(build)}")
+    if build is not None:
+        print(f"CUDA architectures of this build: {build.ARCHS}")
     failed = bool(faults)
     print("backends, each by every preset in every dtype:")
     print(f"  compared: 2 rows of 2 heads, {_QUERIES} queries, {_KEYS} keys; {'; '.join(map(_said, _SIZES))}")

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Problem`: one call of the operator as a value. It is all that a backend sees."""
+"""`Problem`: one call of the operator as a value, and the `signature` that says which calls are alike."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .rule import Rule
+from .statistics import Statistics as Statistics
+from .statistics import Tables as Tables
 from .tokens import ConceptTokens
-
-GATE_REPORT_LEVEL = 0.5  # `Statistics.gate_fraction` counts gates above this
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,79 +33,52 @@ class Problem:
         return batch, heads, queries, self.key.shape[2], dim
 
     @property
+    def entries(self) -> int:
+        """E."""
+        return 0 if self.concepts is None else self.concepts.entries
+
+    @property
     def bias_per_query(self) -> bool:
         """Whether `key_bias` differs between queries ([.., N, M]) rather than [.., 1, M]."""
         return self.key_bias is not None and self.key_bias.shape[2] != 1
 
-
-class Statistics(NamedTuple):
-    """What the negation did, all float32.
-
-    Per entry ([E], in the order of `ConceptTokens.index`): `gate_max`, `gate_mean` and
-    `gate_fraction` (share of gates above 0.5) over queries (and heads, for scope `head`),
-    `mass_mean` (mean softmax mass of the concept against the prompt), `similarity_max`; `heat`
-    [E, N] is the head mean of the gate. An entry that does not exist has zeros.
-    Per row ([B]): `removed_energy` = sum |O - Z|^2 / sum |Z|^2, `limited_fraction` (share of
-    queries whose norm was limited), `nonfinite` (count of output values that are not finite).
-    """
-
-    gate_max: Tensor
-    gate_mean: Tensor
-    gate_fraction: Tensor
-    mass_mean: Tensor
-    similarity_max: Tensor
-    heat: Tensor
-    removed_energy: Tensor
-    limited_fraction: Tensor
-    nonfinite: Tensor
-
-
-class Trace(NamedTuple):
-    """What a GPU kernel writes for `Statistics`, float32 numbers of single queries.
-
-    `entries` [3, E, H, N], cleared before: gate, similarity, mass. `rows` [4, B, H, N]: |O - Z|^2, |Z|^2,
-    whether the norm was limited, values of O that are not finite.
-    """
-
-    entries: Tensor
-    rows: Tensor
-
-    @classmethod
-    def empty(cls, problem: Problem) -> Trace:
-        batch, heads, queries, _, _ = problem.sizes
-        count = problem.concepts.entries if problem.concepts is not None else 0
-        made: dict[str, Any] = {"dtype": torch.float32, "device": problem.query.device}
-        return cls(
-            torch.zeros(3, count, heads, queries, **made), torch.zeros(4, batch, heads, queries, **made)
-        )
-
-    def tables(self) -> Tables:
-        gates, similarity, mass = self.entries
-        if not self.rows.numel():
-            count, _, queries = gates.shape
-            shapes = ((count, 5), (count, queries), (self.rows.shape[1], 3))
-            return Tables._make(gates.new_zeros(shape) for shape in shapes)
-        both = (1, 2)
-        above = (gates > GATE_REPORT_LEVEL).float()
-        per_entry = [gates.amax(both), *(x.mean(both, dtype=torch.float64) for x in (gates, above, mass))]
-        per_entry.append(similarity.amax(both))
-        moved, energy, limited, nonfinite = self.rows.sum((2, 3), dtype=torch.float64)
-        share = torch.where(energy < 1e-30, 0.0, moved / energy)
-        per_row = [share, limited / self.rows[0, 0].numel(), nonfinite]
-        return Tables(
-            torch.stack([t.float() for t in per_entry], 1),
-            gates.mean(1, dtype=torch.float64).float(),
-            torch.stack([t.float() for t in per_row], 1),
-        )
-
-
-class Tables(NamedTuple):
-    """What backends fill: `Statistics` with its columns per entry [E, 5] and per row [B, 3] together."""
-
-    entries: Tensor
-    heat: Tensor
-    rows: Tensor
+    @property
+    def operands(self) -> Operands:
+        """What differs between calls of the same signature, in the order that `Plan.run` takes."""
+        return self.query, self.key, self.value, self.key_bias, self.concepts
 
     @property
-    def named(self) -> Statistics:
-        return Statistics._make([*self.entries.unbind(1), self.heat, *self.rows.unbind(1)])
+    def signature(self) -> Hashable:
+        """See the function."""
+        return signature(*self.operands, self.rule, self.scale)
+
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, ConceptTokens | None]
+
+
+def signature(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    concepts: ConceptTokens | None,
+    rule: Rule | str,
+    scale: float | None,
+) -> Hashable:
+    """Equal for calls that one plan serves: shapes, strides, dtypes, devices and alignment of all tensors,
+    what the rule computes, the scale. What tensors hold is no part of it.
+
+    `rule` and `scale` may be as the caller wrote them. Raises a RuntimeError for tensors without strides or
+    memory.
+    """
+    return (
+        query.shape, query.stride(), query.dtype, query.device, query.data_ptr() % 16,
+        key.shape, key.stride(), key.dtype, key.device, key.data_ptr() % 16,
+        value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16,
+        None if key_bias is None else (
+            key_bias.shape, key_bias.stride(), key_bias.dtype, key_bias.device, key_bias.data_ptr() % 16
+        ),
+        None if concepts is None else concepts.located().layout,
+        rule if isinstance(rule, str) else rule.flat,
+        scale,
+    )  # fmt: skip

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.library registration: flat functional schemas, fakes, and the one place that calls backends.
+"""torch.library registration: flat functional schemas and fakes, for compilers, export and whoever else must
+see the operator. Other eager calls do not come here.
 
-`define` + `impl` instead of `custom_op`, which costs about twice as much per call.
+Exported programs hold the schema: a new argument goes to the end and has a default. `define` + `impl` instead
+of `custom_op`, which costs about twice as much per call.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .backends import load
-from .problem import Problem, Tables
+from . import checks
+from .backends import NAMES, load
+from .plan import Plan, planned
+from .problem import Problem
 from .rule import Rule
-from .tokens import ConceptTokens
+from .statistics import Tables
+from .tokens import CAPACITIES, TENSORS, ConceptTokens
 
+# The prompt, the concepts in the order of `tokens.TENSORS`, and `limits` in that of `tokens.CAPACITIES`.
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? concept_key, "
     "Tensor? concept_value, Tensor? index, Tensor? numbers, Tensor? token_bias, "
@@ -25,72 +33,76 @@ _library.define(f"negated_attention({_ARGUMENTS}) -> Tensor")
 _library.define(f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    concept_key: Tensor | None,
-    concept_value: Tensor | None,
-    index: Tensor | None,
-    numbers: Tensor | None,
-    token_bias: Tensor | None,
-    token_weight: Tensor | None,
-    direction: Tensor | None,
-    update: Tensor | None,
-    offset: Tensor | None,
-    limits: list[int],
-    rule: list[int],
-    rule_numbers: list[float],
-    scale: float,
-    backend: str,
-) -> Problem:
+def flat(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """The arguments of the registered operators."""
+    tokens, rule = problem.concepts, problem.rule
+    packed: tuple[Tensor | None, ...] = (None,) * len(TENSORS)
+    limits = [0] * len(CAPACITIES)
+    if tokens is not None:
+        packed, limits = tokens.tensors, list(tokens.capacities)
+    return (
+        problem.query, problem.key, problem.value, problem.key_bias, *packed,
+        limits, list(rule.codes), list(rule.numbers), problem.scale, backend,
+    )  # fmt: skip
+
+
+def from_flat(*arguments: Any) -> Problem:
+    """The inverse of `flat`, but for the backend.
+
+    Raises:
+        ValueError: a code of the rule stands for no word, or there are too few capacities.
+    """
+    query, key, value, key_bias, *packed, limits, codes, numbers, scale, _ = arguments
     concepts = None
-    if concept_key is not None:
-        assert concept_value is not None and index is not None and numbers is not None
-        entries, count, longest, busiest = limits
-        concepts = ConceptTokens(
-            concept_key,
-            concept_value,
-            index,
-            numbers,
-            entries,
-            count,
-            longest,
-            busiest,
-            token_bias,
-            token_weight,
-            direction,
-            update,
-            offset,
-        )
-    return Problem(query, key, value, key_bias, concepts, Rule.from_flat(rule, rule_numbers), scale)
+    if packed[0] is not None:
+        if len(limits) != len(CAPACITIES):
+            raise ValueError(f"limits={limits}: must be {', '.join(CAPACITIES)}")
+        concepts = ConceptTokens(**dict(zip(TENSORS, packed)), **dict(zip(CAPACITIES, limits)))
+    return Problem(query, key, value, key_bias, concepts, Rule.from_flat(codes, numbers), scale)
 
 
-def _run(*args: object) -> Tensor:
-    output: Tensor = load(args[-1]).run(_problem(*args))  # type: ignore[arg-type]
-    return output
+def run(problem: Problem, backend: str, statistics: bool) -> tuple[Tensor, Tables | None]:
+    """Run the registered operator; the problem is valid and the backend supports it."""
+    if not statistics:
+        return torch.ops.fastnegate.negated_attention.default(*flat(problem, backend)), None
+    operator = torch.ops.fastnegate.negated_attention_with_statistics.default
+    output, *tables = operator(*flat(problem, backend))
+    return output, Tables._make(tables)
 
 
-def _run_with_statistics(*args: object) -> tuple[Tensor, ...]:
-    module = load(args[-1])  # type: ignore[arg-type]
-    output, tables = module.run_with_statistics(_problem(*args))  # type: ignore[arg-type]
+def _planned(arguments: tuple[Any, ...], statistics: bool) -> tuple[Tensor, Tables | None]:
+    problem, backend = from_flat(*arguments), arguments[-1]
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r}: allowed are {', '.join(NAMES)}")
+
+    def make(problem: Problem, statistics: bool) -> Plan:
+        checks.check(problem)
+        return load(backend).plan(problem, statistics)
+
+    return planned(backend, problem, statistics, make).run(*problem.operands)
+
+
+def _run(*arguments: Any) -> Tensor:
+    return _planned(arguments, False)[0]
+
+
+def _run_with_statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    output, tables = _planned(arguments, True)
+    assert tables is not None
     return output, *tables
 
 
-def _fake(*args: object) -> Tensor:
-    query: Tensor = args[0]  # type: ignore[assignment]
+def _fake(query: Tensor, *_: Any) -> Tensor:
     batch, heads, queries, dim = query.shape
     return query.new_empty(batch, queries, heads, dim).transpose(1, 2)
 
 
-def _fake_with_statistics(*args: object) -> tuple[Tensor, ...]:
-    query: Tensor = args[0]  # type: ignore[assignment]
-    numbers: Tensor | None = args[7]  # type: ignore[assignment]
+def _fake_with_statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    query: Tensor = arguments[0]
+    numbers: Tensor | None = arguments[4 + TENSORS.index("numbers")]
     entries = 0 if numbers is None else numbers.shape[0]
-
     shapes = ((entries, 5), (entries, query.shape[2]), (query.shape[0], 3))
-    return _fake(*args), *(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return _fake(query), *(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 for _name, _impl, _meta in (
@@ -99,33 +111,3 @@ for _name, _impl, _meta in (
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnegate::{_name}", _meta, lib=_library)
-
-
-def _flat(problem: Problem, backend: str) -> tuple[object, ...]:
-    tokens = problem.concepts
-    if tokens is None:
-        packed: tuple[Tensor | None, ...] = (None,) * 9
-        limits = [0, 0, 0, 0]
-    else:
-        packed = (
-            tokens.key, tokens.value, tokens.index, tokens.numbers, tokens.token_bias,
-            tokens.token_weight, tokens.direction, tokens.update, tokens.offset,
-        )  # fmt: skip
-        limits = [tokens.entries, tokens.concepts, tokens.longest, tokens.busiest]
-    rule = problem.rule
-    return (
-        problem.query, problem.key, problem.value, problem.key_bias, *packed,
-        limits, rule.codes, rule.numbers, problem.scale, backend,
-    )  # fmt: skip
-
-
-def run(problem: Problem, backend: str) -> Tensor:
-    """Run the registered operator; the problem is valid and the backend supports it."""
-    result: Tensor = torch.ops.fastnegate.negated_attention.default(*_flat(problem, backend))
-    return result
-
-
-def run_with_statistics(problem: Problem, backend: str) -> tuple[Tensor, Tables]:
-    op = torch.ops.fastnegate.negated_attention_with_statistics.default
-    output, *tables = op(*_flat(problem, backend))
-    return output, Tables._make(tables)

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Rule`: which similarity, gate, direction, combination and norm an operator call uses.
 
-A rule is a small immutable value. Every backend reads it as two flat lists, `Rule.codes` (integers)
-and `Rule.numbers` (floats), whose order is fixed here and mirrored once, in `csrc/.../problem.h`.
+A rule is a small immutable value. Across boundaries it travels as two flat tuples, `Rule.codes` (integers)
+and `Rule.numbers` (floats), whose order is fixed here; what it reads is derived here, too, as `Rule.reads`.
+
+A word that is added here is refused by every backend, by name, until the backend lists it as its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 SIMILARITIES = ("one", "cosine", "direction", "mass")
 GATES = ("open", "step", "ramp", "sigmoid")
@@ -18,6 +22,7 @@ DIRECTIONS = ("raw", "difference", "orthogonal", "projection", "fixed", "retriev
 COMBINES = ("separate", "joint")
 SELECTS = ("all", "max")
 NORMS = ("none", "limit", "preserve")
+NORM_ORDERS = (1, 2)
 SCOPES = ("head", "feature")
 TOKENS = ("full", "content", "weighted", "prototype", "none")
 
@@ -33,6 +38,21 @@ _WORDS = {
     "scope": SCOPES,
     "tokens": TOKENS,
 }
+
+
+# In the order of `Rule.codes` and `Rule.numbers`. The code of a word is its place in its tuple, that of
+# norm_order the order itself.
+CODES = ("similarity", "gate", "direction", "combine", "select", "norm", "norm_order", "scope")
+_NUMBERS = ("norm_limit", "blend", "temperature", "strength", "logit_bias", "threshold", "width", "cap")
+
+
+class Reads(NamedTuple):
+    """What a rule reads; the rest need not be there, and is not computed."""
+
+    tokens: bool  # L_e or F_e: an entry without tokens does not exist
+    direction: bool  # the fixed vector u: a concept without one does not exist
+    products: bool  # <Z, Z>, <Z, F> and <F, F>
+    mass: bool  # the share of the concept's softmax mass
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,13 @@ class Rule:
         stop: default end of the active window, as a fraction of the denoising steps.
         name: shown in reports.
 
+    Attributes:
+        codes: the words as integers, in the order of `CODES`.
+        numbers: norm_limit, blend, temperature (0: 1 / scale), then the entry defaults strength,
+            logit_bias, threshold, width (0: 1 - threshold), cap.
+        flat: both; rules that agree in it compute the same.
+        reads: what the rule reads.
+
     Raises:
         ValueError: a word or number is outside what is allowed, or words do not go together.
     """
@@ -83,28 +110,41 @@ class Rule:
     tokens: str = "full"
     stop: float = 1.0
     name: str = "custom"
+    codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    numbers: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    flat: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    reads: Reads = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field, words in _WORDS.items():
-            if getattr(self, field) not in words:
-                raise ValueError(f"{field}={getattr(self, field)!r}: allowed are {', '.join(words)}")
-        for field in ("strength", "logit_bias", "threshold", "norm_limit"):
-            check_number(field, getattr(self, field))
-        for field in ("blend", "cap", "stop"):
-            check_number(field, getattr(self, field), low=0.0, high=1.0)
+        for word, words in _WORDS.items():
+            if getattr(self, word) not in words:
+                raise ValueError(f"{word}={getattr(self, word)!r}: allowed are {', '.join(words)}")
+        for number in ("strength", "logit_bias", "threshold", "norm_limit"):
+            check_number(number, getattr(self, number))
+        for number in ("blend", "cap", "stop"):
+            check_number(number, getattr(self, number), low=0.0, high=1.0)
         if self.norm_limit < 1.0:
             raise ValueError(f"norm_limit={self.norm_limit!r}: must be >= 1")
-        if type(self.norm_order) is not int or self.norm_order not in (1, 2):
-            raise ValueError(f"norm_order={self.norm_order!r}: allowed are 1, 2")
-        for field in ("width", "temperature"):
-            if getattr(self, field) is not None:
-                check_number(field, getattr(self, field), above=0.0)
+        if type(self.norm_order) is not int or self.norm_order not in NORM_ORDERS:
+            raise ValueError(
+                f"norm_order={self.norm_order!r}: allowed are {', '.join(map(str, NORM_ORDERS))}"
+            )
+        for number in ("width", "temperature"):
+            if getattr(self, number) is not None:
+                check_number(number, getattr(self, number), above=0.0)
         if self.combine == "joint" and self.direction != "raw":
             raise ValueError(f"direction={self.direction!r}: combine='joint' needs direction='raw'")
         if self.direction == "retrieve" and self.scope != "head":
             raise ValueError(f"scope={self.scope!r}: direction='retrieve' needs scope='head'")
         if self.norm == "preserve" and self.norm_order != 2:
             raise ValueError(f"norm_order={self.norm_order!r}: norm='preserve' needs norm_order=2")
+        # Made once: every call of the operator asks for them.
+        codes = tuple(_code(word, getattr(self, word)) for word in CODES)
+        numbers = tuple(float(getattr(self, number) or 0.0) for number in _NUMBERS)
+        for name, made in (
+            ("codes", codes), ("numbers", numbers), ("flat", codes + numbers), ("reads", _reads(self)),
+        ):  # fmt: skip
+            object.__setattr__(self, name, made)
 
     @classmethod
     def preset(cls, name: str, *, family: str | None = None, **overrides: Any) -> Rule:
@@ -134,76 +174,58 @@ class Rule:
             name += "[" + ",".join(f"{f}={overrides[f]}" for f in changed) + "]"
         return dataclasses.replace(rule, **{"name": name, **overrides})
 
-    @property
-    def codes(self) -> list[int]:
-        """The words as integers: similarity, gate, direction, combine, select, norm, norm_order,
-        scope."""
-        return [
-            SIMILARITIES.index(self.similarity),
-            GATES.index(self.gate),
-            DIRECTIONS.index(self.direction),
-            COMBINES.index(self.combine),
-            SELECTS.index(self.select),
-            NORMS.index(self.norm),
-            self.norm_order,
-            SCOPES.index(self.scope),
-        ]
-
-    @property
-    def numbers(self) -> list[float]:
-        """norm_limit, blend, temperature (0: 1 / scale), then the entry defaults strength,
-        logit_bias, threshold, width (0: 1 - threshold), cap."""
-        return [
-            self.norm_limit,
-            self.blend,
-            self.temperature or 0.0,
-            self.strength,
-            self.logit_bias,
-            self.threshold,
-            self.width or 0.0,
-            self.cap,
-        ]
-
     @classmethod
-    def from_flat(cls, codes: list[int], numbers: list[float]) -> Rule:
-        """The inverse of `codes` and `numbers` (name, tokens and stop are not part of them)."""
-        return cls(
-            similarity=SIMILARITIES[codes[0]],
-            gate=GATES[codes[1]],
-            direction=DIRECTIONS[codes[2]],
-            combine=COMBINES[codes[3]],
-            select=SELECTS[codes[4]],
-            norm=NORMS[codes[5]],
-            norm_order=codes[6],
-            scope=SCOPES[codes[7]],
-            norm_limit=numbers[0],
-            blend=numbers[1],
-            temperature=numbers[2] or None,
-            strength=numbers[3],
-            logit_bias=numbers[4],
-            threshold=numbers[5],
-            width=numbers[6] or None,
-            cap=numbers[7],
-        )
+    def from_flat(cls, codes: Sequence[int], numbers: Sequence[float]) -> Rule:
+        """The inverse of `codes` and `numbers` (name, tokens and stop are not part of them).
 
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the rule reads L_e or F_e, so that an entry without tokens does not exist."""
-        return self.similarity in ("cosine", "mass") or self.direction != "fixed"
+        Raises:
+            ValueError: there are more or fewer than a rule has, a code stands for no word, or a number is
+                outside what is allowed.
+        """
+        return _from_flat(tuple(codes), tuple(numbers))
 
     @property
     def sums_over_heads(self) -> tuple[str, ...]:
         """What a kernel that sees one head at a time sums up before an output of this rule: "moments" (inner
-        products of Z and F), "norms" (of Y and Z)."""
+        products of Z and F, <Z, u>, mass), "norms" (of Y and Z)."""
         if self.scope != "feature":
             return ()
-        moments = self.similarity != "one" or self.direction in ("orthogonal", "projection", "fixed")
+        reads = self.reads
+        moments = reads.products or reads.direction or reads.mass
         return ("moments",) * moments + ("norms",) * (self.norm != "none")
 
-    @property
-    def reads_direction(self) -> bool:
-        """Whether the rule reads the fixed vector u of a concept."""
-        return self.similarity == "direction" or self.direction == "fixed"
+
+def _reads(rule: Rule) -> Reads:
+    return Reads(
+        tokens=rule.similarity in ("cosine", "mass") or rule.direction != "fixed",
+        direction=rule.similarity == "direction" or rule.direction == "fixed",
+        products=rule.similarity == "cosine" or rule.direction in ("orthogonal", "projection"),
+        mass=rule.similarity == "mass",
+    )
+
+
+def _code(word: str, value: Any) -> int:
+    code: int = value if word == "norm_order" else _WORDS[word].index(value)
+    return code
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_flat(codes: tuple[int, ...], numbers: tuple[float, ...]) -> Rule:
+    """Kept: the registered operator asks for the same rule at every call."""
+    for name, values, names in (("codes", codes, CODES), ("numbers", numbers, _NUMBERS)):
+        if len(values) != len(names):
+            raise ValueError(f"{name} of a rule has {len(values)} values: must be {', '.join(names)}")
+    fields: dict[str, Any] = dict(zip(_NUMBERS, numbers))
+    for name in ("temperature", "width"):
+        fields[name] = fields[name] or None
+    for word, code in zip(CODES, codes):
+        if word == "norm_order":
+            fields[word] = code
+        elif 0 <= code < len(_WORDS[word]):
+            fields[word] = _WORDS[word][code]
+        else:
+            raise ValueError(f"{word} has code {code}: must be from 0 to {len(_WORDS[word]) - 1}")
+    return Rule(**fields)
 
 
 def check_number(

@@ -8,9 +8,11 @@ capacities; only they decide tile sizes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,13 @@ from .rule import check_number
 NUMBERS = ("strength", "logit_bias", "threshold", "width", "cap", "active")
 COLUMNS = 8  # numbers per entry, padded from 6 so that a row is 32 bytes
 
+# The one order in which concepts are flattened: in the registered operator, in the Triton kernel and in
+# csrc/arguments.h, always after query, key, value, (out) and key_bias.
+TENSORS = (
+    "key", "value", "index", "numbers", "token_bias", "token_weight", "direction", "update", "offset",
+)  # fmt: skip
+CAPACITIES = ("entries", "concepts", "longest", "busiest")
+
 _LIMITS: dict[str, dict[str, float]] = {
     "width": {"above": 0.0},
     "cap": {"low": 0.0, "high": 1.0},
@@ -28,9 +37,22 @@ _LIMITS: dict[str, dict[str, float]] = {
 Row = Sequence["int | Mapping[str, Any]"]
 
 
+class Located(NamedTuple):
+    """What a call needs to know of `ConceptTokens`, found once for each: see `ConceptTokens.located`."""
+
+    present: tuple[Tensor, ...]  # those of `tensors` that there are
+    found_at: tuple[int, ...]  # the addresses of these
+    addresses: tuple[int, ...]  # of all, 0 for None
+    layout: int  # equal for concepts that no plan tells apart
+    plain: bool  # torch's own tensors, whose memory holds their values
+
+
 @dataclass(frozen=True, eq=False)
 class ConceptTokens:
     """Packed concept tokens of one layer; build it with `pack` or `uniform`.
+
+    Contents of the tensors may change in place between calls. Their shapes, strides and dtypes may not
+    (`resize_`, `transpose_`): take `dataclasses.replace`. Memory may move (`set_`, `.data =`); that is seen.
 
     With T tokens, C concepts, E entries, B batch rows, H heads and head dimension D:
 
@@ -167,6 +189,38 @@ class ConceptTokens:
         """T, the number of packed tokens."""
         return self.key.shape[0]
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of `TENSORS`."""
+        return (
+            self.key, self.value, self.index, self.numbers, self.token_bias, self.token_weight,
+            self.direction, self.update, self.offset,
+        )  # fmt: skip
+
+    @property
+    def capacities(self) -> tuple[int, int, int, int]:
+        """In the order of `CAPACITIES`."""
+        return self.entries, self.concepts, self.longest, self.busiest
+
+    def located(self) -> Located:
+        """Layout and addresses, found at the first call and again when memory has moved."""
+        known: Located | None = self.__dict__.get("_located")
+        if known is None or tuple(map(_data_ptr, known.present)) != known.found_at:
+            known = self.__dict__["_located"] = _locate(self)
+        return known
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether one of the tensors does."""
+        for tensor in self.tensors:  # written out: compilers trace it
+            if tensor is not None and tensor.requires_grad:
+                return True
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have other memory, and maybe another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_located"}
+
     def first_rows(self, batch: int) -> ConceptTokens:
         """The same concepts for the first `batch` rows: views, so in-place changes still show."""
         if not 0 <= batch <= self.batch:
@@ -200,6 +254,30 @@ class ConceptTokens:
     @property
     def active(self) -> Tensor:
         return self.numbers[:, 5]
+
+
+_data_ptr = Tensor.data_ptr
+_layouts: dict[Any, int] = {}
+_numbering, _adding = count(), threading.Lock()
+_MOST_LAYOUTS = 4096  # one that is forgotten gets another number, and its plans are made again
+
+
+def _locate(tokens: ConceptTokens) -> Located:
+    tensors = tokens.tensors
+    present = tuple(t for t in tensors if t is not None)
+    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+    of_tensors = tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors
+    )
+    described = of_tensors, tokens.capacities
+    with _adding:
+        layout = _layouts.get(described)
+        if layout is None:
+            if len(_layouts) >= _MOST_LAYOUTS:
+                del _layouts[next(iter(_layouts))]
+            layout = _layouts[described] = next(_numbering)
+    plain = all(type(t) is Tensor and not t.is_neg() for t in present)
+    return Located(present, tuple(map(_data_ptr, present)), addresses, layout, plain)
 
 
 def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 from cuda_shim.build import CSRC, build
 
 from fastnegate.operator.backends import cuda
+from fastnegate.operator.plan import plans
 
 HEAD_DIMS = (32, 40, 64, 72, 80, 88, 96, 112, 128, 160)
 COUNTS = ("mma_k16", "mma_k8", "copied", "exp2", "barriers", "ldmatrix_conflicts", "copy_conflicts")
@@ -44,6 +45,7 @@ class Shim:
 
     def reset(self, **device: int) -> None:
         """No launches, and an A100 but for `device` (fields of `Device` in shim.h)."""
+        self.forget()
         self._library.fastnegate_shim_reset()
         for name, value in device.items():
             assert self._library.fastnegate_shim_set(name.encode(), ctypes.c_int64(value)) == 0, name
@@ -66,11 +68,14 @@ class Shim:
             patch.setattr(cuda, "_MISSING", None)
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(cuda, "_refused_device", lambda query: None)
-            patch.setattr(cuda, "_place", lambda query: (0, 0))
+            patch.setattr(cuda, "_device", lambda query: 0)
+            patch.setattr(cuda, "_stream", lambda device: 0)
             self.forget()
             yield self
         self.forget()
 
     @staticmethod
     def forget() -> None:
+        """What was found out about a machine, and plans for it."""
         cuda._unavailable.cache_clear()
+        plans.clear()

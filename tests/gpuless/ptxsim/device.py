@@ -16,6 +16,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fastnegate.operator.plan import plans
+
 from .machine import Result, run
 from .parse import Program, PtxError, parse
 from .tensors import Tensors
@@ -50,6 +52,7 @@ class Device:
         self.gpu = gpu
 
     def __enter__(self: AnyDevice) -> AnyDevice:
+        plans.clear()  # those for another device
         self._before = triton.runtime.driver._active
         driver = _Driver(self)
         triton.runtime.driver.set_active(driver)
@@ -60,6 +63,7 @@ class Device:
     def __exit__(self, *error: object) -> None:
         triton.knobs.runtime.kernel_load_start_hook.remove(self._hook)
         triton.runtime.driver._active = self._before
+        plans.clear()
 
     def load(self, name: str, files: dict[str, Path]) -> Any:
         """The kernel that `launch` gets; Triton asks once for what it compiled, and keeps it.

@@ -4,26 +4,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import DTYPES, addresses, arguments
-from ..problem import GATE_REPORT_LEVEL, Problem, Tables
+from ..plan import planned, require, unknown_word
+from ..problem import Problem
+from ..statistics import GATE_REPORT_LEVEL, Tables
+from ..tokens import ConceptTokens
+from . import native
 
+NAME = "cpu"
+WORDS = native.WORDS  # all of them
 # torch is imported above, so its OpenMP runtime is loaded before the extension asks for one.
-_C: Any = None
-_MISSING: str | None = None
-try:
-    _C = importlib.import_module("fastnegate._C")
-except ImportError as error:
-    built = importlib.util.find_spec("fastnegate._C") is not None
-    _MISSING = f"the compiled extension does not load: {error}" if built else "not part of this install"
-
+_C, _MISSING = native.extension("_C")
 MOST_KEYS: int = getattr(_C, "MOST_KEYS", 0)  # prompt keys, and tokens of one concept
 
 
@@ -53,7 +48,7 @@ def supports(problem: Problem) -> str | None:
         return reason
     if problem.query.device.type != "cpu":
         return f"query is on {problem.query.device}, not on the CPU"
-    if problem.query.dtype not in DTYPES:
+    if problem.query.dtype not in native.DTYPES:
         return f"dtype {problem.query.dtype} is not float32, bfloat16 or float16"
     if dim % 8 or not 8 <= dim <= 256:
         return f"head_dim={dim} is not a multiple of 8 up to 256"
@@ -61,41 +56,69 @@ def supports(problem: Problem) -> str | None:
         return f"{keys} prompt keys are more than {MOST_KEYS}"
     if tokens is not None and tokens.longest > MOST_KEYS:
         return f"a concept of {tokens.longest} tokens is longer than {MOST_KEYS}"
-    return None
+    return unknown_word(WORDS, problem.rule)
 
 
-def describe(problem: Problem) -> str:
-    """One line for `explain`."""
-    batch, heads, queries, keys, dim = problem.sizes
-    tokens = problem.concepts.tokens if problem.concepts is not None else 0
-    threads = 1 if _C.is_forked() else torch.get_num_threads()
-    tile, together = _C.tiling(instruction_set(), [batch, heads, queries, keys, tokens, dim], threads)
-    return (
-        f"instruction set {instruction_set()}, {threads} thread{'s' * (threads != 1)}"
-        f"{' (forked child)' * _C.is_forked()}, tiles of {tile} queries, {together} heads at a time"
-    )
+class CpuPlan:
+    """Calls of one signature. Instruction set and threads are asked for at each, which costs nothing."""
+
+    backend = NAME
+
+    def __init__(self, problem: Problem, statistics: bool) -> None:
+        self._layout = native.layout(problem)
+        self._run = _C.Call(self._layout.arguments, GATE_REPORT_LEVEL).run
+        batch, heads, queries, keys, dim = problem.sizes
+        tokens = problem.concepts.tokens if problem.concepts is not None else 0
+        self._sizes = [batch, heads, queries, keys, tokens, dim]
+        self._tables = ((problem.entries, 5), (problem.entries, queries), (batch, 3)) if statistics else ()
+
+    def __repr__(self) -> str:
+        return f"<plan of the CPU backend: {self.describe()}>"
+
+    def describe(self) -> str:
+        threads = 1 if _C.is_forked() else torch.get_num_threads()
+        tile, together = _C.tiling(instruction_set(), self._sizes, threads)
+        return (
+            f"instruction set {instruction_set()}, {threads} thread{'s' * (threads != 1)}"
+            f"{' (forked child)' * _C.is_forked()}, tiles of {tile} queries, {together} heads at a time"
+        )
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        concepts: ConceptTokens | None,
+    ) -> tuple[Tensor, Tables | None]:
+        out = self._layout.out(query)
+        bias = self._layout.key_bias(key_bias)
+        addresses, _held = self._layout.concepts(concepts)
+        tables = Tables._make(map(torch.zeros, self._tables)) if self._tables else None
+        self._run(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            addresses,
+            *((0, 0, 0) if tables is None else native.addresses(tables)),
+            instruction_set(),
+            torch.get_num_threads(),
+        )
+        return out, tables
+
+
+def plan(problem: Problem, statistics: bool) -> CpuPlan:
+    require(NAME, unknown_word(WORDS, problem.rule))
+    return CpuPlan(problem, statistics)
 
 
 def run(problem: Problem) -> Tensor:
-    return _run(problem, None)
+    return planned(NAME, problem, False, plan).run(*problem.operands)[0]
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
-    batch, _, queries, _, _ = problem.sizes
-    entries = problem.concepts.entries if problem.concepts is not None else 0
-    tables = Tables(torch.zeros(entries, 5), torch.zeros(entries, queries), torch.zeros(batch, 3))
-    return _run(problem, tables), tables
-
-
-def _run(problem: Problem, tables: Tables | None) -> Tensor:
-    batch, heads, queries, _, dim = problem.sizes
-    out = problem.query.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    call = arguments(problem, out)
-    _C.run_cpu(
-        call.values,
-        addresses(tables or [None] * 3),
-        GATE_REPORT_LEVEL,
-        instruction_set(),
-        torch.get_num_threads(),
-    )
-    return out
+    output, tables = planned(NAME, problem, True, plan).run(*problem.operands)
+    assert tables is not None
+    return output, tables

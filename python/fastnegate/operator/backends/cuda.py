@@ -4,27 +4,23 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..arguments import addresses, arguments
-from ..problem import Problem, Tables, Trace
+from ..plan import planned, require, unknown_word
+from ..problem import Problem
+from ..statistics import Tables, Trace
+from ..tokens import ConceptTokens
+from . import native
 
-_cuda: Any = None
-_MISSING: str | None = None
-try:
-    _cuda = importlib.import_module("fastnegate._cuda")
-except ImportError as error:
-    built = importlib.util.find_spec("fastnegate._cuda") is not None
-    _MISSING = f"the compiled extension does not load: {error}" if built else "not part of this install"
+NAME = "cuda"
+WORDS = {**native.WORDS, "direction": ("raw", "difference", "orthogonal", "projection", "fixed")}
+_cuda, _MISSING = native.extension("_cuda")
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_ALIGNMENT = 16  # bytes that are copied at a time
 
 
 _Asked = TypeVar("_Asked", bound=Callable[..., Any])
@@ -65,14 +61,14 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    if problem.rule.direction == "retrieve":
-        return "direction='retrieve' is not implemented"
+    if (reason := unknown_word(WORDS, problem.rule)) is not None:
+        return reason
     rows = {"query": query, "key": problem.key, "value": problem.value}
     if tokens is not None:
         rows |= {"concept key": tokens.key, "concept value": tokens.value}
     for name, tensor in rows.items():
         if not _aligned(tensor):
-            return f"rows of {name} are not {_ALIGNMENT}-byte aligned (strides {tensor.stride()})"
+            return f"rows of {name} are not {native.ALIGNMENT}-byte aligned (strides {tensor.stride()})"
     return None
 
 
@@ -109,45 +105,87 @@ def _aligned(tensor: Tensor) -> bool:
     steps = [s for s, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
     # Compilers know no offset; the launch refuses wrong addresses.
     offset = 0 if torch.compiler.is_compiling() else tensor.storage_offset()
-    return all(step * size % _ALIGNMENT == 0 for step in (offset, *steps))
+    return all(step * size % native.ALIGNMENT == 0 for step in (offset, *steps))
 
 
-def describe(problem: Problem) -> str:
-    """One line for `explain`."""
-    device, _ = _place(problem.query)
-    tiling = _cuda.tiling(arguments(problem, problem.query).values, device)
-    warps, blocks, _, prompt, concepts, shared = tiling
-    where = "in shared memory" if prompt else "read piece by piece"
-    launches = 1 + len(problem.rule.sums_over_heads) * (problem.concepts is not None)
-    return (
-        f"{blocks} blocks of {warps} warps, 16 queries each at a time, prompt {where}, room for {concepts} "
-        f"concept tokens, {shared / 1024:.1f} KiB of shared memory, {launches} launch{'es' * (launches > 1)}"
-    )
+class CudaPlan:
+    """Calls of one signature on one device."""
+
+    backend = NAME
+
+    def __init__(self, problem: Problem, statistics: bool) -> None:
+        self._layout = native.layout(problem)
+        self._device = _device(problem.query)
+        self._call = _cuda.Call(self._layout.arguments, self._device)
+        self._run = self._call.run
+        batch, heads, queries, _, _ = problem.sizes
+        sums = problem.rule.sums_over_heads if self._layout.negates else ()
+        self._launches = 1 + len(sums)
+        self._moments = (5, problem.entries, heads, queries) if "moments" in sums else None
+        self._norms = (2, batch, heads, queries) if "norms" in sums else None
+        self._trace = (problem.entries, batch, heads, queries) if statistics else None
+
+    def __repr__(self) -> str:
+        return f"<plan of the CUDA backend: {self.describe()}>"
+
+    def describe(self) -> str:
+        warps, blocks, _, prompt, concepts, shared = self._call.tiling()
+        where = "in shared memory" if prompt else "read piece by piece"
+        return (
+            f"{blocks} blocks of {warps} warps, 16 queries each at a time, prompt {where}, room for "
+            f"{concepts} concept tokens, {shared / 1024:.1f} KiB of shared memory, {self._launches} "
+            f"launch{'es' * (self._launches > 1)}"
+        )
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        concepts: ConceptTokens | None,
+    ) -> tuple[Tensor, Tables | None]:
+        out = self._layout.out(query)
+        bias = self._layout.key_bias(key_bias)
+        addresses, _held = self._layout.concepts(concepts)
+        moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
+        norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
+        trace = None if self._trace is None else Trace.empty(self._trace, query.device)
+        self._run(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            addresses,
+            0 if moments is None else moments.data_ptr(),
+            0 if norms is None else norms.data_ptr(),
+            *((0, 0) if trace is None else native.addresses(trace)),
+            _stream(self._device),
+        )
+        return out, None if trace is None else trace.tables()
+
+
+def _device(query: Tensor) -> int:
+    return query.device.index
+
+
+def _stream(device: int) -> int:
+    """torch's current stream on the device."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def plan(problem: Problem, statistics: bool) -> CudaPlan:
+    require(NAME, unknown_word(WORDS, problem.rule))
+    return CudaPlan(problem, statistics)
 
 
 def run(problem: Problem) -> Tensor:
-    return _run(problem, None)
+    return planned(NAME, problem, False, plan).run(*problem.operands)[0]
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
-    trace = Trace.empty(problem)
-    return _run(problem, trace), trace.tables()
-
-
-def _run(problem: Problem, trace: Trace | None) -> Tensor:
-    query, tokens = problem.query, problem.concepts
-    batch, heads, queries, _, dim = problem.sizes
-    out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    table = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    sums = problem.rule.sums_over_heads if tokens is not None else ()
-    moments = table(5, tokens.entries, heads, queries) if tokens is not None and "moments" in sums else None
-    norms = table(2, batch, heads, queries) if "norms" in sums else None
-    call = arguments(problem, out)
-    tables = (moments, norms, *(trace or (None, None)))
-    _cuda.run(call.values, addresses(tables), *_place(query))
-    return out
-
-
-def _place(query: Tensor) -> tuple[int, int]:
-    """Device, and torch's current stream on it."""
-    return query.device.index, torch.cuda.current_stream(query.device).cuda_stream
+    output, tables = planned(NAME, problem, True, plan).run(*problem.operands)
+    assert tables is not None
+    return output, tables

@@ -14,17 +14,29 @@ import importlib.util
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Tables, Trace
+from ..plan import planned, require, unknown_word
+from ..problem import Problem
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
-from ..tokens import ConceptTokens
+from ..statistics import Tables, Trace
+from ..tokens import TENSORS, ConceptTokens
 
+NAME = "triton"
+WORDS = {
+    "similarity": ("one", "cosine", "direction", "mass"),
+    "gate": ("open", "step", "ramp", "sigmoid"),
+    "direction": ("raw", "difference", "orthogonal", "projection", "fixed"),
+    "combine": ("separate", "joint"),
+    "select": ("all", "max"),
+    "norm": ("none", "limit", "preserve"),
+    "norm_order": (1, 2),
+    "scope": ("head", "feature"),
+}
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of Triton's compiler, for every kernel: whoever compiles one, in tests or ahead of time, takes these.
@@ -82,35 +94,28 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    if problem.rule.direction == "retrieve":
-        return "direction='retrieve' is not implemented"
-    return None
+    return unknown_word(WORDS, problem.rule)
 
 
-def describe(problem: Problem) -> str:
-    """One line for `explain`."""
-    launch = _new_launch(problem)
-    t, launches = launch.tiles, len(launch.goals)
-    table = f", from the table {launch.table}" if launch.table else ""
-    return (
-        f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} concept "
-        f"tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} launch{'es' * (launches > 1)}{table}"
-    )
+def plan(problem: Problem, statistics: bool, tuned: Any = None) -> TritonPlan:
+    """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
+    require(NAME, unknown_word(WORDS, problem.rule))
+    return TritonPlan(problem, statistics, tuned)
 
 
 def run(problem: Problem) -> Tensor:
-    return _run(problem, None, _launch(problem, False))
+    return planned(NAME, problem, False, plan).run(*problem.operands)[0]
 
 
 def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
-    trace = Trace.empty(problem)
-    return _run(problem, trace, _launch(problem, True)), trace.tables()
+    output, tables = planned(NAME, problem, True, plan).run(*problem.operands)
+    assert tables is not None
+    return output, tables
 
 
 def prepare(problem: Problem, with_statistics: bool = False) -> None:
     """Compile what calls like this one launch, and launch nothing: from then on it is in Triton's cache."""
-    trace = Trace.empty(problem) if with_statistics else None
-    _run(problem, trace, _new_launch(problem), _compile)
+    plan(problem, with_statistics).run(*problem.operands, start=_compile)
 
 
 # ---- a launch without its tensors -------------------------------------------------------------------
@@ -129,36 +134,12 @@ class Launch(NamedTuple):
     compiled: dict[str, Any]  # by goal, from the first call on
 
 
-_launches: dict[Any, Launch] = {}
-_adding = threading.Lock()
-_MOST_LAUNCHES = 4096  # a server sees some hundred; of callers with ever new shapes the oldest are forgotten
-
-
-def _launch(problem: Problem, with_statistics: bool) -> Launch:
-    """Made once for calls like this one: it costs more than the launch itself."""
-    tokens = problem.concepts
-    tensors = (problem.query, problem.key, problem.value, problem.key_bias, *_tensors(tokens))
-    key = (
-        tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors),
-        (tokens.entries, tokens.concepts, tokens.longest) if tokens is not None else None,
-        problem.rule, problem.scale, with_statistics, _device(problem.query),
-    )  # fmt: skip
-    launch = _launches.get(key)
-    if launch is None:
-        launch = _new_launch(problem)
-        with _adding:
-            if len(_launches) >= _MOST_LAUNCHES:
-                del _launches[next(iter(_launches))]
-            _launches[key] = launch
-    return launch
-
-
-def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
-    """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
+def launch_of(problem: Problem, tuned: Any = None) -> Launch:
+    """`tuned` as for `plan`."""
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
     batch, heads, queries, keys, dim = problem.sizes
     tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
-    if tokens is not None and (tokens.concepts == 0 or (rule.reads_direction and tokens.direction is None)):
+    if tokens is not None and (tokens.concepts == 0 or (rule.reads.direction and tokens.direction is None)):
         tokens = None  # no entry exists
     strides = [s for x in (problem.query, problem.key, problem.value) for s in x.stride()[:3]]
     strides += [queries * heads * dim, dim, heads * dim]  # of the output
@@ -192,14 +173,15 @@ def _new_launch(problem: Problem, tuned: Any = None) -> Launch:
             "HELD": t.held if tokens is not None else 0,
         },
         text=tuple(tokens is not None and read for read in (
-            *[True] * 6, rule.reads_direction, rule.direction == "fixed", rule.reads_direction,
+            *[True] * 6, rule.reads.direction, rule.direction == "fixed", rule.reads.direction,
         )),
         compiled={},
     )  # fmt: skip
 
 
 def _numbers(rule: Rule) -> tuple[float, ...]:
-    """`Rule` of the kernel: floats, since Triton would compile an integer 0, 1 or 16 in as a constant."""
+    """`Rule` of the kernel, whose words are in `WORDS`. Floats: Triton would compile an integer 0, 1 or 16 in
+    as a constant."""
     return (
         float(SIMILARITIES.index(rule.similarity)),
         float(GATES.index(rule.gate)),
@@ -208,7 +190,7 @@ def _numbers(rule: Rule) -> tuple[float, ...]:
         float(rule.select == "max"),
         float(NORMS.index(rule.norm)),
         float(rule.norm_order),
-        float(rule.reads_tokens),
+        float(rule.reads.tokens),
         rule.norm_limit,
         rule.blend,
         rule.strength,
@@ -263,39 +245,72 @@ def machine(device: Any) -> dict[str, str]:
 # ---- a launch with its tensors ----------------------------------------------------------------------
 
 
-def _tensors(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
+def tensors_of(tokens: ConceptTokens | None) -> tuple[Tensor | None, ...]:
+    """In the order of the kernel; without an `update` it is the direction."""
     if tokens is None:
-        return (None,) * 9
-    return (
-        tokens.key, tokens.value, tokens.index, tokens.numbers, tokens.token_bias, tokens.token_weight,
-        tokens.direction, tokens.direction if tokens.update is None else tokens.update, tokens.offset,
-    )  # fmt: skip
+        return (None,) * len(TENSORS)
+    *others, direction, update, offset = tokens.tensors
+    return (*others, direction, direction if update is None else update, offset)
 
 
-def _run(
-    problem: Problem, trace: Trace | None, launch: Launch, start: Callable[..., None] | None = None
-) -> Tensor:
-    """`start` each kernel of the launch."""
-    query = problem.query
-    batch, heads, queries, _, dim = problem.sizes
-    out = query.new_empty(batch, queries, heads, dim).transpose(1, 2)
-    if not out.numel():
-        return out
-    text = [x if read else None for x, read in zip(_tensors(problem.concepts), launch.text)]
-    text[2:] = [None if x is None else x.contiguous() for x in text[2:]]
-    count = problem.concepts.entries if problem.concepts is not None else 0
-    table = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
-    moments = table(5, count, heads, queries) if "moments" in launch.goals else None
-    norms = table(2, batch, heads, queries) if "norms" in launch.goals else None
-    entries, rows = trace if trace is not None else (None, None)
-    for goal in launch.goals:
-        writes_output = goal == "output"
-        (start or _start)(launch, goal, (
-            query, problem.key, problem.value, out, problem.key_bias, *text,
-            moments, norms if goal != "moments" else None,
-            entries if writes_output and text[0] is not None else None, rows if writes_output else None,
-        ))  # fmt: skip
-    return out
+class TritonPlan:
+    """Calls of one signature."""
+
+    backend = NAME
+
+    def __init__(self, problem: Problem, statistics: bool, tuned: Any = None) -> None:
+        self.launch = launch_of(problem, tuned)
+        batch, heads, queries, _, dim = problem.sizes
+        shape = batch, queries, heads, dim
+        self._shape = batch, heads, queries, dim
+        self._strides = torch.empty(shape, device="meta").transpose(1, 2).stride()
+        goals, entries = self.launch.goals, problem.entries
+        self._moments = (5, entries, heads, queries) if "moments" in goals else None
+        self._norms = (2, batch, heads, queries) if "norms" in goals else None
+        self._trace = (entries, batch, heads, queries) if statistics else None
+
+    def __repr__(self) -> str:
+        return f"<plan of the Triton backend: {self.describe()}>"
+
+    def describe(self) -> str:
+        launch = self.launch
+        t, launches = launch.tiles, len(launch.goals)
+        table = f", from the table {launch.table}" if launch.table else ""
+        return (
+            f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} "
+            f"concept tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} "
+            f"launch{'es' * (launches > 1)}{table}"
+        )
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        concepts: ConceptTokens | None,
+        *,
+        start: Callable[..., None] | None = None,
+    ) -> tuple[Tensor, Tables | None]:
+        """`start` each kernel of the launch."""
+        launch, start = self.launch, start or _start
+        out = query.new_empty_strided(self._shape, self._strides)
+        trace = None if self._trace is None else Trace.empty(self._trace, query.device)
+        if out.numel():
+            text = [x if read else None for x, read in zip(tensors_of(concepts), launch.text)]
+            text[2:] = [None if x is None else x.contiguous() for x in text[2:]]
+            moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
+            norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
+            entries, rows = trace if trace is not None else (None, None)
+            for goal in launch.goals:
+                writes_output = goal == "output"
+                start(launch, goal, (
+                    query, key, value, out, key_bias, *text,
+                    moments, norms if goal != "moments" else None,
+                    entries if writes_output and text[0] is not None else None,
+                    rows if writes_output else None,
+                ))  # fmt: skip
+        return out, None if trace is None else trace.tables()
 
 
 def _kernel() -> Any:

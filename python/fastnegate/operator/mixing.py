@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of the reference, one batch row at a time: softmax segments, gates, the mix of what entries
+remove, norms. Notation as in reference.py; tensors [H, N] unless they say otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rule import Rule
+
+TINY = 1e-30  # x / y means 0 where y < TINY; there is no other epsilon
+
+
+class Segment(NamedTuple):
+    """One softmax over its own tokens; top + log(mass) is its log-sum-exp. Tensors [H, N(, D)]."""
+
+    top: Tensor
+    mass: Tensor
+    output: Tensor
+
+
+@dataclass
+class Entry:
+    """One existing entry of a row: its numbers, features and, step by step, its coefficients."""
+
+    index: int
+    concept: int
+    numbers: dict[str, Tensor]
+    segment: Segment | None  # None: the rule reads no tokens, or there are none
+    feature: Tensor  # X [H, N, D]
+    x: Tensor  # D = x X + z Z
+    z: Tensor
+    r: Tensor
+    g: Tensor = field(init=False)
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """Which side of a jump to take, for judging results next to one (see `Evaluation.near_jump`)."""
+
+    threshold: float = 0.0
+    runner_up: bool = False
+    delta: float = 0.0  # how close counts as next to a jump
+
+
+NO_NUDGE = Nudge()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, weight: Tensor | None = None
+) -> Segment:
+    """Softmax attention of q [H, N, D] to k, v [H, M, D] with additive bias [.., 1 or N, M]."""
+    scalar = torch.promote_types(q.dtype, torch.float32)
+    if bias is not None:
+        # A token masked for every query is absent: even NaN in it must not reach the output.
+        absent = (bias == -torch.inf).all(-2).unsqueeze(-1)
+        k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+    scores = (q @ k.transpose(-1, -2)).to(scalar) * scale
+    if bias is not None:
+        scores = scores + bias
+    if scores.shape[-1] == 0:
+        zero = torch.zeros(scores.shape[:-1], dtype=scalar, device=q.device)
+        return Segment(zero - torch.inf, zero, torch.zeros_like(q, dtype=scalar))
+    top = scores.detach().amax(-1)
+    weights = (scores - top.clamp(min=torch.finfo(scalar).min).unsqueeze(-1)).exp()
+    mass = weights.sum(-1)
+    probabilities = divide(weights, mass.unsqueeze(-1))
+    if weight is not None:
+        v = (v.to(scalar) * weight.to(scalar).unsqueeze(-1)).to(v.dtype)
+    return Segment(top, mass, (probabilities.to(v.dtype) @ v).to(scalar))
+
+
+def gate(rule: Rule, r: Tensor, values: dict[str, Tensor], nudge: Nudge) -> Tensor:
+    threshold, width = values["threshold"] + nudge.threshold, values["width"]
+    if rule.gate == "open":
+        psi = torch.ones_like(r)
+    elif rule.gate == "step":
+        psi = (r > threshold).to(r.dtype)
+    elif rule.gate == "ramp":
+        psi = divide(r - threshold, width.expand_as(r)).clamp(0, 1)
+    elif rule.gate == "sigmoid":
+        psi = torch.sigmoid(width * (r - threshold))
+    else:
+        raise unknown("gate", rule.gate)
+    return torch.where(r.isnan(), r, psi)  # NaN has to show in the output
+
+
+def keep_largest(entries: list[Entry], runner_up: bool) -> None:
+    """`select="max"`: zero every gate but the largest, which a NaN is; ties: larger r, lower concept, lower
+    entry."""
+    order = sorted(range(len(entries)), key=lambda i: (entries[i].concept, entries[i].index))
+    g = torch.stack(torch.broadcast_tensors(*[entries[i].g for i in order]))
+    r = torch.stack(torch.broadcast_tensors(*[entries[i].r for i in order]))
+    largest = torch.where(g.isnan(), torch.inf, g)
+    chosen = torch.where(largest == largest.amax(0), r, -torch.inf).argmax(0)  # of numbers and NaN it is NaN
+    if runner_up and len(entries) > 1:
+        rest = g.scatter(0, chosen.unsqueeze(0), -1.0)
+        chosen = torch.where(rest == rest.amax(0), r, -torch.inf).argmax(0)
+    for place, i in enumerate(order):
+        entries[i].g = torch.where(chosen == place, g[place], 0.0)
+
+
+def mix(
+    rule: Rule, prompt: Segment, entries: list[Entry], scalar: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [H, N, D], its magnitude |a||Z| + sum |b||X|, and where the norm was limited [., N]."""
+    z = prompt.output
+    a = torch.ones(1, 1, dtype=scalar, device=z.device)
+    b = []
+    if rule.combine == "joint":
+        prompt_share, shares = joint_shares(prompt, entries)
+        a = prompt_share
+        b = [-e.numbers["strength"] * share for e, share in zip(entries, shares)]
+    elif rule.combine == "separate":
+        for e in entries:
+            pull = e.numbers["strength"] * e.g
+            a = a - pull * e.z
+            b.append(-pull * e.x)
+    else:
+        raise unknown("combine", rule.combine)
+    y = a.unsqueeze(-1) * z
+    for e, coefficient in zip(entries, b):
+        y = y + coefficient.unsqueeze(-1) * e.feature
+    factor, limited = norm_factor(rule, y, z)
+    a = rule.blend * factor * a + (1 - rule.blend)
+    output = rule.blend * factor.unsqueeze(-1) * y + (1 - rule.blend) * z
+    magnitude = a.abs().unsqueeze(-1) * z.abs()
+    for e, coefficient in zip(entries, b):
+        magnitude = magnitude + (rule.blend * factor * coefficient).abs().unsqueeze(-1) * e.feature.abs()
+    return output, magnitude, limited
+
+
+def joint_shares(prompt: Segment, entries: list[Entry]) -> tuple[Tensor, list[Tensor]]:
+    """Softmax shares of the prompt and of each entry, with logits L and L_e - logit_bias + log g."""
+
+    def logit(top: Tensor, mass: Tensor) -> Tensor:
+        some = mass > 0
+        return torch.where(some, top + torch.where(some, mass, 1.0).log(), -torch.inf)
+
+    logits = [logit(prompt.top, prompt.mass)]
+    for e in entries:
+        assert e.segment is not None
+        logits.append(logit(e.segment.top - e.numbers["logit_bias"], e.segment.mass * e.g))
+    stacked = torch.stack(torch.broadcast_tensors(*logits))
+    top = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
+    masses = (stacked - top).exp()
+    total = masses.sum(0)
+    shares = torch.where(total > 0, masses / torch.where(total > 0, total, 1.0), 0.0)
+    return shares[0], list(shares[1:])
+
+
+def norm_factor(rule: Rule, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    norm_z = norm(z, rule)
+    if rule.norm == "none":
+        return torch.ones_like(norm_z), torch.zeros_like(norm_z)
+    ratio = divide(norm(y, rule), norm_z)
+    if rule.norm == "limit":
+        factor = divide(torch.full_like(ratio, rule.norm_limit), ratio).clamp(max=1)
+        factor = torch.where(ratio > 0, factor, 1.0)
+    elif rule.norm == "preserve":
+        factor = divide(torch.ones_like(ratio), ratio)
+    else:
+        raise unknown("norm", rule.norm)
+    factor = torch.where(norm_z < TINY, 1.0, factor)
+    return factor, (ratio > rule.norm_limit).to(z.dtype) * (rule.norm == "limit")
+
+
+def norm(x: Tensor, rule: Rule) -> Tensor:
+    if rule.norm_order == 1:
+        return over_scope(x.abs().sum(-1), rule.scope)
+    if rule.norm_order == 2:
+        return dot(x, x, rule.scope).sqrt()
+    raise unknown("norm_order", rule.norm_order)
+
+
+def dot(x: Tensor, y: Tensor, scope: str) -> Tensor:
+    return over_scope((x * y).sum(-1), scope)
+
+
+def over_scope(x: Tensor, scope: str) -> Tensor:
+    """[H, N] for scope `head`, [1, N] summed over heads for `feature`."""
+    if scope == "head":
+        return x
+    if scope == "feature":
+        return x.sum(0, keepdim=True)
+    raise unknown("scope", scope)
+
+
+def divide(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y < TINY, 0.0, x / torch.where(y < TINY, 1.0, y))
+
+
+def mass_share(prompt: Segment, segment: Segment | None, logit_bias: Tensor) -> Tensor:
+    """exp(L_e - beta) / (exp L + exp(L_e - beta)), [H, N]."""
+    if segment is None:
+        return torch.zeros_like(prompt.mass)
+    top = segment.top - logit_bias
+    highest = torch.maximum(prompt.top, top).clamp(min=torch.finfo(top.dtype).min)
+    ours = segment.mass * (top - highest).exp()
+    return divide(ours, ours + prompt.mass * (prompt.top - highest).exp())
+
+
+def near_jump(rule: Rule, entries: list[Entry], delta: float) -> Tensor:
+    """Where a step, a ramp steep enough to count as one, or the choice of `max` may tip; [., N]."""
+    near = torch.zeros_like(entries[0].r, dtype=torch.bool)
+    for e in entries:
+        threshold, width = e.numbers["threshold"], e.numbers["width"]
+        if rule.gate == "step":
+            near = near | ((e.r - threshold).abs() <= delta)
+        elif rule.gate == "ramp":
+            inside = (e.r >= threshold - delta) & (e.r <= threshold + width + delta)
+            near = near | (inside & (width < 16 * delta))
+    if rule.select == "max" and len(entries) > 1:
+        best = torch.stack(torch.broadcast_tensors(*[e.g for e in entries])).topk(2, dim=0).values
+        near = near | ((best[0] > 0) & (best[0] - best[1] <= delta))
+    return near
+
+
+def unknown(word: str, value: object) -> NotImplementedError:
+    """To be raised where a word is read and none of those known: never take a neighbour in silence."""
+    return NotImplementedError(f"{word}={value!r} is not implemented")
