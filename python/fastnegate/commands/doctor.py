@@ -91,7 +91,7 @@ def _environment() -> dict[str, str]:
 def _cpu_isa(value: str) -> str:
     if (reason := unavailable("cpu")) is not None:
         return f"not used: the backend cpu is {reason}"
-    load("cpu").instruction_set()  # refuses what is not there, naming variable and value
+    cpu.instruction_set()  # refuses what is not there, naming variable and value
     return "forced"
 
 

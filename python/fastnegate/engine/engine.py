@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..operator.problem import Statistics
 from ..operator.rule import Rule
+from ..operator.statistics import Statistics
 from .bank import ConceptBank
 from .concepts import Concept
 from .errors import NegationNotAppliedError, RowMapError

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...operator.problem import Statistics
+from ...operator.statistics import Statistics
 from ...operator.tokens import ConceptTokens
 from .ledger import Ledger
 from .rows import Rows, Step

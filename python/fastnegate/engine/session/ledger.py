@@ -8,8 +8,8 @@ import logging
 import torch
 from torch import Tensor
 
-from ...operator.problem import Statistics
 from ...operator.rule import Rule
+from ...operator.statistics import Statistics
 from ..errors import NegationNotAppliedError
 from .rows import Assignment, Rows
 

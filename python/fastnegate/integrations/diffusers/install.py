@@ -16,7 +16,7 @@ from ...engine.concepts import Concept, Templates
 from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError
 from ...engine.policy import Policy
-from ...operator.attention import check_backend
+from ...operator.choice import check_backend
 from ...operator.rule import Rule
 from .by_hand import release
 from .contract import bare, cross_attention_layers, denoiser, family

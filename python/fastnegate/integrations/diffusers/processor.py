@@ -19,7 +19,8 @@ from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.session.call import RUNNING, Running
 from ...engine.session.slots import Slots
-from ...operator.attention import check_backend, negated_attention, negated_attention_with_statistics
+from ...operator.attention import negated_attention, negated_attention_with_statistics
+from ...operator.choice import check_backend
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from . import by_hand
