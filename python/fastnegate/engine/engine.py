@@ -267,11 +267,11 @@ class Engine:
         if assignment is not None and not call.unconditional:
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows_of(assignment, requests, slots)
-        running = Running(self, call, "dormant" if asks else "idle", rows, slots, busiest=len(slots.slots))
+        running = Running(self, call, asks, rows=rows, slots=slots, busiest=len(slots.slots))
         if assignment is not None and ledger is not None:
             running.active = self._active(call, assignment, rows)
             running.ledger = ledger
-            running.state = "live" if any(running.active) else "dormant"
+            running.live = any(running.active)
             running.observed = self.observer is not None
             self._count(running)
             ledger.note(rows, running.active)

@@ -66,7 +66,8 @@ class Running:
 
     engine: object
     call: Call
-    state: State = "idle"
+    asks: bool = False  # somebody asks for negation
+    live: bool = False  # an entry acts at this step
     rows: Rows | None = None
     slots: Slots | None = None
     index: Tensor | None = None
@@ -81,8 +82,8 @@ class Running:
     _context: Tensor | None = None
 
     @property
-    def live(self) -> bool:
-        return self.state == "live"
+    def state(self) -> State:
+        return "live" if self.live else "dormant" if self.asks else "idle"
 
     @property
     def context(self) -> Tensor:

@@ -120,14 +120,15 @@ class NegationAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        running = None
-        if self.engine is not None:
-            running = RUNNING.get() if not torch.compiler.is_compiling() else None
-            if running is None or running.engine is not self.engine:
-                running = self._unprepared(encoder_hidden_states)
-            elif encoder_hidden_states is not None and torch.is_grad_enabled():
-                _recomputed[encoder_hidden_states] = running
-        if encoder_hidden_states is None or not self._acts(running):
+        engine, compiling = self.engine, torch.compiler.is_compiling()
+        running = None if engine is None or compiling else RUNNING.get()
+        if engine is not None and (running is None or running.engine is not engine):
+            running = self._unprepared(encoder_hidden_states)
+        elif running is not None and encoder_hidden_states is not None and torch.is_grad_enabled():
+            _recomputed[encoder_hidden_states] = running
+        # Compiled code always takes the negated path: one graph, whatever the schedule.
+        acts = running.live if running is not None else compiling if engine is not None else self.by_hand
+        if encoder_hidden_states is None or not acts:
             result: Tensor = self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
@@ -189,12 +190,6 @@ class NegationAttnProcessor:
         raise NegationNotAppliedError(
             f"layer {self.layer}: the denoiser runs without the hook that prepares its rows"
         )
-
-    def _acts(self, running: Running | None) -> bool:
-        if self.engine is None:
-            return self.bank is not None
-        # Compiled code always takes the negated path: one graph, whatever the schedule.
-        return running.live if running is not None else torch.compiler.is_compiling()
 
     def _concepts(self, attn: Any, query: Tensor, running: Running | None) -> ConceptTokens:
         """The tokens of this layer for the rows at hand."""
