@@ -105,9 +105,7 @@ class NegationAttnProcessor:
         LoRA, quantization and offload hooks act."""
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        heads = attn.heads
-        key = attn.to_k(context).unflatten(-1, (heads, -1)).transpose(1, 2)
-        value = attn.to_v(context).unflatten(-1, (heads, -1)).transpose(1, 2)
+        key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
         return (attn.norm_k(key) if attn.norm_k is not None and not self._old else key), value
 
     def __call__(
@@ -146,7 +144,7 @@ class NegationAttnProcessor:
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        query = _heads(attn, attn.to_q(hidden_states))
         key, value = self.project(attn, encoder_hidden_states)
         if attn.norm_q is not None and not self._old:
             query = attn.norm_q(query)
@@ -205,13 +203,14 @@ class NegationAttnProcessor:
         assert slots is not None
         state = state_of(attn, query) if call.keep else None
         kept = self._kept
-        if state is None or kept is None or not kept.fits(state, call.of, slots):
+        if state is not None and kept is not None and kept.fits(state, call.of, slots):
+            key, value = kept.key, kept.value
+        else:
             key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
-            kept = Kept(state, call.of, slots, key, value)
-            self._kept = kept if state is not None else None
+            self._kept = None if state is None else Kept(state, call.of, slots, key, value)
         tokens = self._tokens
-        if tokens is None or not running.belongs(tokens, kept.key):
-            tokens = self._tokens = running.tokens(kept.key, kept.value)
+        if tokens is None or not running.belongs(tokens, key):
+            tokens = self._tokens = running.tokens(key, value)
         return tokens
 
     def _attend(
@@ -303,6 +302,11 @@ class NegationAttnProcessor:
             if self.bank
             else "NegationAttnProcessor()"
         )
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    batch, length, width = x.shape
+    return x.view(batch, length, attn.heads, width // attn.heads).transpose(1, 2)
 
 
 def _itself(processor: Any) -> Any:
