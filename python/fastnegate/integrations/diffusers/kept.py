@@ -16,58 +16,78 @@ _PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
 _module = torch.nn.modules.module
 
 
-class State(NamedTuple):
-    """What projections of a layer depend on, besides the text."""
+class Part(NamedTuple):
+    """A plain module, and its parameters as they were: tensor, address, version."""
 
-    facts: list[Any]
-    parameters: list[nn.Parameter]  # held, so that no other tensor can come to have the identity of one
+    name: str  # in its layer
+    module: nn.Module
+    facts: dict[str, Any]
+    parameters: list[tuple[str, nn.Parameter, int, int]]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Part | None:
+        """None if the module is not plain."""
+        facts, parameters = module.__dict__, []
+        if type(module) not in _PLAIN or _touched(facts):
+            return None
+        for key, tensor in facts["_parameters"].items():
+            if tensor is None:
+                continue
+            if type(tensor) is not nn.Parameter or tensor.is_inference():  # those have no version
+                return None
+            parameters.append((key, tensor, tensor.data_ptr(), tensor._version))
+        return cls(name, module, facts, parameters)
 
 
 class Kept(NamedTuple):
     """Concept keys and values [T, H, D] of a layer, and what they were made with."""
 
-    state: State
+    parts: list[Part]
     of: PipelineCall
     slots: Slots
+    stream: int | None
     key: Tensor
     value: Tensor
 
-    def fits(self, state: State, of: PipelineCall, slots: Slots) -> bool:
+    @classmethod
+    def made(cls, attn: Any, of: PipelineCall, slots: Slots, key: Tensor, value: Tensor) -> Kept | None:
+        """None if they may not be kept: a module is not plain, gradients are to flow, all modules have hooks,
+        or they belong to a graph that is captured."""
+        if torch.is_grad_enabled() or _hooked() or (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        names = ["to_k", "to_v"] + ["norm_cross"] * bool(attn.norm_cross) + ["norm_k"] * bool(attn.norm_k)
+        parts = [Part.of(name, attn._modules[name]) for name in names]
+        known = [part for part in parts if part is not None]
+        return cls(known, of, slots, _stream(key), key, value) if len(known) == len(parts) else None
+
+    def fits(self, attn: Any, query: Tensor, of: PipelineCall, slots: Slots) -> bool:
         """Whether they would be made again with the same result."""
-        return self.of is of and self.slots is slots and self.state.facts == state.facts
+        if self.of is not of or self.slots is not slots or torch.is_grad_enabled() or _hooked():
+            return False
+        if self.key.dtype is not query.dtype:  # autocast was switched
+            return False
+        if query.is_cuda and (torch.cuda.is_current_stream_capturing() or _stream(query) != self.stream):
+            return False
+        layer = attn._modules
+        for name, module, facts, parameters in self.parts:
+            if layer.get(name) is not module or _touched(facts):
+                return False
+            now = facts["_parameters"]
+            for key, tensor, address, version in parameters:
+                if now[key] is not tensor or tensor.data_ptr() != address or tensor._version != version:
+                    return False
+        return True
 
 
-def state_of(attn: Any, query: Tensor) -> State | None:
-    """The state of a layer; None where that cannot be told."""
-    if torch.is_grad_enabled() or _module._global_forward_hooks or _module._global_forward_pre_hooks:
-        return None
-    parts = [attn._modules["to_k"], attn._modules["to_v"]]
-    if attn.norm_cross:
-        parts.append(attn.norm_encoder_hidden_states)
-    if attn.norm_k is not None:
-        parts.append(attn.norm_k)
-    state: list[Any] = []
-    parameters: list[nn.Parameter] = []
-    try:
-        for part in parts:
-            facts = part.__dict__
-            if type(part) not in _PLAIN or facts["_forward_hooks"] or facts["_forward_pre_hooks"]:
-                return None
-            if "forward" in facts:
-                return None
-            for tensor in facts["_parameters"].values():
-                if tensor is not None:
-                    if type(tensor) is not nn.Parameter:
-                        return None
-                    state += (id(tensor), tensor.data_ptr(), tensor._version)
-                    parameters.append(tensor)
-    except RuntimeError:  # tensors of inference mode have no version
-        return None
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        state.append(torch.get_autocast_dtype(device))
-    if device == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None  # what is made there belongs to the graph
-        state.append(torch.cuda.current_stream(query.device).cuda_stream)
-    return State(state, parameters)
+def _touched(facts: dict[str, Any]) -> bool:
+    """Whether calls of a module do something besides its class's forward."""
+    return bool("forward" in facts or facts["_forward_hooks"] or facts["_forward_pre_hooks"])
+
+
+def _hooked() -> bool:
+    """Whether all modules have hooks."""
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
+def _stream(tensor: Tensor) -> int | None:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None

@@ -25,7 +25,7 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from . import by_hand
 from .contract import family, in_progress, project_for
-from .kept import Kept, state_of
+from .kept import Kept
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
 PLAIN = (AttnProcessor2_0, AttnProcessor)
@@ -105,7 +105,10 @@ class NegationAttnProcessor:
         LoRA, quantization and offload hooks act."""
         if attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        key, value = _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
+        key, value, heads = attn.to_k(context), attn.to_v(context), attn.heads
+        batch, length, width = key.shape
+        key = key.view(batch, length, heads, width // heads).transpose(1, 2)
+        value = value.view(batch, length, heads, value.shape[2] // heads).transpose(1, 2)
         return (attn.norm_k(key) if attn.norm_k is not None and not self._old else key), value
 
     def __call__(
@@ -144,7 +147,9 @@ class NegationAttnProcessor:
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = _heads(attn, attn.to_q(hidden_states))
+        query = attn.to_q(hidden_states)
+        _, queries, width = query.shape
+        query = query.view(batch, queries, attn.heads, width // attn.heads).transpose(1, 2)
         key, value = self.project(attn, encoder_hidden_states)
         if attn.norm_q is not None and not self._old:
             query = attn.norm_q(query)
@@ -201,13 +206,12 @@ class NegationAttnProcessor:
             return fixed.tokens(key[0].transpose(0, 1), value[0].transpose(0, 1))
         call, slots = running.call, running.slots
         assert slots is not None
-        state = state_of(attn, query) if call.keep else None
         kept = self._kept
-        if state is not None and kept is not None and kept.fits(state, call.of, slots):
+        if call.keep and kept is not None and kept.fits(attn, query, call.of, slots):
             key, value = kept.key, kept.value
         else:
             key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
-            self._kept = None if state is None else Kept(state, call.of, slots, key, value)
+            self._kept = Kept.made(attn, call.of, slots, key, value) if call.keep else None
         tokens = self._tokens
         if tokens is None or not running.belongs(tokens, key):
             tokens = self._tokens = running.tokens(key, value)
@@ -302,11 +306,6 @@ class NegationAttnProcessor:
             if self.bank
             else "NegationAttnProcessor()"
         )
-
-
-def _heads(attn: Any, x: Tensor) -> Tensor:
-    batch, length, width = x.shape
-    return x.view(batch, length, attn.heads, width // attn.heads).transpose(1, 2)
 
 
 def _itself(processor: Any) -> Any:
