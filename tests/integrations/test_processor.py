@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,6 +36,7 @@ from fastnegate.engine.errors import NegationNotAppliedError
 from fastnegate.engine.session.call import Call, Running
 from fastnegate.engine.session.rows import Step
 from fastnegate.integrations.diffusers.processor import NegationAttnProcessor
+from fastnegate.operator.backends import cpu
 
 BATCH = 2
 WIDTH, TEXT, LATENT = 32, 16, 4  # channels: of the image (spatial norm has 32 groups), the text, `temb`
@@ -133,10 +136,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def prepared(engine: Engine, progress: float | None = None) -> AbstractContextManager[Running]:
+def prepared(
+    engine: Engine, progress: float | None = None, keep: bool = False
+) -> AbstractContextManager[Running]:
     """A denoiser call of BATCH rows."""
     step = None if progress is None else Step(round(progress * 100), 100)
-    return engine.running(Call(BATCH, torch.device("cpu"), lambda: False, step=step))
+    return engine.running(Call(BATCH, torch.device("cpu"), lambda: False, step=step, keep=keep))
 
 
 def sleeping(inner: Any) -> Iterator[NegationAttnProcessor]:
@@ -306,3 +311,29 @@ def test_rows_must_be_known() -> None:
         case.run(NegationAttnProcessor(bank(), conditional=[True] * 3))
     with pytest.raises(NegationNotAppliedError, match="conditional="):
         case.run(NegationAttnProcessor(bank()))
+
+
+def test_few_calls_of_python_lead_from_a_layer_to_the_kernel() -> None:
+    """Of our own: what torch's modules do on the way is the wrapped processor's, too."""
+    if cpu.unavailable() is not None:
+        pytest.skip("the CPU kernels are not part of this install")
+    case = Case({**GRID[0], "heads": (2, 40), "mask": None, "inner": "2_0", "qk_norm": None})
+    engine = Engine(bank(), NOTHING, ["layer"])
+    engine.set_rows([fn.Policy({"c": 1.0})] * BATCH)
+    processor = NegationAttnProcessor.bound(engine, "layer", case.inner, "cpu")
+    ours: list[str] = []
+
+    def note(frame: Any, event: str, _argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(Path(fn.__file__).parent)):
+            ours.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
+
+    with prepared(engine, keep=True), torch.no_grad():
+        for _ in range(2):  # the second time everything is planned
+            ours.clear()
+            sys.setprofile(note)
+            try:
+                processor(case.attn, case.image, case.text)
+            finally:
+                sys.setprofile(None)
+    assert ours[0] == "processor.__call__" and ours.count("cpu.run") == 1
+    assert len(ours) <= 12, " ".join(ours)

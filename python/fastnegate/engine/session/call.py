@@ -112,10 +112,6 @@ class Running:
             token_weight=self.weight,
         )
 
-    def belongs(self, tokens: ConceptTokens, key: Tensor) -> bool:
-        """Whether `tokens`, made earlier, are what `tokens(key, ...)` would be."""
-        return tokens.key is key and tokens.index is self.index and tokens.numbers is self.numbers
-
 
 @dataclass(frozen=True)
 class Record:

@@ -28,7 +28,8 @@ class Part(NamedTuple):
     def of(cls, name: str, module: nn.Module) -> Part | None:
         """None if the module is not plain."""
         facts, parameters = module.__dict__, []
-        if type(module) not in _PLAIN or _touched(facts):
+        hooked = "forward" in facts or facts["_forward_hooks"] or facts["_forward_pre_hooks"]
+        if type(module) not in _PLAIN or hooked:
             return None
         for key, tensor in facts["_parameters"].items():
             if tensor is None:
@@ -51,9 +52,11 @@ class Kept(NamedTuple):
 
     @classmethod
     def made(cls, attn: Any, of: PipelineCall, slots: Slots, key: Tensor, value: Tensor) -> Kept | None:
-        """None if they may not be kept: a module is not plain, gradients are to flow, all modules have hooks,
+        """None if they may not be kept: a module is not plain, all modules have hooks, gradients are to flow,
         or they belong to a graph that is captured."""
-        if torch.is_grad_enabled() or _hooked() or (key.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks or torch.is_grad_enabled():
+            return None
+        if key.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         names = ["to_k", "to_v"] + ["norm_cross"] * bool(attn.norm_cross) + ["norm_k"] * bool(attn.norm_k)
         parts = [Part.of(name, attn._modules[name]) for name in names]
@@ -61,8 +64,10 @@ class Kept(NamedTuple):
         return cls(known, of, slots, _stream(key), key, value) if len(known) == len(parts) else None
 
     def fits(self, attn: Any, query: Tensor, of: PipelineCall, slots: Slots) -> bool:
-        """Whether they would be made again with the same result."""
-        if self.of is not of or self.slots is not slots or torch.is_grad_enabled() or _hooked():
+        """Whether they would be made again with the same result. Asked by every layer: no calls."""
+        if self.of is not of or self.slots is not slots or torch.is_grad_enabled():
+            return False
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks:
             return False
         if self.key.dtype is not query.dtype:  # autocast was switched
             return False
@@ -70,23 +75,15 @@ class Kept(NamedTuple):
             return False
         layer = attn._modules
         for name, module, facts, parameters in self.parts:
-            if layer.get(name) is not module or _touched(facts):
+            if layer.get(name) is not module or "forward" in facts:
+                return False
+            if facts["_forward_hooks"] or facts["_forward_pre_hooks"]:
                 return False
             now = facts["_parameters"]
             for key, tensor, address, version in parameters:
                 if now[key] is not tensor or tensor.data_ptr() != address or tensor._version != version:
                     return False
         return True
-
-
-def _touched(facts: dict[str, Any]) -> bool:
-    """Whether calls of a module do something besides its class's forward."""
-    return bool("forward" in facts or facts["_forward_hooks"] or facts["_forward_pre_hooks"])
-
-
-def _hooked() -> bool:
-    """Whether all modules have hooks."""
-    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 def _stream(tensor: Tensor) -> int | None:

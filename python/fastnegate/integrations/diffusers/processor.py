@@ -213,7 +213,12 @@ class NegationAttnProcessor:
             key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
             self._kept = Kept.made(attn, call.of, slots, key, value) if call.keep else None
         tokens = self._tokens
-        if tokens is None or not running.belongs(tokens, key):
+        if (
+            tokens is None
+            or tokens.key is not key
+            or tokens.index is not running.index
+            or tokens.numbers is not running.numbers
+        ):
             tokens = self._tokens = running.tokens(key, value)
         return tokens
 
