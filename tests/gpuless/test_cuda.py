@@ -130,7 +130,7 @@ def test_invariants(built: Path) -> None:
     child = run_python(
         "-m", "pytest", "-q", "-p", "invariants", "-k", f"not ({refused})",
         str(HERE.parent / "operator" / "test_invariants.py"),
-        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=str(HERE / "cuda_shim"),
+        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=os.pathsep.join([str(HERE / "cuda_shim"), os.environ.get("PYTHONPATH", "")]),
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
     assert int(child.stdout.split(" passed")[0].split()[-1]) > 300
