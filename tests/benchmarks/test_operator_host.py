@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from fastnegate.benchmarks.operator import host
+
 from fastnegate.operator.backends import cpu
 
 pytestmark = [

@@ -127,10 +127,11 @@ def test_bits_depend_on_no_device(dim: int, keys: int, lengths: tuple, rule: str
 def test_invariants(built: Path) -> None:
     """Those of every backend, but for what this one refuses by name."""
     refused = "per_query or protore_retrieve or -1000000000.0"
+    path = os.pathsep.join([str(HERE / "cuda_shim"), os.environ.get("PYTHONPATH", "")])
     child = run_python(
         "-m", "pytest", "-q", "-p", "invariants", "-k", f"not ({refused})",
         str(HERE.parent / "operator" / "test_invariants.py"),
-        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=os.pathsep.join([str(HERE / "cuda_shim"), os.environ.get("PYTHONPATH", "")]),
+        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=path,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
     assert int(child.stdout.split(" passed")[0].split()[-1]) > 300
