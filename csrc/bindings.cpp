@@ -12,34 +12,31 @@ using namespace fastnegate;
 
 namespace {
 
-// Calls of one signature.
-class Call {
- public:
+// Calls of one signature: what differs are addresses.
+struct Call {
+  Problem problem;
+
   Call(const py::tuple& arguments, double report_level) : problem(Arguments::from(arguments).problem()) {
     problem.report_level = static_cast<float>(report_level);
   }
-
-  // `tables`: entry_table, heat and row_table of the problem; 0 without statistics.
-  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t key_bias,
-           const py::tuple& concepts, uintptr_t entry_table, uintptr_t heat, uintptr_t row_table,
-           const std::string& isa, int threads) const {
-    Problem p = Addresses::from(query, key, value, out, key_bias, concepts).in(problem);
-    p.entry_table = at<float>(entry_table), p.heat = at<float>(heat), p.row_table = at<float>(row_table);
-    py::gil_scoped_release release;
-    run_cpu(p, isa, threads);
-  }
-
- private:
-  Problem problem;
 };
+
+// entry_table, heat and row_table are those of the problem; 0 without statistics.
+void run(const Call& call, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t key_bias,
+         const py::tuple& concepts, uintptr_t entry_table, uintptr_t heat, uintptr_t row_table,
+         const std::string& isa, int threads) {
+  Problem p = Addresses::from(query, key, value, out, key_bias, concepts).in(call.problem);
+  p.entry_table = at<float>(entry_table), p.heat = at<float>(heat), p.row_table = at<float>(row_table);
+  py::gil_scoped_release release;
+  run_cpu(p, isa, threads);
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastnegate; called by fastnegate.operator.backends.";
-  py::class_<Call>(m, "Call", "Calls that differ in addresses alone.")
-      .def(py::init<const py::tuple&, double>())
-      .def("run", &Call::run);
+  py::class_<Call>(m, "Call", "Calls that differ in addresses alone.").def(py::init<const py::tuple&, double>());
+  m.def("run_cpu", &run);
   m.def("tiling", [](const std::string& isa, const std::array<int64_t, 6>& sizes, int threads) {
     const CpuTiling t = tiling(isa, sizes, threads);
     return py::make_tuple(t.queries, t.heads);

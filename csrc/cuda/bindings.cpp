@@ -10,31 +10,29 @@ using namespace fastnegate;
 
 namespace {
 
-// Calls of one signature on one device.
-class Call {
- public:
-  Call(const py::tuple& arguments, int device)
-      : problem(Arguments::from(arguments).problem()), plan(plan_cuda(problem, device)) {}
-
-  // Tables as in CudaTables, 0 where they are not wanted.
-  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t key_bias,
-           const py::tuple& concepts, uintptr_t moments, uintptr_t norms, uintptr_t trace_entries,
-           uintptr_t trace_rows, uintptr_t stream) const {
-    const Problem p = Addresses::from(query, key, value, out, key_bias, concepts).in(problem);
-    const CudaTables tables{at<float>(moments), at<float>(norms), at<float>(trace_entries), at<float>(trace_rows)};
-    py::gil_scoped_release release;
-    run_cuda(plan, p, tables, at<void>(stream));
-  }
-
-  py::tuple tiling() const {
-    const CudaTiling& t = plan.tiling;
-    return py::make_tuple(t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots, t.shared);
-  }
-
- private:
+// Calls of one signature on one device: what differs are addresses.
+struct Call {
   Problem problem;
   CudaPlan plan;
+
+  Call(const py::tuple& arguments, int device)
+      : problem(Arguments::from(arguments).problem()), plan(plan_cuda(problem, device)) {}
 };
+
+// Tables as in CudaTables, 0 where they are not wanted.
+void run(const Call& call, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t out, uintptr_t key_bias,
+         const py::tuple& concepts, uintptr_t moments, uintptr_t norms, uintptr_t trace_entries,
+         uintptr_t trace_rows, uintptr_t stream) {
+  const Problem p = Addresses::from(query, key, value, out, key_bias, concepts).in(call.problem);
+  const CudaTables tables{at<float>(moments), at<float>(norms), at<float>(trace_entries), at<float>(trace_rows)};
+  py::gil_scoped_release release;
+  run_cuda(call.plan, p, tables, at<void>(stream));
+}
+
+py::tuple tiling(const Call& call) {
+  const CudaTiling& t = call.plan.tiling;
+  return py::make_tuple(t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots, t.shared);
+}
 
 }  // namespace
 
@@ -42,10 +40,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastnegate; called by fastnegate.operator.backends.cuda.";
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::class_<Call>(m, "Call", "Calls on one device that differ in addresses alone.")
-      .def(py::init<const py::tuple&, int>())
-      .def("run", &Call::run)
-      .def("tiling", &Call::tiling,
-           "(warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
+      .def(py::init<const py::tuple&, int>());
+  m.def("run", &run);
+  m.def("tiling", &tiling,
+        "(warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");
   m.def("supports_dim", [](int dim) { return cuda::kernel_float16(dim) != nullptr; });
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;

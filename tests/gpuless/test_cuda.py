@@ -127,10 +127,11 @@ def test_bits_depend_on_no_device(dim: int, keys: int, lengths: tuple, rule: str
 def test_invariants(built: Path) -> None:
     """Those of every backend, but for what this one refuses by name."""
     refused = "per_query or protore_retrieve or -1000000000.0"
+    path = os.pathsep.join([str(HERE / "cuda_shim"), os.environ.get("PYTHONPATH", "")])
     child = run_python(
         "-m", "pytest", "-q", "-p", "invariants", "-k", f"not ({refused})",
         str(HERE.parent / "operator" / "test_invariants.py"),
-        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=str(HERE / "cuda_shim"),
+        FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=path,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
     assert int(child.stdout.split(" passed")[0].split()[-1]) > 300
@@ -335,7 +336,7 @@ class Tiling:
     def __init__(self, shim: Shim, **options) -> None:
         options = {"batch": 2, "heads": 8, "keys": 77, "rows": "same", "extras": False, **options}
         case = problem(**options)
-        values = shim.module.Call(native.layout(case).arguments, 0).tiling()
+        values = shim.module.tiling(shim.module.Call(native.layout(case).arguments, 0))
         self.warps, self.blocks, self.stages, self.prompt, self.concepts, self.shared = values
         self.tiles = options["batch"] * options["heads"] * -(-options["queries"] // 16)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import gc
 import importlib.util
 import re
@@ -18,6 +17,7 @@ import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -148,7 +148,7 @@ class Simulator:
 
     def tiling(self, problem: Problem, gpu: Gpu) -> Tiling:
         self.shim.reset(**gpu._asdict())
-        return Tiling(*self.shim.module.Call(native.layout(problem).arguments, 0).tiling())
+        return Tiling(*self.shim.module.tiling(self.shim.module.Call(native.layout(problem).arguments, 0)))
 
     def smaller(self, problem: Problem, gpu: Gpu, accepted: Callable[[Tiling], bool]) -> Gpu:
         """With as much shared memory as there is where the tiling is accepted."""
@@ -169,7 +169,11 @@ class Simulator:
         sums = problem.rule.sums_over_heads if problem.concepts is not None else ()
         memory, launches = Tensors(), []
 
-        def start(call: Any, arguments: tuple, *addresses: Any) -> None:
+        def made(arguments: tuple, device: int) -> tuple:
+            return self.shim.module.Call(arguments, device), arguments
+
+        def start(made: tuple, *addresses: Any) -> None:
+            call, arguments = made
             *prompt, concepts, moments, norms, entries, rows, stream = addresses
             passed = dict(zip(ARGUMENTS, (*prompt, *(concepts or [0] * 9), moments, norms, entries, rows)))
             there = {
@@ -180,20 +184,16 @@ class Simulator:
             }  # fmt: skip
             *prompt, moments, norms, entries, rows = (there[n] for n in ARGUMENTS if n not in CONCEPTS)
             concepts = tuple(there[name] for name in CONCEPTS) if concepts else ()
-            call.run(*prompt, concepts, moments, norms, entries, rows, stream)
-            tiling = Tiling(*call.tiling())
+            self.shim.module.run(call, *prompt, concepts, moments, norms, entries, rows, stream)
+            tiling = Tiling(*self.shim.module.tiling(call))
             for goal, (blocks, threads, shared, parameter) in zip((*sums, "output"), self.recorder.take()):
                 assert (blocks, threads, shared) == (tiling.blocks, WARP * tiling.warps, tiling.shared)
                 result = run(program, (blocks,), threads, [parameter], memory, shared, limit)
                 launches.append(Launched(goal, tiling, program, result))
 
-        def recorded(arguments: tuple, device: int) -> SimpleNamespace:
-            call = self.shim.module.Call(arguments, device)
-            return SimpleNamespace(run=functools.partial(start, call, arguments), tiling=call.tiling)
-
         self.shim.reset(**gpu._asdict())
         with self.shim.installed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "_cuda", SimpleNamespace(Call=recorded))
+            patch.setattr(backend, "_cuda", SimpleNamespace(Call=made, run=start))
             if not statistics:
                 return Simulated(backend.run(problem), None, launches)
             output, tables = backend.run_with_statistics(problem)
@@ -591,7 +591,7 @@ def checks(simulate: Simulator) -> Iterator[Check | Ties | Clamped]:
     without_norm = dataclasses.replace(Rule.preset("protore"), norm="none")
     sigmoid = Rule("cosine", "sigmoid", "difference", norm="preserve", width=5.0)
     step = Rule("cosine", "step", "projection", select="max", threshold=0.4)
-    check = functools.partial(Check, simulate)
+    check = partial(Check, simulate)
     yield check()
     yield check(batch=2, rows=[[FIRST, SECOND, THIRD], []])
     yield check(heads=2, queries=140)  # two turns of all warps of a block on each of two heads

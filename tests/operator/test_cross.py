@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import os
 import re
@@ -14,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,11 +80,11 @@ class Emulator:
     def __init__(self, command: list[str], file: Path) -> None:
         self.command, self.file = command, file
 
-    def Call(self, arguments: tuple, report_level: float) -> SimpleNamespace:
-        return SimpleNamespace(run=functools.partial(self._run, arguments, report_level))
+    def Call(self, arguments: tuple, report_level: float) -> tuple:
+        return arguments, report_level
 
-    def _run(self, arguments, report_level, query, key, value, out, key_bias, concepts, *rest) -> None:
-        sizes, strides, bias_strides, dtype, scale, codes, numbers, reads = arguments
+    def run_cpu(self, call, query, key, value, out, key_bias, concepts, *rest) -> None:
+        (sizes, strides, bias_strides, dtype, scale, codes, numbers, reads), report_level = call
         *tables, isa, _ = rest
         addresses = [query, key, value, out, key_bias, *(concepts or [0] * 9), *tables]
         batch, heads, queries, keys, dim, entries, count, _, _, tokens = sizes

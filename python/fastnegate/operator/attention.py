@@ -94,7 +94,7 @@ def _call(
 ) -> tuple[Tensor, Tables | None]:
     """The output, and statistics if they are wanted."""
     call: Hashable = None
-    if checks.direct(query, key, value, key_bias, concepts) and checks.usual(rule, scale, backend):
+    if checks.direct(query, key, value, key_bias, concepts, rule, scale, backend):
         call = backend, statistics, signature(query, key, value, key_bias, concepts, rule, scale)
         plan = plans.get(call)
         if plan is not None:
@@ -103,7 +103,7 @@ def _call(
     chosen = choice.choose(problem, backend)
     if chosen == "reference" and not query.is_meta:  # gradients flow through it, not through the operator
         return reference.plan(problem, statistics).run(*problem.operands)
-    if call is None:
+    if call is None or not (concepts is None or concepts.located().plain):
         return registration.run(problem, chosen, statistics)
     plan = load(chosen).plan(problem, statistics)
     plans.add(call, plan)

@@ -12,15 +12,26 @@ from .tokens import COLUMNS, ConceptTokens
 
 
 def direct(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, concepts: ConceptTokens | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    concepts: ConceptTokens | None,
+    rule: Rule | str,
+    scale: float | None,
+    backend: str,
 ) -> bool:
-    """Whether a call may read memory at once. Else torch has to see the registered operator: something
-    traces, records, transforms or differentiates what is called, or memory is not what a tensor says."""
+    """Whether a call may be looked up by its signature, and read memory at once. Else either torch has to see
+    the registered operator: something traces, records, transforms or differentiates what is called, or memory
+    is not what a tensor says. Or an argument is of a type that `problem` converts or refuses."""
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(query) is type(key) is type(value) is Tensor
         and (key_bias is None or (type(key_bias) is Tensor and not key_bias.is_neg()))
-        and (concepts is None or (type(concepts) is ConceptTokens and concepts.located().plain))
+        and (concepts is None or type(concepts) is ConceptTokens)
+        and isinstance(rule, (Rule, str))
+        and (scale is None or isinstance(scale, float))
+        and isinstance(backend, str)
         and query.layout is key.layout is value.layout is torch.strided
         and not (query.is_neg() or key.is_neg() or value.is_neg())
         and torch._C._len_torch_dispatch_stack() == 0  # fake tensors, export, whoever records operations
@@ -31,15 +42,6 @@ def direct(
         and not query.is_meta  # which has no memory
         and not torch.is_autocast_enabled(query.device.type)
         and not (torch.is_grad_enabled() and requires_grad(query, key, value, key_bias, concepts))
-    )
-
-
-def usual(rule: object, scale: object, backend: object) -> bool:
-    """Whether a signature holds them as they are. `problem` knows more types, and refuses the rest."""
-    return (
-        isinstance(rule, (Rule, str))
-        and (scale is None or isinstance(scale, float))
-        and isinstance(backend, str)
     )
 
 

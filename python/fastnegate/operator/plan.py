@@ -65,8 +65,8 @@ class Backend(Protocol):
         """How it runs calls of this signature, which it supports.
 
         Raises:
-            BackendError: the rule has a word that is not in `WORDS`. Asked again here, whatever the caller has
-                asked: a kernel would take it for another word.
+            BackendError: the rule has a word that is not in `WORDS`. This is asked whatever the caller has
+                asked before: a kernel would take it for another word.
         """
 
     def run(self, problem: Problem) -> Tensor:

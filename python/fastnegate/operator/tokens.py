@@ -43,8 +43,8 @@ class Located(NamedTuple):
     present: tuple[Tensor, ...]  # those of `tensors` that there are
     found_at: tuple[int, ...]  # the addresses of these
     addresses: tuple[int, ...]  # of all, 0 for None
+    plain: bool  # torch's own tensors, whose memory holds their values: others have no plan
     layout: int  # equal for concepts that no plan tells apart
-    plain: bool  # torch's own tensors, whose memory holds their values
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,15 +269,15 @@ def _locate(tokens: ConceptTokens) -> Located:
     of_tensors = tuple(
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors
     )
-    described = of_tensors, tokens.capacities
+    plain = all(type(t) is Tensor and not t.is_neg() for t in present)
+    described = plain, of_tensors, tokens.capacities
     with _adding:
         layout = _layouts.get(described)
         if layout is None:
             if len(_layouts) >= _MOST_LAYOUTS:
                 del _layouts[next(iter(_layouts))]
             layout = _layouts[described] = next(_numbering)
-    plain = all(type(t) is Tensor and not t.is_neg() for t in present)
-    return Located(present, tuple(map(_data_ptr, present)), addresses, layout, plain)
+    return Located(present, tuple(map(_data_ptr, present)), addresses, plain, layout)
 
 
 def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:

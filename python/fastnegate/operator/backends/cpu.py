@@ -65,8 +65,10 @@ class CpuPlan:
     backend = NAME
 
     def __init__(self, problem: Problem, statistics: bool) -> None:
-        self._layout = native.layout(problem)
-        self._run = _C.Call(self._layout.arguments, GATE_REPORT_LEVEL).run
+        self._layout = layout = native.layout(problem)
+        self._out = layout.out_shape, layout.out_strides
+        self._as_it_is, self._negates = layout.as_it_is, layout.negates
+        self._call = _C.Call(self._layout.arguments, GATE_REPORT_LEVEL)
         batch, heads, queries, keys, dim = problem.sizes
         tokens = problem.concepts.tokens if problem.concepts is not None else 0
         self._sizes = [batch, heads, queries, keys, tokens, dim]
@@ -91,17 +93,22 @@ class CpuPlan:
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
     ) -> tuple[Tensor, Tables | None]:
-        out = self._layout.out(query)
-        bias = self._layout.key_bias(key_bias)
-        addresses, _held = self._layout.concepts(concepts)
+        out = query.new_empty_strided(*self._out)  # no view, which autograd would have to know of
+        text: tuple[int, ...] = ()
+        if not self._as_it_is:
+            key_bias, copies = self._layout.readable(key_bias, concepts)  # held until the call has ended
+            text = native.addresses(copies)
+        elif self._negates and concepts is not None:
+            text = concepts.located().addresses
         tables = Tables._make(map(torch.zeros, self._tables)) if self._tables else None
-        self._run(
+        _C.run_cpu(
+            self._call,
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            addresses,
+            0 if key_bias is None else key_bias.data_ptr(),
+            text,
             *((0, 0, 0) if tables is None else native.addresses(tables)),
             instruction_set(),
             torch.get_num_threads(),

@@ -114,10 +114,11 @@ class CudaPlan:
     backend = NAME
 
     def __init__(self, problem: Problem, statistics: bool) -> None:
-        self._layout = native.layout(problem)
+        self._layout = layout = native.layout(problem)
+        self._out = layout.out_shape, layout.out_strides
+        self._as_it_is, self._negates = layout.as_it_is, layout.negates
         self._device = _device(problem.query)
         self._call = _cuda.Call(self._layout.arguments, self._device)
-        self._run = self._call.run
         batch, heads, queries, _, _ = problem.sizes
         sums = problem.rule.sums_over_heads if self._layout.negates else ()
         self._launches = 1 + len(sums)
@@ -129,7 +130,7 @@ class CudaPlan:
         return f"<plan of the CUDA backend: {self.describe()}>"
 
     def describe(self) -> str:
-        warps, blocks, _, prompt, concepts, shared = self._call.tiling()
+        warps, blocks, _, prompt, concepts, shared = _cuda.tiling(self._call)
         where = "in shared memory" if prompt else "read piece by piece"
         return (
             f"{blocks} blocks of {warps} warps, 16 queries each at a time, prompt {where}, room for "
@@ -145,19 +146,24 @@ class CudaPlan:
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
     ) -> tuple[Tensor, Tables | None]:
-        out = self._layout.out(query)
-        bias = self._layout.key_bias(key_bias)
-        addresses, _held = self._layout.concepts(concepts)
+        out = query.new_empty_strided(*self._out)  # no view, which autograd would have to know of
+        text: tuple[int, ...] = ()
+        if not self._as_it_is:
+            key_bias, copies = self._layout.readable(key_bias, concepts)  # held until the call has ended
+            text = native.addresses(copies)
+        elif self._negates and concepts is not None:
+            text = concepts.located().addresses
         moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
         norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
         trace = None if self._trace is None else Trace.empty(self._trace, query.device)
-        self._run(
+        _cuda.run(
+            self._call,
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            addresses,
+            0 if key_bias is None else key_bias.data_ptr(),
+            text,
             0 if moments is None else moments.data_ptr(),
             0 if norms is None else norms.data_ptr(),
             *((0, 0) if trace is None else native.addresses(trace)),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..rule import CODES, Rule
-from ..tokens import ConceptTokens, Located
+from ..tokens import ConceptTokens
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Of csrc/include/fastnegate/problem.h, in its order: the code of a word is its place here.
@@ -51,31 +51,25 @@ class Layout(NamedTuple):
     negates: bool  # whether there are entries
     copied: tuple[int, ...]  # which tensors of the concepts have to be contiguous and aligned first
 
-    def out(self, query: Tensor) -> Tensor:
-        """Memory of the output. No view, which autograd would have to know of."""
-        return query.new_empty_strided(self.out_shape, self.out_strides)
+    @property
+    def as_it_is(self) -> bool:
+        """Whether all tensors are read where they lie."""
+        return self.bias.as_it_is and not self.copied
 
-    def key_bias(self, key_bias: Tensor | None) -> Tensor | None:
-        """As kernels read it, float32."""
-        if key_bias is None or self.bias.as_it_is:
-            return key_bias
-        key_bias = key_bias.float()
-        return key_bias.contiguous() if self.bias.copied else key_bias
-
-    def concepts(self, concepts: ConceptTokens | None) -> tuple[tuple[int, ...], Any]:
-        """Addresses of their tensors, and what must live until the call has ended."""
-        if not self.negates or concepts is None:
-            return (), None
-        found: Located = concepts.located()
-        if not self.copied:
-            return found.addresses, concepts
-        tensors = [*concepts.tensors]
+    def readable(
+        self, key_bias: Tensor | None, concepts: ConceptTokens | None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Of `key_bias` and of the concepts what kernels can read: copies of what they cannot."""
+        if key_bias is not None and not self.bias.as_it_is:
+            key_bias = key_bias.float()
+            key_bias = key_bias.contiguous() if self.bias.copied else key_bias
+        tensors = [*concepts.tensors] if self.negates and concepts is not None else []
         for i in self.copied:
             tensor = tensors[i]
             assert tensor is not None
             tensor = tensor.contiguous()
             tensors[i] = tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-        return addresses(tensors), tensors
+        return key_bias, tensors
 
 
 class Bias(NamedTuple):
