@@ -157,9 +157,9 @@ class NegationAttnProcessor:
         tokens = self._concepts(attn, query, running)
         hidden_states = self._attend(attn, query, key, value, attention_mask, tokens, running)
 
-        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
-        hidden_states = attn.to_out[0](hidden_states)
-        hidden_states = attn.to_out[1](hidden_states)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        for module in attn.to_out:  # linear, dropout
+            hidden_states = module(hidden_states)
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
         if attn.residual_connection:
