@@ -91,7 +91,8 @@ def test_verify_refuses_what_never_acted(pipe: Any, bank: fn.ConceptBank) -> Non
             pass
         with pytest.raises(fn.AuditError, match="no negated attention call"):
             record.verify()
-        with fn.audit(pipe) as record, engine.batch([fn.Policy({"red": 1.0})] * 2):
+        record = fn.Audit(engine)
+        with engine.batch([fn.Policy({"red": 1.0})] * 2):
             # Of the second image, row 3, nothing is told but that it was asked for.
             engine.observer = lambda r: record(
                 dataclasses.replace(r, entries=tuple(e for e in r.entries if e[1] != 3))

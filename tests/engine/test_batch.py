@@ -21,7 +21,7 @@ from fastnegate.engine.bank import ConceptBank
 from fastnegate.engine.concepts import Concept, Fingerprint
 from fastnegate.engine.engine import Engine
 from fastnegate.engine.errors import NegationNotAppliedError
-from fastnegate.engine.session.batch import _BATCHES
+from fastnegate.engine.session.batch import _ENTRIES
 from fastnegate.engine.session.call import Call
 from fastnegate.engine.session.rows import Step
 
@@ -81,7 +81,7 @@ def test_tasks_see_the_batch_that_they_were_made_in(engine: Engine) -> None:
         return await asyncio.gather(*(request(policy) for policy in (A, None, B, A)))
 
     assert asyncio.run(main()) == [["a"] * 4, [""] * 4, ["b"] * 4, ["a"] * 4]
-    assert _BATCHES.get() == ()
+    assert _ENTRIES.get() == ()
 
 
 def test_batches_end_in_any_order(engine: Engine) -> None:
@@ -92,7 +92,7 @@ def test_batches_end_in_any_order(engine: Engine) -> None:
         assert names(engine) == "b"
     assert names(engine) == "b"
     inner.__exit__(None)
-    assert names(engine) == "" and _BATCHES.get() == ()
+    assert names(engine) == "" and _ENTRIES.get() == ()
 
 
 def test_a_batch_goes_before_what_is_set_for_everybody(engine: Engine) -> None:
@@ -247,5 +247,5 @@ def test_ten_thousand_batches_leave_nothing(engine: Engine) -> None:
     for _ in range(10_000):
         with engine.batch([None]):
             pass
-    assert _BATCHES.get() == ()
+    assert _ENTRIES.get() == ()
     assert isinstance(engine.batch([A]), fn.Batch)

@@ -26,8 +26,8 @@ from pipelines import one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate.engine import host
-from fastnegate.integrations.diffusers import encode
-from fastnegate.integrations.diffusers.words import Words
+from fastnegate.integrations.diffusers.text import encode
+from fastnegate.integrations.diffusers.text.words import Words
 
 SOT, CONTENT, EOT, PADDING = Role
 FAMILIES = ("sd15", "sdxl", "pixart_alpha")

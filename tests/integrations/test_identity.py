@@ -23,7 +23,7 @@ import accelerate
 import pipelines
 from pipelines import one_thread  # noqa: F401
 
-from fastnegate.integrations.diffusers.identity import fingerprint
+from fastnegate.integrations.diffusers.text.identity import fingerprint
 
 CPU = torch.device("cpu")
 

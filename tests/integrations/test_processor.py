@@ -327,7 +327,7 @@ def test_few_calls_of_python_lead_from_a_layer_to_the_kernel() -> None:
         if event == "call" and frame.f_code.co_filename.startswith(str(Path(fn.__file__).parent)):
             ours.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
 
-    with prepared(engine, keep=True), torch.no_grad():
+    with torch.no_grad(), prepared(engine, keep=True):
         for _ in range(2):  # the second time everything is planned
             ours.clear()
             sys.setprofile(note)

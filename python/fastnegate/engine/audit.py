@@ -159,8 +159,8 @@ def audit(pipe: Any) -> Iterator[Audit]:
     if engine is None:
         raise ValueError("pipe has no engine: call fastnegate.install or negate first")
     collector = Audit(engine)
-    before, engine.observer = engine.observer, collector
+    end = engine.watch(collector)
     try:
         yield collector
     finally:
-        engine.observer = before
+        end()

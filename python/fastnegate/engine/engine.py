@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from ..operator.rule import Rule
 from ..operator.statistics import Statistics
 from .bank import ConceptBank
@@ -23,7 +21,7 @@ from .concepts import Concept
 from .errors import NegationNotAppliedError, RowMapError
 from .policy import Policy
 from .session.batch import Batch, current
-from .session.call import RUNNING, Call, Record, Running
+from .session.call import RUNNING, Call, Loop, Record, Running
 from .session.fixed import Fixed
 from .session.ledger import Ledger
 from .session.rows import Assignment, Rows
@@ -70,15 +68,17 @@ class Engine:
         self.bank, self.rule, self.max_batch, self.unasked = bank, rule, max_batch, unasked
         self.layers = tuple(layers)
         self.observer: Callable[[Record], None] | None = None
+        self._audits: tuple[Callable[[Record], None], ...] = ()
         self.call = 0  # pipeline calls that asked for negation
         self.step: int | None = None  # of the last of them
         self.fixed = Fixed()
+        self.taught = False  # a call that asked for negation had gradients
         self._shelf = Shelf(bank, rule, encode, max_batch)
         self._rows: tuple[Any, Rows] | None = None
         self._everybody: Ledger | None = None
         self._removed = False
         self._remove: Callable[[], None] | None = None
-        self._told = False  # that a call ran which nobody spoke for
+        self._told = False  # of a call that nobody spoke for
         self._state = threading.Lock()  # over what is counted here
         self._shelf.slots((), False)  # refuses concepts without the tokens that the rule reads
 
@@ -99,7 +99,12 @@ class Engine:
             NegationNotAppliedError: the engine was removed; or, when the context is left without an error, a
                 request asked for negation and no denoiser call came by, or none within its window.
         """
-        return Batch(self, self.rule, self._assignment(policies))
+        batch = Batch(self, self.rule, self._assignment(policies))
+        if batch.ledger.assignment.asks:
+            batch.ledger.ask_at_the_end(
+                lambda: "the engine was removed within the batch" * self._removed or None
+            )
+        return batch
 
     def set_requests(self, policies: Sequence[Policy | None]) -> None:
         """Policies for everybody: calls of any thread that is in no `batch`, until set anew or `clear`.
@@ -127,6 +132,12 @@ class Engine:
         self._shelf.encode(assignment.texts)
         self._everybody = Ledger(assignment)
 
+    def loop(self) -> Loop:
+        """For servers with a denoising loop of their own: denoiser calls within `with loop:` are those of one
+        pipeline call, and count as one. Layers may then keep what they make of the concepts, so weights and
+        adapters must not change before the loop ends."""
+        return Loop()
+
     def clear(self) -> None:
         """Forget what was set for everybody. Batches, and calls that run, keep theirs."""
         self._everybody = None
@@ -149,7 +160,7 @@ class Engine:
     def armed(self) -> bool:
         """Whether a call made here and now would ask for negation."""
         try:
-            ledger = self._ledger()
+            ledger = self.ledger()
         except NegationNotAppliedError:
             return True
         return ledger is not None and ledger.assignment.asks
@@ -204,17 +215,30 @@ class Engine:
         assert rows is not None and ledger is not None and call is not None
         if running.sampled:
             ledger.note_gates(rows, running.active, statistics)
-        if (observer := self.observer) is None:
+        observers = (*self._audits, self.observer)
+        if not any(observers):
             return
         entries = [(i, e.row, e.concept) for i, e in enumerate(rows.entries)]
         acting = tuple(e for e, active in zip(entries, running.active) if active)
         asked = tuple(dict.fromkeys((row, concept) for _, row, concept in entries))
         step = None if running.call.step is None else running.call.step.index
-        observer(Record(layer, statistics, acting, asked, rows.requests, call, step))
+        record = Record(layer, statistics, acting, asked, rows.requests, call, step)
+        for observer in filter(None, observers):
+            observer(record)
+
+    def watch(self, audit: Callable[[Record], None]) -> Callable[[], None]:
+        """Have `audit` see every record, besides `observer`; returns what ends that."""
+        self._audits = (*self._audits, audit)
+
+        def end() -> None:
+            self._audits = tuple(a for a in self._audits if a is not audit)
+
+        return end
 
     # ---- whose policies ---------------------------------------------------------------------
 
-    def _ledger(self) -> Ledger | None:
+    def ledger(self) -> Ledger | None:
+        """What a call made here and now would be for; None if nobody spoke for it."""
         batch = current(self)
         return self._everybody if batch is None else batch.ledger
 
@@ -248,7 +272,8 @@ class Engine:
     # ---- a denoiser call --------------------------------------------------------------------
 
     def _prepare(self, call: Call) -> Running:
-        ledger = self._ledger()
+        of = call.of
+        ledger = of.ledger if of.pinned else self.ledger()
         if ledger is None:
             self._nobody_spoke()
         asks = ledger is not None and ledger.assignment.asks
@@ -262,23 +287,30 @@ class Engine:
         assignment = ledger.assignment if ledger is not None and asks else None
         if assignment is not None and call.prompts is not None:
             assignment.expect(call.prompts)
-        slots = self._shelf.slots(() if assignment is None else assignment.texts, call.fixed)
+        slots = of.slots
+        if slots is None:
+            slots = self._shelf.slots(() if assignment is None else assignment.texts, call.fixed)
+        if of.pinned:
+            of.slots = slots
         requests: tuple[int | None, ...] = (None,) * call.batch
         if assignment is not None and not call.unconditional:
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows_of(assignment, requests, slots)
         running = Running(self, call, asks, rows=rows, slots=slots, busiest=len(slots.slots))
+        self.taught |= asks and running.gradients
         if assignment is not None and ledger is not None:
-            running.active = self._active(call, assignment, rows)
+            if call.step is not None and (of.number is None or call.step.first):
+                assignment.check_windows(call.step, self.rule)
+            running.active = rows.active(call.step, self.rule.stop)
             running.ledger = ledger
             running.live = any(running.active)
-            running.observed = self.observer is not None
+            running.observed = self.observer is not None or bool(self._audits)
             self._count(running)
             ledger.note(rows, running.active)
         if call.fixed:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:
-            self._make_tensors(running)
+            running.index, running.numbers, running.weight = rows.tensors(running.active, call.device)
         return running
 
     def _nobody_spoke(self) -> None:
@@ -296,20 +328,6 @@ class Engine:
                 "a call that no batch and no policy speaks for runs without negation (unasked='plain')"
             )
 
-    def _active(self, call: Call, assignment: Assignment, rows: Rows) -> tuple[float, ...]:
-        """The schedule value of each entry at this step."""
-        stop, step = self.rule.stop, call.step
-        if step is None:
-            if not all(entry.policy.always(stop) for entry in rows.entries):
-                raise NegationNotAppliedError(
-                    "a policy has a start/stop window, but the progress of the denoising is unknown: the "
-                    "timestep is not one of the scheduler's"
-                )
-            return rows.active(None, stop)
-        if step.run is not None and (step.index == step.run.start or call.of.number is None):
-            assignment.check_windows(step, self.rule)
-        return rows.active(step.progress, stop)
-
     def _count(self, running: Running) -> None:
         """Number the pipeline call, and choose the two of its denoiser calls whose gates are looked at."""
         call, of = running.call, running.call.of
@@ -324,21 +342,6 @@ class Engine:
             if of.sampled == 0 or run is None or self.step in run[len(run) // 2 :]:
                 of.sampled += 1
                 running.sampled = True
-
-    def _make_tensors(self, running: Running) -> None:
-        """Rows of this call alone; the same tensors as those of the last call where they say the same."""
-        rows, slots = running.rows, running.slots
-        assert rows is not None and slots is not None
-        entries = running.call.batch * len(slots.slots)
-        made = rows.made.get((running.active, running.call.device))
-        if made is None:
-            device = running.call.device
-            with torch.inference_mode(False):  # later calls may be outside of it
-                index = rows.index(slots, entries, running.call.batch).to(device)
-                numbers = rows.numbers(running.active, entries).to(device)
-                weight = None if slots.weight is None else slots.weight.to(device)
-            made = rows.made[running.active, device] = (index, numbers, weight)
-        running.index, running.numbers, running.weight = made
 
     def _rows_of(self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots) -> Rows:
         key = (assignment, requests, slots)

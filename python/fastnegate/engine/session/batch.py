@@ -4,14 +4,13 @@ context, and by what is carried into other threads with `run` or `bind`; by nobo
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import functools
 import inspect
-import threading
-import weakref
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ...operator.rule import Rule
@@ -29,20 +28,21 @@ class Batch:
         self.engine, self.rule = engine, rule
         self.ledger = Ledger(assignment)
         self._state = "new"  # "open", "closed"
-        self._entered: tuple[int, Any] | None = None
+        self._entry: _Entry | None = None
 
     def __enter__(self) -> Batch:
         if self._state != "new":
             raise NegationNotAppliedError(f"this batch is {self._state}: engine.batch(...) makes a new one")
-        self._state, self._entered = "open", _place()
-        _BATCHES.set((*_BATCHES.get(), self))
+        self._state = "open"
+        self._entry = _enter(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # The context may be another one than was entered (web frameworks do that with what a handler
-        # depends on): then this batch stays in that one, closed.
+        # depends on): then this batch stays in that one, closed, until somebody looks.
         self._state = "closed"
-        _BATCHES.set(tuple(b for b in _BATCHES.get() if b is not self))
+        assert self._entry is not None
+        _leave(self._entry)
         if kind is None:
             self.ledger.settle(self.rule)
 
@@ -52,16 +52,17 @@ class Batch:
         Raises:
             NegationNotAppliedError: the batch is not open.
             TypeError: what is called, or what it returns, would run later, outside of this call: a generator,
-                or something to await. For a coroutine function use `bind`.
+                an iterator, a future, something to await. For a coroutine function use `bind`.
         """
         if _runs_later(function):
             raise TypeError(f"{_name(function)} would run after this call: bind a coroutine function instead")
         result = contextvars.copy_context().run(self._within, function, args, kwargs)
-        if inspect.isawaitable(result):
+        if inspect.isawaitable(result) or isinstance(result, (Iterator, AsyncIterator, Future)):
             if inspect.iscoroutine(result):
                 result.close()
             raise TypeError(
-                f"{_name(function)} returned something to await, which would run outside the batch"
+                f"{_name(function)} returned a {type(result).__name__}, something to await or to iterate "
+                "over: that would run outside the batch"
             )
         return result
 
@@ -73,12 +74,11 @@ class Batch:
 
             @functools.wraps(function)
             async def bound(*args: Any, **kwargs: Any) -> Any:
-                before = _BATCHES.get()
-                _BATCHES.set((*before, self._opened()))
+                entry = _enter(self._opened())
                 try:
                     return await function(*args, **kwargs)
                 finally:
-                    _BATCHES.set(before)
+                    _leave(entry)  # of whatever context this is: an abandoned coroutine ends in any
 
             return bound  # type: ignore[return-value]
         if _runs_later(function):
@@ -87,7 +87,7 @@ class Batch:
         return functools.partial(self.run, function)
 
     def _within(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-        _BATCHES.set((*_BATCHES.get(), self._opened()))
+        _enter(self._opened())
         return function(*args, **kwargs)
 
     def _opened(self) -> Batch:
@@ -104,7 +104,44 @@ class Batch:
         raise TypeError("a Batch belongs to its process: make one where the pipeline runs")
 
 
-_BATCHES: ContextVar[tuple[Batch, ...]] = ContextVar("fastnegate_batches", default=())
+@dataclass(eq=False)
+class _Entry:
+    """A batch is of a context. `token` tells that context from its copies, which see the entry too."""
+
+    batch: Batch
+    token: Token[Any] | None = None
+
+
+_ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar("fastnegate_batches", default=())
+_MARK: ContextVar[Any] = ContextVar("fastnegate_mark", default=None)  # what it holds does not matter
+
+
+def _enter(batch: Batch) -> _Entry:
+    entry = _Entry(batch)
+    # What was left elsewhere need not be remembered any longer.
+    known = [e for e in _ENTRIES.get() if e.batch._state == "open" or not _entered_here(e)]
+    entry.token = _MARK.set(entry)
+    _ENTRIES.set((*known, entry))
+    return entry
+
+
+def _leave(entry: _Entry) -> None:
+    """Of this context; the one that was entered may be another one."""
+    _entered_here(entry)
+    _ENTRIES.set(tuple(e for e in _ENTRIES.get() if e is not entry))
+
+
+def _entered_here(entry: _Entry) -> bool:
+    """Whether this very context was entered, not one that was copied since. True once: the token is used."""
+    token, entry.token = entry.token, None
+    if token is None:
+        return False
+    try:
+        _MARK.reset(token)
+    except ValueError:  # made in another context
+        entry.token = token
+        return False
+    return True
 
 
 def current(engine: object) -> Batch | None:
@@ -114,29 +151,17 @@ def current(engine: object) -> Batch | None:
         NegationNotAppliedError: this context was copied within a batch that has ended since, as that of a
             task that outlives it: what it asked for must not run as if it had asked for nothing.
     """
-    for batch in reversed(_BATCHES.get()):
-        if batch.engine is not engine:
+    for entry in reversed(_ENTRIES.get()):
+        if entry.batch.engine is not engine:
             continue
-        if batch._state == "open":
-            return batch
-        if not _same(batch._entered, _place()):
+        if entry.batch._state == "open":
+            return entry.batch
+        if not _entered_here(entry):
             raise NegationNotAppliedError(
                 "the batch that this task or thread was started in has ended: wait for it within the batch"
             )
+        _ENTRIES.set(tuple(e for e in _ENTRIES.get() if e is not entry))  # it was left elsewhere
     return None
-
-
-def _place() -> tuple[int, Any]:
-    """Thread and task that run."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop runs
-        task = None
-    return threading.get_ident(), None if task is None else weakref.ref(task)
-
-
-def _same(entered: tuple[int, Any] | None, here: tuple[int, Any]) -> bool:
-    return entered == here  # references to one living task are equal
 
 
 def _runs_later(function: Any) -> bool:

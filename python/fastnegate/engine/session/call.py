@@ -22,11 +22,40 @@ State = Literal["idle", "dormant", "live"]  # nobody asks; no entry acts at this
 
 
 class PipelineCall:
-    """One call of a pipeline, known by identity: its denoiser calls share it."""
+    """One call of a pipeline, known by identity: its denoiser calls share it.
+
+    `pin` fixes its policies and concepts: what is set for everybody, or changed in the bank, while it runs
+    acts at the next one.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None  # of those that asked for negation, counted by the engine
         self.sampled = 0  # denoiser calls whose gates were looked at
+        self.pinned = False
+        self.ledger: Ledger | None = None
+        self.slots: Slots | None = None
+
+    def pin(self, ledger: Ledger | None) -> None:
+        self.pinned, self.ledger = True, ledger
+
+
+_LOOP: ContextVar[PipelineCall | None] = ContextVar("fastnegate_loop", default=None)
+
+
+class Loop(PipelineCall):
+    """A server's own denoising loop, as a context that may be entered for each of its steps."""
+
+    def __enter__(self) -> Loop:
+        self._before = _LOOP.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _LOOP.reset(self._before)
+
+
+def current_loop() -> PipelineCall | None:
+    """The loop that this denoiser call is part of."""
+    return _LOOP.get()
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,7 @@ class Running:
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
     observed: bool = False  # somebody wants all statistics
+    gradients: bool = field(default_factory=torch.is_grad_enabled)  # layers may be recomputed afterwards
     embeddings: Tensor | None = None  # at a fixed address
     _context: Tensor | None = None
 

@@ -62,7 +62,7 @@ class Fixed:
         if self._read is not None and device.type == "cuda":
             torch.cuda.current_stream(device).wait_event(self._read)
         entries = most * len(slots.slots)
-        index = rows.index(slots, entries, most)
+        index = rows.index(entries, most)
         with torch.no_grad():
             self._all = _copied(self._all, index, device)
             self.numbers = _copied(self.numbers, rows.numbers(running.active, entries), device)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,18 +18,23 @@ log = logging.getLogger("fastnegate")
 
 
 class Ledger:
-    """An assignment, and which of its requests were served."""
+    """An assignment, and which of its requests were served. It belongs to a batch, or to everybody."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.calls = 0  # of the denoiser
         self._acted: set[int] = set()  # requests
+        self._lost: list[Callable[[], str | None]] = []
         self._gates: dict[tuple[int, str], Tensor] = {}  # the largest that sampled steps had
 
     def note(self, rows: Rows, acting: tuple[float, ...]) -> None:
         """A denoiser call begins."""
         self.calls += 1
         self._acted |= {entry.request for entry, active in zip(rows.entries, acting) if active}
+
+    def ask_at_the_end(self, lost: Callable[[], str | None]) -> None:
+        """Whether a pipeline call lost its negation on the way is known at the end: a reason, or None."""
+        self._lost.append(lost)
 
     def note_gates(self, rows: Rows, acting: tuple[float, ...], statistics: Statistics) -> None:
         """One layer's gates, of a call that is sampled; nothing waits for the device."""
@@ -57,6 +63,8 @@ class Ledger:
                     f"policies[{request}] never acted: none of the steps that ran lies in its window, "
                     f"{policy.start:g} to {stop:g}"
                 )
+        for reason in filter(None, (lost() for lost in self._lost)):
+            raise NegationNotAppliedError(reason)
         self.log_closed_gates(rule)
 
     def log_closed_gates(self, rule: Rule) -> None:

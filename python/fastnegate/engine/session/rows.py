@@ -31,6 +31,10 @@ class Step:
     def progress(self) -> float:
         return self.index / self.count
 
+    @property
+    def first(self) -> bool:
+        return self.run is not None and self.index == self.run.start
+
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
@@ -105,9 +109,8 @@ class Assignment:
 
     def check_windows(self, step: Step, rule: Rule) -> None:
         """Raise NegationNotAppliedError if a policy cannot act at any of the steps that will run."""
-        assert step.run is not None
         for request, policy in enumerate(self.policies):
-            if policy is None or not policy.asks:
+            if policy is None or not policy.asks or step.run is None:
                 continue
             if not any(policy.active(i / step.count, rule.stop) for i in step.run):
                 stop = rule.stop if policy.stop is None else policy.stop
@@ -135,10 +138,9 @@ class Rows:
     def __init__(
         self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots, rule: Rule
     ) -> None:
-        self.requests = requests
+        self.requests, self.slots = requests, slots
         self.entries: list[Entry] = []
-        # Tensors of these rows, by the schedule values of the entries and the device.
-        self.made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
         self.offsets = [0]
         for policy in assignment.policies if assignment is not None else ():
             for name in policy.concepts if policy is not None else ():
@@ -160,15 +162,41 @@ class Rows:
                 self.entries.append(Entry(row, i, slot.concept, request, policy, numbers))
             self.offsets.append(len(self.entries))
 
-    def active(self, progress: float | None, stop: float) -> tuple[float, ...]:
-        """The schedule value of each entry at `progress` = i / n (None: entries without a window alone)."""
-        return tuple(e.policy.active(progress or 0.0, stop) for e in self.entries)
+    def active(self, step: Step | None, stop: float) -> tuple[float, ...]:
+        """The schedule value of each entry at this step.
 
-    def index(self, slots: Slots, entries: int, batch: int) -> Tensor:
+        Raises:
+            NegationNotAppliedError: the step is not known, and some entry has a window.
+        """
+        if step is None and not all(entry.policy.always(stop) for entry in self.entries):
+            raise NegationNotAppliedError(
+                "a policy has a start/stop window, but the progress of the denoising is unknown: the "
+                "timestep is not one of the scheduler's"
+            )
+        return tuple(e.policy.active(0.0 if step is None else step.progress, stop) for e in self.entries)
+
+    def tensors(
+        self, active: tuple[float, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Index, numbers and token weights of these rows alone; the same tensors each time. Nobody changes
+        them: calls in other threads may be reading them."""
+        made = self._made.get((active, device))
+        if made is None:
+            batch, weight = len(self.requests), self.slots.weight
+            entries = batch * len(self.slots.slots)
+            with torch.inference_mode(False):  # later calls may be outside of it
+                index = self.index(entries, batch).to(device)
+                numbers = self.numbers(active, entries).to(device)
+                made = index, numbers, None if weight is None else weight.to(device)
+            self._made[active, device] = made
+        return made
+
+    def index(self, entries: int, batch: int) -> Tensor:
         """`ConceptTokens.index` with room for so many entries and rows."""
         concepts = [e.slot for e in self.entries]
         offsets = self.offsets + [len(concepts)] * (batch + 1 - len(self.offsets))
-        begins, lengths = [s.begin for s in slots.slots], [s.length for s in slots.slots]
+        slots = self.slots.slots
+        begins, lengths = [s.begin for s in slots], [s.length for s in slots]
         index = concepts + [0] * (entries - len(concepts)) + begins + lengths + offsets
         return torch.tensor(index, dtype=torch.int32)
 

@@ -88,6 +88,10 @@ def release(model: nn.Module) -> None:
     if watch is not None:
         watch.release()
         take_away(model, watch)
+    for module in model.modules():  # of a copy nobody knows what was there before
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "by_hand", False):
+            module.set_processor(processor.inner)  # type: ignore[operator, union-attr]
 
 
 def model_of(attn: nn.Module, pipe: Any) -> Any:
@@ -96,8 +100,23 @@ def model_of(attn: nn.Module, pipe: Any) -> Any:
     if known is None and pipe is not None:
         model = bare(denoiser(pipe))
         if any(module is attn for module in model.modules()):
-            known = _of_layer[attn] = weakref.ref(model)
+            return model
     return None if known is None else known()
+
+
+def called(attn: Any, processor: Any) -> None:
+    """A processor of ours runs: where it was put into the layer without `set_attn_processor`, this is when
+    its model is found, on the stack."""
+    if attn in _of_layer:
+        return
+    frame, model = sys._getframe(1), None
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and hasattr(module, "attn_processors"):
+            model = module
+        frame = frame.f_back  # type: ignore[assignment]
+    if model is not None:
+        _watch(model, attn, processor, processor.inner)
 
 
 def watch_processors() -> None:
@@ -116,19 +135,22 @@ def watch_processors() -> None:
 def _was_set(attn: Any, processor: Any, before: Any) -> None:
     if getattr(processor, "by_hand", False):
         model = _model_above(attn)
-        if model is None:
-            return
-        watch = _watches.get(model)
-        if watch is None:
-            watch = _watches[model] = Watch(model)
-            put_around(model, watch)
-        watch.add(attn, processor, before)
-        _of_layer[attn] = weakref.ref(model)
+        if model is not None:
+            _watch(model, attn, processor, before)
         return
     for model, watch in list(_watches.items()):
         if attn in watch._layers and watch.restored(attn, processor) and not watch._layers:
             del _watches[model]
             take_away(model, watch)
+
+
+def _watch(model: nn.Module, attn: Any, processor: Any, before: Any) -> None:
+    watch = _watches.get(model)
+    if watch is None:
+        watch = _watches[model] = Watch(model)
+        put_around(model, watch)
+    watch.add(attn, processor, before)
+    _of_layer[attn] = weakref.ref(model)
 
 
 def _model_above(attn: Any) -> Any:

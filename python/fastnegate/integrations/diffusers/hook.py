@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,47 +16,15 @@ from torch import Tensor, nn
 
 from ...engine.engine import Engine
 from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
-from ...engine.session.call import Call, PipelineCall
+from ...engine.session.call import Call, Loop, PipelineCall
 from ...engine.session.rows import Step
 from .around import put_around, take_away
+from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, cross_attention_layers, denoiser, family, in_progress, project_context
 from .processor import NegationAttnProcessor
 
 log = logging.getLogger("fastnegate")
-MOST_CALLS = 256  # pipeline calls in progress that are told apart
-
-
-class Seen:
-    """What came by of the pipeline calls that one call of the installed pipeline made."""
-
-    def __init__(self) -> None:
-        self.calls: list[OwnCall] = []
-
-
-class OwnCall(PipelineCall):
-    """A pipeline call: the schedule steps that it runs, and those that came by."""
-
-    def __init__(self, timesteps: Any, schedule: Any) -> None:
-        super().__init__()
-        self.timesteps = timesteps  # kept: its identity is this call's
-        everything, these = _listed(schedule), _listed(timesteps)
-        self.count = len(everything)
-        # A part of the schedule: img2img drops its beginning, `denoising_end` its end. PNDM and Heun repeat
-        # timesteps, so the whole part has to match.
-        first = next(
-            (i for i in _from_both_ends(self.count - len(these)) if everything[i : i + len(these)] == these),
-            None,
-        )
-        if first is None:  # a schedule of its own
-            first, self.count = 0, len(these)
-        self.run = range(first, first + len(these))
-        self.seen: set[tuple[int, int]] = set()  # which timestep, and which part of its denoiser calls
-
-    def step(self, index: int) -> Step:
-        return Step(self.run.start + index, self.count, self.run)
-
-
-_SEEN: ContextVar[Seen | None] = ContextVar("fastnegate_seen", default=None)
+COMPILE_BEFORE = "compile the denoiser before fastnegate.install, not after"
 
 
 class Hook:
@@ -72,9 +37,8 @@ class Hook:
         self._on_displaced = on_displaced
         self._model = weakref.ref(denoiser(pipe))
         self._parameters = list(inspect.signature(bare(denoiser(pipe)).forward).parameters)
-        self._calls: OrderedDict[int, OwnCall] = OrderedDict()
-        self._loops = threading.local()  # steps of denoiser calls outside of pipeline calls
-        self._adding = threading.Lock()
+        self._calls = Calls(engine)
+        self._siblings: weakref.WeakSet[Any] = weakref.WeakSet()  # pipelines around the same denoiser
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, NegationAttnProcessor] = {}
         self._hold(bare(denoiser(pipe)))
@@ -110,6 +74,8 @@ class Hook:
         """What somebody else has put in our place stays theirs."""
         if (pipe := self._pipe()) is not None:
             take_away(pipe, self.generate)
+        for sibling in list(self._siblings):
+            take_away(sibling, self.generate)
         if (model := self._model()) is not None:
             take_away(model, self.denoise)
         for name, attn in self.layers.items():
@@ -127,25 +93,31 @@ class Hook:
         frame: FrameType,
     ) -> Any:
         """A call of the pipeline: every step that it runs has to come by, if it was to be negated."""
-        armed = self.engine.armed
-        self._check_denoiser(pipe, armed)
-        seen = Seen()
-        before = _SEEN.set(seen)
+        watched = Watched(pipe, self.engine.ledger())
+        self._check_denoiser(pipe, watched.asks)
+        before = WATCHED.set(watched)
         try:
             result = call(*args, **kwargs)
+        except Exception as error:
+            if self._compiled_since(pipe):
+                raise NegationNotAppliedError(COMPILE_BEFORE) from error
+            raise
         finally:
-            _SEEN.reset(before)
-        if armed:
-            self._check_seen(pipe, seen)
+            WATCHED.reset(before)
+        if watched.asks:
+            self._check_seen(pipe, watched)
         return result
 
-    def _check_denoiser(self, pipe: Any, armed: bool) -> None:
+    def _compiled_since(self, pipe: Any) -> bool:
+        """Whether the pipeline's denoiser is the one that we hold, within compiled code around it."""
         held, now = self._model(), getattr(pipe, self._family.denoiser)
-        if now is held:
-            return
-        if bare(now) is bare(held):
-            raise NegationNotAppliedError("compile the denoiser before fastnegate.install, not after")
-        if not armed:
+        return now is not held and bare(now) is bare(held)
+
+    def _check_denoiser(self, pipe: Any, asks: bool) -> None:
+        held, now = self._model(), getattr(pipe, self._family.denoiser)
+        if self._compiled_since(pipe):
+            raise NegationNotAppliedError(COMPILE_BEFORE)
+        if now is held or not asks:
             return
         message = f"the pipeline's {self._family.denoiser} is another one than the engine was installed in"
         if self._on_displaced == "raise":
@@ -157,14 +129,16 @@ class Hook:
             self._hold(bare(now))
             self.put()
 
-    def _check_seen(self, pipe: Any, seen: Seen) -> None:
-        if self._on_displaced == "warn" or getattr(pipe, "_interrupt", False):
+    def _check_seen(self, pipe: Any, watched: Watched) -> None:
+        if self._on_displaced == "warn":
             return
-        missing = [len(c.run) - len({at for at, _ in c.seen}) for c in seen.calls]
-        if self.engine.removed or not missing or any(missing):
+        missing = sum(call.missing for call in watched.calls)
+        if getattr(pipe, "_interrupt", False) and getattr(pipe, self._family.denoiser) is self._model():
+            missing = 0  # the rest was not run at all
+        if self.engine.removed or not watched.calls or missing:
             raise NegationNotAppliedError(
-                f"negation was asked for, and {sum(missing) if missing else 'all'} steps of the pipeline "
-                "call ran without it: the engine was removed, or the denoiser exchanged, while it ran"
+                f"negation was asked for, and {missing or 'all'} steps of the pipeline call ran without it: "
+                "the engine was removed, or the denoiser exchanged, while it ran"
             )
 
     # ---- around the denoiser ----------------------------------------------------------------
@@ -179,7 +153,7 @@ class Hook:
     ) -> Any:
         """A call of the denoiser."""
         if torch.compiler.is_compiling():
-            raise NegationNotAppliedError("compile the denoiser before fastnegate.install, not after")
+            raise NegationNotAppliedError(COMPILE_BEFORE)
         self._watch(bare(model))
         given = {**dict(zip(self._parameters, args)), **kwargs}
         with self.engine.running(self._facts(model, given, frame)):
@@ -192,12 +166,13 @@ class Hook:
         of: PipelineCall
         step: Step | None
         if progress is not None:
-            of = own = self._own(progress)
+            of = own = self._calls.own(progress)
             step = own.step(progress.at)
             if progress.own:
                 own.seen.add((progress.at, progress.part))
+                self._adopt(progress.pipe)
         else:
-            of, step = self._loop(given["timestep"])
+            of, step = self._calls.loop(self._pipe(), given["timestep"])
         return Call(
             batch=sample.shape[0],
             device=sample.device,
@@ -207,48 +182,29 @@ class Hook:
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
             unconditional=progress is not None and progress.unconditional,
-            # The user's code may change weights between steps in ways that nobody can see.
-            keep=entry.projection is None and (progress is None or not progress.callback),
+            keep=self._quiet(model, progress, of),
             fixed=compiled or sample.device.type == "cuda",
             compiled=compiled,
             project=lambda embeddings: project_context(entry, model, embeddings),
         )
 
-    def _own(self, progress: InProgress) -> OwnCall:
-        """The pipeline call, known by the object that holds its timesteps."""
-        key = id(progress.timesteps)
-        with self._adding:
-            known = self._calls.get(key)
-            if known is not None and not (progress.own and (progress.at, progress.part) in known.seen):
-                return known
-            # New, or the same object in another call: a step comes once in a call.
-            made = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
-            self._calls[key] = made
-            while len(self._calls) > MOST_CALLS:
-                self._calls.popitem(last=False)
-        if (seen := _SEEN.get()) is not None and progress.own:
-            seen.calls.append(made)
-        return made
+    def _adopt(self, pipe: Any) -> None:
+        """Another pipeline around this denoiser is watched from its next call on."""
+        if pipe is not self._pipe() and pipe not in self._siblings:
+            self._siblings.add(pipe)
+            put_around(pipe, self.generate)
 
-    def _loop(self, timestep: Any) -> tuple[PipelineCall, Step | None]:
-        """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps
-        tell about. Steps grow within a loop; rows at different timesteps have no common step."""
-        pipe, loops = self._pipe(), self._loops
-        timesteps = None if pipe is None else pipe.scheduler.timesteps
-        if timesteps is None:
-            return PipelineCall(), None
-        if timesteps is not getattr(loops, "timesteps", None):
-            loops.timesteps, loops.listed, loops.last, loops.of = timesteps, _listed(timesteps), -1, None
-        rows = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
-        t = rows.pop()
-        at = [i for i, known in enumerate(loops.listed) if known == t] if not rows else []
-        if not at:
-            return PipelineCall(), None
-        later = [i for i in at if i >= loops.last]
-        if loops.of is None or not later:
-            loops.of = PipelineCall()
-        loops.last = later[0] if later else at[0]
-        return loops.of, Step(loops.last, len(loops.listed))
+    def _quiet(self, model: Any, progress: InProgress | None, of: PipelineCall) -> bool:
+        """Whether nobody's code runs between the steps of this pipeline call: it might change weights in ways
+        that leave no trace."""
+        if self._family.projection is not None:
+            return False
+        if progress is None:
+            return isinstance(of, Loop)
+        scheduler = progress.pipe.scheduler
+        ours = type(scheduler).__module__.startswith("diffusers.") and "step" not in vars(scheduler)
+        hooks = [h for part in (model, bare(model)) for h in (part._forward_hooks, part._forward_pre_hooks)]
+        return ours and not progress.callback and not any(hooks)
 
     def _compiled(self, model: Any) -> bool:
         """Whether some of the code around our processors is compiled: all of it, or block by block."""
@@ -324,12 +280,3 @@ def _guided(progress: InProgress | None) -> bool:
             "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
         )
     return progress.own and progress.guided  # a callback's own rows are conditional, all of them
-
-
-def _listed(timesteps: Any) -> list[float]:
-    return timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-
-
-def _from_both_ends(last: int) -> Iterator[int]:
-    """0 and `last`, where parts of a schedule mostly begin, and then what is between."""
-    yield from dict.fromkeys((0, last, *range(1, last))) if last >= 0 else ()

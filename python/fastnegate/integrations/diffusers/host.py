@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from .encode import encode, negative_prompt
-from .identity import fingerprint
 from .install import engine_of
+from .text.encode import encode, negative_prompt
+from .text.identity import fingerprint
 
 __all__ = ["encode", "engine_of", "fingerprint", "negative_prompt"]

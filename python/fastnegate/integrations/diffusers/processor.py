@@ -12,7 +12,6 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine.bank import ConceptBank
 from ...engine.engine import Engine
@@ -23,15 +22,12 @@ from ...operator.attention import negated_attention, negated_attention_with_stat
 from ...operator.choice import check_backend
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
-from . import by_hand
+from . import by_hand, recompute
 from .contract import family, in_progress, project_for
 from .kept import Kept
 
 # Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
 PLAIN = (AttnProcessor2_0, AttnProcessor)
-
-# Of denoiser calls with gradients: checkpointing recomputes layers after the call, with the text they had.
-_recomputed: Any = WeakTensorKeyDictionary()
 
 
 class NegationAttnProcessor:
@@ -125,14 +121,16 @@ class NegationAttnProcessor:
         running = None if engine is None or compiling else RUNNING.get()
         if engine is not None and (running is None or running.engine is not engine):
             running = self._unprepared(encoder_hidden_states)
-        elif running is not None and encoder_hidden_states is not None and torch.is_grad_enabled():
-            _recomputed[encoder_hidden_states] = running
+        elif running is not None and running.gradients and encoder_hidden_states is not None:
+            recompute.remember(encoder_hidden_states, running)
         # Compiled code always takes the negated path: one graph, whatever the schedule.
         acts = running.live if running is not None else compiling if engine is not None else self.by_hand
         if encoder_hidden_states is None or not acts:
             result: Tensor = self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
+            if running is not None and running.gradients:
+                recompute.hold(result, running)
             return result
         # From here on: AttnProcessor2_0, step by step, with negation in the middle.
         residual = hidden_states
@@ -165,6 +163,8 @@ class NegationAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         output: Tensor = hidden_states / attn.rescale_output_factor
+        if running is not None and running.gradients:
+            recompute.hold(output, running)
         return output
 
     @property
@@ -184,10 +184,8 @@ class NegationAttnProcessor:
         if compiling and self.engine.fixed.ready:
             return None
         if not compiling:
-            if text is not None and torch._C._current_graph_task_id() != -1 and text in _recomputed:
-                running: Running = _recomputed[text]
-                if running.engine is self.engine:
-                    return running
+            if recompute.in_backward():
+                return recompute.running_of(text, self.engine, self.layer)
             if not self.engine.armed:
                 return None
         raise NegationNotAppliedError(
@@ -256,6 +254,8 @@ class NegationAttnProcessor:
         if self._version != bank.version:
             self._slots, self._version = _slots(bank, self.rule)
         slots = self._slots
+        if not torch.compiler.is_compiling():
+            by_hand.called(attn, self)
         context = slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
         context = project_for(by_hand.model_of(attn, bank.pipe), context)
         key, value = (t[0].transpose(0, 1) for t in self.project(attn, context))

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...engine.concepts import Fingerprint
-from ...engine.errors import UnsupportedModelError
-from .contract import family
+from ....engine.concepts import Fingerprint
+from ....engine.errors import UnsupportedModelError
+from ..contract import family
 
 Seen = TypeVar("Seen")
 

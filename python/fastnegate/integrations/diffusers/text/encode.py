@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...engine.concepts import Concept, Templates
-from ...engine.prototypes import prototype
-from .contract import encoder_of, family
+from ....engine.concepts import Concept, Templates
+from ....engine.prototypes import prototype
+from ..contract import encoder_of, family
 from .words import Span, Words, turn
 
 log = logging.getLogger("fastnegate")

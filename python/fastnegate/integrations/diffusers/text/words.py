@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...engine.concepts import Role, Templates
-from ...engine.errors import UnsupportedModelError
-from ...engine.prototypes import DEFAULT_TEMPLATES, Caption
-from .contract import family
+from ....engine.concepts import Role, Templates
+from ....engine.errors import UnsupportedModelError
+from ....engine.prototypes import DEFAULT_TEMPLATES, Caption
+from ..contract import family
 
 # A tokenizer remembers the padding and truncation of its last call and reads them when it works. Two threads
 # that share one therefore pad each other's texts. The pipeline's may be in use, so ours are copies, one
