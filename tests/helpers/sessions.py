@@ -40,8 +40,9 @@ POLICIES: dict[str, fn.Policy | None] = {
 }
 WAYS = ("coroutine", "run_in_executor", "submit", "Thread", "own thread", "alone")  # the last opens no batch
 TROUBLES = (
-    *("none",) * 12, "nested", "nested", "error in the scheduler", "error in the denoiser", "left elsewhere",
-    "concept comes and goes", "denoiser swapped", "processor displaced",
+    *("none",) * 8, "nested", "nested", "error in the scheduler", "error in the denoiser", "left elsewhere",
+    "concept comes and goes", *("denoiser swapped",) * 4,
+    "processor displaced",
 )  # fmt: skip
 
 
@@ -85,8 +86,8 @@ class Scaled(nn.Module):
 
 
 def _adapt(pipe: Any) -> None:
-    for attn in pipelines.attentions(pipe).values():
-        attn.to_k, attn.to_v = Scaled(attn.to_k), Scaled(attn.to_v)
+    attn = next(iter(pipelines.attentions(pipe).values()))  # the other layers may keep their keys and values
+    attn.to_k, attn.to_v = Scaled(attn.to_k), Scaled(attn.to_v)
 
 
 class Stage:
