@@ -171,11 +171,14 @@ class Theatre:
     # ---- what is right ----------------------------------------------------------------------
 
     def right(self, policy: str, seed: int, round: Round) -> Tensor:
-        """The image made alone."""
+        """The image made alone, by an engine that has made no other."""
         key = policy, seed, round.scale, round.dog
         if key not in self._right:
             scale, Scaled.scale = Scaled.scale, round.scale
-            self._alone.engine.bank.update("dog", self._dogs[round.dog])
+            self._alone.engine.remove()
+            bank = self._alone.engine.bank
+            bank.update("dog", self._dogs[round.dog])
+            self._alone.engine = fn.install(self._alone.pipe, bank, rule="nag")
             with self._alone.engine.batch([POLICIES[policy]]):
                 self._right[key] = pipelines.generate(self._alone.pipe, seeds=[seed], steps=STEPS)
             Scaled.scale = scale
