@@ -26,7 +26,7 @@ from schedules import NAMED, fair, house, outcome
 from torch import Tensor, nn
 
 import fastnegate as fn
-from fastnegate.engine.batch import _BATCHES
+from fastnegate.engine.session.batch import _ENTRIES
 
 STEPS = 2
 SEATS = 4  # calls of a round, each with a pipeline of its own around the same components
@@ -233,7 +233,7 @@ class Theatre:
         results: list[Any] = []
 
         def plain() -> None:
-            assert not _BATCHES.get()
+            assert not _ENTRIES.get()
             results.append(pipelines.generate(self.house.pipe, seeds=[0], steps=STEPS))
             with self.house.engine.batch([POLICIES["cat"]]):
                 results.append(pipelines.generate(self.house.pipe, seeds=[0], steps=STEPS))
@@ -279,7 +279,7 @@ class Theatre:
             orders = list(itertools.permutations(opened))
             for batch in orders[round.leave % len(orders)]:
                 outcome(lambda batch=batch: batch.__exit__(None, None, None))
-            assert not _BATCHES.get()
+            assert not _ENTRIES.get()
         return [future.exception(0) or future.result(0) for future in futures]
 
     def _loop(self, coroutines: Sequence[Any], futures: Sequence[Future[Any]]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate.engine.batch import _BATCHES
+from fastnegate.engine.session.batch import _ENTRIES
 
 pytest.importorskip("diffusers")
 
@@ -271,7 +271,7 @@ def test_many_batches_leave_nothing(sd: House) -> None:
             alive.append(weakref.ref(batch))
             del batch
         gc.collect()
-        assert len(_BATCHES.get()) <= 1
+        assert len(_ENTRIES.get()) <= 1
         assert sum(ref() is not None for ref in alive) <= 1
         assert torch.equal(sd(), sd.plain)
 
@@ -476,7 +476,7 @@ def test_an_error_anywhere_leaves_no_trace(error: type[BaseException], where: st
     with pytest.raises(error):
         negated(pipe, h.engine, **options)
     undo()
-    assert not h.engine.armed and not h.engine.live and not _BATCHES.get()
+    assert not h.engine.armed and not h.engine.live and not _ENTRIES.get()
     assert h.near(h(), h.plain) and torch.equal(negated(pipe, h.engine), h.dog)
 
 
@@ -928,7 +928,7 @@ def test_checkpointing_with_reentrant_calls_is_refused_by_name() -> None:
     )
     h.engine.set_rows([DOG])
     loss = _loss(h.pipe.unet, _text().requires_grad_())
-    with fails(fn.NegationNotAppliedError, match="without the hook"):
+    with fails(fn.NegationNotAppliedError, match="use_reentrant=True"):
         loss.backward()
 
 

@@ -29,6 +29,10 @@ from .session.slots import Shelf, Slots
 
 log = logging.getLogger("fastnegate")
 UNASKED = ("plain", "raise")
+NOBODY = (
+    "nobody said what this call negates (unasked='raise'): make it within engine.batch(policies), where None "
+    "asks for nothing; threads and executors do not copy the context: use batch.bind"
+)
 
 
 class Engine:
@@ -311,22 +315,18 @@ class Engine:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:
             running.index, running.numbers, running.weight = rows.tensors(running.active, call.device)
+        if running.live and running.gradients:
+            _ = running.context  # outside of what checkpointing computes again
         return running
 
     def _nobody_spoke(self) -> None:
         if self._removed:
             return
         if self.unasked == "raise":
-            raise NegationNotAppliedError(
-                "nobody said what this call negates (unasked='raise'): make it within "
-                "engine.batch(policies), where None asks for nothing; threads and executors do not copy the "
-                "context: use batch.bind"
-            )
+            raise NegationNotAppliedError(NOBODY)
         if not self._told:
             self._told = True
-            log.warning(
-                "a call that no batch and no policy speaks for runs without negation (unasked='plain')"
-            )
+            log.warning("a call that no batch and no policy speaks for is not negated (unasked='plain')")
 
     def _count(self, running: Running) -> None:
         """Number the pipeline call, and choose the two of its denoiser calls whose gates are looked at."""

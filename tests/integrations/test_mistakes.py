@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong still: the smallest test of each."""
+"""What has gone wrong once, each by the smallest test of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate.engine.batch import _BATCHES
+from fastnegate.engine.session.batch import _ENTRIES
 
 pytest.importorskip("diffusers")
 
@@ -402,7 +402,7 @@ def test_many_batches_left_in_another_context_leave_nothing(sd: House) -> None:
             alive.append(weakref.ref(batch))
             del batch
         gc.collect()
-        assert len(_BATCHES.get()) <= 1
+        assert len(_ENTRIES.get()) <= 1
         assert sum(ref() is not None for ref in alive) <= 1
         assert torch.equal(sd(), sd.plain)
 
