@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import fastnegate as fn
 from fastnegate.engine.concepts import Concept
 from fastnegate.engine.engine import Engine
+from fastnegate.integrations.diffusers.install import engine_of
 from fastnegate.operator.rule import Rule
 
 from ..operator.cases import DENSE, Concepts
@@ -156,12 +158,17 @@ def step(pipe: Any, unet: Any, batch: int) -> Callable[..., Tensor]:
         options["added_cond_kwargs"] = {
             "text_embeds": made(2, batch, pooled), "time_ids": torch.full((batch, 6), 8.0 * size).to(device),
         }  # fmt: skip
+    engine = engine_of(pipe)
+    loop = (
+        contextlib.nullcontext() if engine is None else engine.loop()
+    )  # as a pipeline's own steps are one call
     timesteps, steps = pipe.scheduler.timesteps.tolist(), itertools.count()
     timestep = torch.zeros((), dtype=torch.int64, device=device)
 
     def call(at: int | None = None) -> Tensor:
         timestep.fill_(timesteps[next(steps) if at is None else at])
-        output: Tensor = unet(latents, timestep, **options)[0]
+        with loop:
+            output: Tensor = unet(latents, timestep, **options)[0]
         return output
 
     return call

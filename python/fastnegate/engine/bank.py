@@ -40,7 +40,7 @@ class ConceptBank:
     """Named concepts of one text encoder.
 
     `bank["disney"]` is a `Concept`; iteration gives names. Changing a bank that is installed takes
-    effect at the next denoising step. Any thread may change it while others read: a change is made
+    effect at the next call of the pipeline. Any thread may change it while others read: a change is made
     beside what they read and takes its place at once, and `snapshot()` gives several looks the same view.
 
     Args:
