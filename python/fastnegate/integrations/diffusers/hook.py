@@ -183,7 +183,8 @@ class Hook:
             prompts=progress.prompts if progress is not None and progress.own else None,
             unconditional=progress is not None and progress.unconditional,
             keep=self._quiet(model, progress, of),
-            fixed=compiled or sample.device.type == "cuda",
+            # Layers that are computed again for gradients need rows that no later call writes over.
+            fixed=compiled or (sample.device.type == "cuda" and not torch.is_grad_enabled()),
             compiled=compiled,
             project=lambda embeddings: project_context(entry, model, embeddings),
         )
