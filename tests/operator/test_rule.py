@@ -217,3 +217,9 @@ def test_what_a_rule_reads() -> None:
     both = Rule("direction", "step", "raw")
     assert both.reads.tokens and both.reads.direction
     assert Rule("mass", "open", "fixed").reads.tokens and Rule("mass", "open", "fixed").reads.direction
+
+
+@pytest.mark.parametrize("rule", [Rule(), *fn.presets().values(), Rule.preset("nag", scope="head")])
+def test_a_rule_shows_what_makes_it_one(rule: Rule) -> None:
+    assert eval(repr(rule), {"Rule": Rule}) == rule
+    assert repr(Rule()) == "Rule()" and len(repr(rule)) < 250

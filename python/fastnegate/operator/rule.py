@@ -146,6 +146,12 @@ class Rule:
         ):  # fmt: skip
             object.__setattr__(self, name, made)
 
+    def __repr__(self) -> str:
+        """What differs from `Rule()`."""
+        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
+        plain = {f.name: f.default for f in dataclasses.fields(self)}
+        return f"Rule({', '.join(f'{name}={value!r}' for name, value in values if value != plain[name])})"
+
     @classmethod
     def preset(cls, name: str, *, family: str | None = None, **overrides: Any) -> Rule:
         """The published (or reconstructed) method `name`, with fields overridden by keyword.
