@@ -516,7 +516,9 @@ class _Processor(diffusers.models.attention_processor.AttnProcessor2_0):
     pass
 
 
-@pytest.mark.parametrize("change", BETWEEN)
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, marks=pytest.mark.full) if "compiled" in c else c for c in BETWEEN]
+)
 def test_what_changes_between_two_calls_of_a_batch(sd: House, change: str) -> None:
     """Most of these swap in weights that are equal, so an image without negation would be the plain one."""
     got: list[Any] = []
@@ -552,7 +554,11 @@ COMPILED: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", COMPILED)
+# Of those that take seconds, one; test_compile.py has the usual ones.
+@pytest.mark.parametrize(
+    "how",
+    [how if how == "a block" else pytest.param(how, marks=pytest.mark.full) for how in COMPILED],
+)
 def test_compiled_before(how: str) -> None:
     torch._dynamo.reset()
     eager = house()
