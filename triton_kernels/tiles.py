@@ -2,7 +2,7 @@
 """(problem, machine) -> how the Triton kernel cuts its work: pure functions, each choice with its reason.
 
 Nothing here imports Triton or asks a device. "Registers" are those of one thread, of which NVIDIA has 255:
-what ptxas of CUDA 12.9 says for sm_80, checked by tests/gpuless/test_compiled.py.
+what ptxas of CUDA 12.9 says for sm_80, checked by tests/gpuless/triton_kernel/test_compiled.py.
 """
 
 from __future__ import annotations

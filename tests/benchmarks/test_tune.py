@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "gpuless"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpuless" / "instruments"))
 
 pytest.importorskip("triton")
 import triton

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE / "instruments")]
 
 import interpreter  # noqa: E402
 import torch  # noqa: E402

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `ptxsim` importable, starts with what takes longest."""
+"""Makes the instruments importable, starts with what takes longest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "instruments"))
 
 
 # Those that run other tests in a child, and with `-m full` mutations.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import interpreter
 import pytest
 import torch
 from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
@@ -19,7 +20,6 @@ import fastnegate as fn
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import COMBINES, GATES, SELECTS, Rule
-from gpuless import interpreter
 
 torch.set_num_threads(1)
 FEATURE_MAX = Rule(

@@ -18,21 +18,22 @@ import fastnegate as fn
 from fastnegate.operator.backends import triton as backend
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+INSTRUMENTS = TESTS / "gpuless" / "instruments"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTNEGATE_BUDGET_REPORT")}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])  # for `gpuless`
+    env["PYTHONPATH"] = os.pathsep.join([str(INSTRUMENTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**env, **environment}, cwd=HERE.parents[1], capture_output=True, text=True, check=False,
+        env={**env, **environment}, cwd=TESTS.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ("gpuless/interpreted.py", "helpers/triton_interpreted.py"))
+@pytest.mark.parametrize("file", ("gpuless/instruments/interpreted.py", "helpers/triton_interpreted.py"))
 def test_under_the_interpreter(file: str) -> None:
-    child = python("-m", "pytest", "-q", str(HERE.parent / file), TRITON_INTERPRET="1")
+    child = python("-m", "pytest", "-q", str(TESTS / file), TRITON_INTERPRET="1")
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 

@@ -2,7 +2,7 @@
 """The PTX simulator on what Triton and nvcc compile. It also finds the mistakes it is there to find.
 
 By default that it refuses accesses outside of tensors, and races: the simulated problems, in which there are
-none, would not miss that. `pytest -m full tests/gpuless/test_ptxsim_compiled.py` is the rest."""
+none, would not miss that. `pytest -m full tests/gpuless/instruments/test_ptxsim_compiled.py` is the rest."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 from compiler import NEGATIONS, Layer
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 OLDEST = os.environ.get("FASTNEGATE_TRITON_OLDEST")
 
 

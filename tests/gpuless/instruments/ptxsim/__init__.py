@@ -6,8 +6,7 @@
     memory.py        global and shared memory that refuse mistakes
     machine.py       CTAs, divergence, barriers
     binding.py       from an instruction to a function that runs it; the functions are in
-                     arithmetic.py, conversions.py, accesses.py and warps.py
-    matrix.py        fragments of matrices
+                     instructions/
     counts.py        bytes, sectors, matrix instructions, exponentials
     mutations.py     programs with one mistake each
     tensors.py       tensors as global memory
@@ -23,7 +22,7 @@ memory within a CTA, how hardware rounds ex2, lg2, rsqrt and sums of matrix prod
 rounded once), and time.
 """
 
-from . import accesses, arithmetic, conversions, warps  # noqa: F401 (they fill the table of instructions)
+from . import instructions  # noqa: F401 (they fill the table of `binding`)
 from .counts import Counts, Traffic
 from .machine import Result, run
 from .memory import Buffer, GlobalMemory

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc makes of the CUDA kernel for GPUs that are not there: registers, and that nothing is spilled.
 
-By default one kernel for each GPU; `pytest -m full tests/gpuless/test_cuda_compiled.py` compiles every one.
-`pytest -rP` shows the numbers.
+By default one kernel for each GPU, every one by
+`pytest -m full tests/gpuless/cuda_kernel/test_cuda_compiled.py`. `pytest -rP` shows the numbers.
 """
 
 from __future__ import annotations

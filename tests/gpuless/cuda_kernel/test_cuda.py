@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernel computes the definition: its source, with the product's launch code, executed on the host.
 
-`pytest -m full tests/gpuless/test_cuda.py` is the full sweep.
+`pytest -m full tests/gpuless/cuda_kernel/test_cuda.py` is the full sweep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="there is no pybind11"),
 ]
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
+INSTRUMENTS = TESTS / "gpuless" / "instruments"
 SUPPORTED = {name: rule for name, rule in RULES.items() if rule.direction != "retrieve"}
 SHARED = {"a100": 163 << 10, "h100": 227 << 10, "ada": 99 << 10}  # bytes that a block may have
 FACTORS = {
@@ -127,10 +128,10 @@ def test_bits_depend_on_no_device(dim: int, keys: int, lengths: tuple, rule: str
 def test_invariants(built: Path) -> None:
     """Those of every backend, but for what this one refuses by name."""
     refused = "per_query or protore_retrieve or -1000000000.0"
-    path = os.pathsep.join([str(HERE / "cuda_shim"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(INSTRUMENTS / "cuda_shim"), os.environ.get("PYTHONPATH", "")])
     child = run_python(
         "-m", "pytest", "-q", "-p", "invariants", "-k", f"not ({refused})",
-        str(HERE.parent / "operator" / "test_invariants.py"),
+        str(TESTS / "operator" / "test_invariants.py"),
         FASTNEGATE_CUDA_SHIM=str(built), PYTHONPATH=path,
     )  # fmt: skip
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
@@ -141,7 +142,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTNEGATE_BUDGET_REPORT")}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**env, **variables}, cwd=HERE.parents[1], capture_output=True, text=True, check=False,
+        env={**env, **variables}, cwd=TESTS.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 SANITIZED = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {gpuless!r}]
+sys.path[:0] = [{helpers!r}, {instruments!r}]
 import torch
 torch.set_num_threads(1)
 from cuda_shim.backend import Shim
@@ -187,7 +188,7 @@ def test_sanitizers_find_nothing(sanitize: str, tmp_path: Path) -> None:
         pytest.skip(reason)
     built = make(tmp_path, (40, 160), sanitize)
     code = SANITIZED.format(
-        tests=str(HERE.parent / "helpers"), gpuless=str(HERE), built=str(built), cases=SANITIZER_CASES
+        helpers=str(TESTS / "helpers"), instruments=str(INSTRUMENTS), built=str(built), cases=SANITIZER_CASES
     )
     child = run_python("-c", code, **environment(sanitize, preload=True))
     assert child.returncode == 0 and child.stdout.endswith("done\n"), child.stderr[-6000:]
@@ -423,7 +424,8 @@ def test_bytes_of_real_layers(layer: str, multiprocessors: int, lengths: tuple, 
 
 def test_backends_agree(built: Path) -> None:
     """Reference, CPU, Triton and CUDA on the same problems; Triton's interpreter wants its own process."""
-    child = run_python(str(HERE / "agreement.py"), TRITON_INTERPRET="1", FASTNEGATE_CUDA_SHIM=str(built))
+    table = str(TESTS / "gpuless" / "agreement.py")
+    child = run_python(table, TRITON_INTERPRET="1", FASTNEGATE_CUDA_SHIM=str(built))
     print(child.stdout)
     assert child.returncode == 0, child.stdout + child.stderr[-4000:]
     assert len(child.stdout.splitlines()) > 20

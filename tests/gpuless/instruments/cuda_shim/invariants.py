@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "gpuless")]
+TESTS = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "gpuless" / "instruments")]
 
 import support  # noqa: E402
 from cuda_shim.backend import Shim  # noqa: E402

@@ -64,7 +64,7 @@ from fastnegate.operator.rule import Rule
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NVCC = shutil.which("nvcc")
-RECORDER = Path(__file__).parent / "cuda_ptx_recorder" / "recorder.cpp"
+RECORDER = Path(__file__).parent / "recorder.cpp"
 TYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16"}
 # Order of the addresses that the bindings take.
 ARGUMENTS = ("query", "key", "value", "out", "key_bias", "concept_key", "concept_value", "index", "numbers",

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import values
+from .. import values
+from ..binding import Form, Step, opcode
+from ..memory import SHARED_WINDOW
+from ..values import is_float
 from .arithmetic import elementwise, float_options
-from .binding import Form, Step, opcode
-from .memory import SHARED_WINDOW
-from .values import is_float
 
 if TYPE_CHECKING:
-    from .machine import Cta, Lanes
+    from ..machine import Cta, Lanes
 
 _TO_INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 

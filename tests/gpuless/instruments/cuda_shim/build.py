@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SHIM = Path(__file__).resolve().parent
-CSRC = SHIM.parents[2] / "csrc"
+CSRC = SHIM.parents[3] / "csrc"
 GXX = shutil.which("g++")
 NVCC_OPTIONS = (CSRC / "cuda" / "nvcc.options").read_text().split()  # those of the shipped kernels
 

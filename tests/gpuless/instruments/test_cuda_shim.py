@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shim that executes CUDA kernels on the CPU: against the PTX ISA, and that it finds the mistakes it is
-there to find: `pytest -m full tests/gpuless/test_cuda_shim.py`."""
+there to find: `pytest -m full tests/gpuless/instruments/test_cuda_shim.py`."""
 
 from __future__ import annotations
 

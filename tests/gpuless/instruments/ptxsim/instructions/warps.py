@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..binding import Form, Read, Step, of_warp, opcode
+from ..memory import WARP
+from ..parse import Immediate, Pair, PtxError
 from . import matrix
 from .accesses import items
-from .binding import Form, Read, Step, of_warp, opcode
-from .memory import WARP
-from .parse import Immediate, Pair, PtxError
 
 if TYPE_CHECKING:
-    from .machine import Cta, Lanes
+    from ..machine import Cta, Lanes
 
 
 def _members(form: Form, operand: int) -> Read | None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The corrected interpreter against torch, and the mistakes that it is there to find: run by
-../operator/test_triton.py with TRITON_INTERPRET=1."""
+../../operator/test_triton.py with TRITON_INTERPRET=1."""
 
 import itertools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,6 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
-
-from gpuless import interpreter
 
 # ---- arithmetic ---------------------------------------------------------------------------------
 

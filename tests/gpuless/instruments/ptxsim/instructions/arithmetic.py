@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import values
-from .binding import TABLE, Form, Read, Step, opcode
-from .parse import Pair
-from .values import is_float, size_of
+from .. import values
+from ..binding import TABLE, Form, Read, Step, opcode
+from ..parse import Pair
+from ..values import is_float, size_of
 
 if TYPE_CHECKING:
-    from .machine import Cta, Lanes
+    from ..machine import Cta, Lanes
 
 
 def elementwise(form: Form, kind: str, function: Callable, sources: list[Read]) -> Step:

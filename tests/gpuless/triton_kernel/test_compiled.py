@@ -3,8 +3,8 @@
 matrix instructions, against budget.json.
 
 By default one layer for each GPU; test_triton_versions.py compiles the layers that are used most.
-`FASTNEGATE_COMPILED_REPORT=found.json pytest -m full tests/gpuless/test_compiled.py` compiles everything and
-writes what budget.json would be by it. `pytest -rP` shows every kernel.
+`FASTNEGATE_COMPILED_REPORT=found.json pytest -m full tests/gpuless/triton_kernel/test_compiled.py` compiles
+everything and writes what budget.json would be by it. `pytest -rP` shows every kernel.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import WARP
-from .values import decode, encode
+from ..memory import WARP
+from ..values import decode, encode
 
 _LANE = np.arange(WARP)
 _G, _Q = _LANE // 4, _LANE % 4

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..binding import Form, Step, opcode
+from ..memory import SHARED_WINDOW, Copy
+from ..parse import Immediate, PtxError, Vector
+from ..values import UNSIGNED, decode, encode, size_of
 from .arithmetic import elementwise
-from .binding import Form, Step, opcode
-from .memory import SHARED_WINDOW, Copy
-from .parse import Immediate, PtxError, Vector
-from .values import UNSIGNED, decode, encode, size_of
 
 if TYPE_CHECKING:
-    from .machine import Cta, Lanes
+    from ..machine import Cta, Lanes
 
 _CACHING = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "noftz")
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PTX simulator against the PTX ISA and against numpy, with hand-written programs.
 
-`pytest -m full tests/gpuless/test_ptxsim.py`: what is executed by default is in test_ptxsim_compiled.py."""
+`pytest -m full tests/gpuless/instruments/test_ptxsim.py`: what is executed by default is in
+test_ptxsim_compiled.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
-from ptxsim import GlobalMemory, PtxError, Result, matrix, parse
+from ptxsim import GlobalMemory, PtxError, Result, parse
+from ptxsim.instructions import matrix
 from ptxsim.tensors import Tensors
 
 pytestmark = pytest.mark.full
