@@ -16,7 +16,7 @@ from fastnegate.engine.bank import ConceptBank
 from fastnegate.engine.concepts import Concept, Fingerprint, Role
 from fastnegate.engine.engine import Engine
 from fastnegate.engine.errors import NegationNotAppliedError
-from fastnegate.engine.session.call import Call, Running
+from fastnegate.engine.session.call import RUNNING, Call, Running
 from fastnegate.engine.session.rows import Step
 from fastnegate.operator.tokens import ConceptTokens
 
@@ -461,6 +461,19 @@ def test_remove_runs_once_and_engines_are_not_copied() -> None:
     engine.remove()
     engine.remove()
     assert calls == [1] and not engine.armed
+
+
+def test_after_an_error_nothing_of_a_call_is_left() -> None:
+    engine = make_engine()
+    engine.set_requests([A])
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+        for fixed in (False, True):
+            facts = Call(1, CPU, lambda: False, fixed=fixed, compiled=fixed)
+            with pytest.raises(error), engine.running(facts):
+                assert engine.live
+                raise error
+            assert RUNNING.get() is None and not engine.live
+            assert not engine.fixed.ready and engine._thread is None
 
 
 # Negative prompts.

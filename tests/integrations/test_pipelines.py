@@ -336,6 +336,23 @@ def test_windows(pipe: Any, method: str, window: dict[str, float], expected: str
     assert live == [c == "+" for c in expected]
 
 
+def test_each_request_of_a_batch_has_its_own_window(pipe: Any) -> None:
+    """Which rows act changes from step to step, under layers that keep what they made."""
+    policies = [
+        Policy({"dog": 1.0}, stop=0.5),
+        Policy({"cat": 1.0}, start=0.5),
+        Policy({"dog": 1.0}, start=0.25),
+    ]
+    prompts = ["a cat", "a dog", "a photo"]
+    with installed(pipe, rule="nag"):
+        together = negated(pipe, policies, prompts, steps=4)
+        for i, policy in enumerate(policies):
+            mates = [None, None, None]
+            mates[i] = policy
+            alone = negated(pipe, mates, prompts, steps=4)[i]
+            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-4)
+
+
 def test_outside_its_window_a_policy_changes_nothing(pipe: Any) -> None:
     def trace(run: Callable[..., Tensor]) -> list[Tensor]:
         seen: list[Tensor] = []
