@@ -26,7 +26,7 @@ class Batch:
 
     def __init__(self, engine: object, rule: Rule, assignment: Assignment) -> None:
         self.engine, self.rule = engine, rule
-        self.ledger = Ledger(assignment)
+        self.ledger = Ledger(assignment, ends=True)
         self._state = "new"  # "open", "closed"
         self._entry: _Entry | None = None
 

@@ -20,8 +20,9 @@ log = logging.getLogger("fastnegate")
 class Ledger:
     """An assignment, and which of its requests were served. It belongs to a batch, or to everybody."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, ends: bool = False) -> None:
         self.assignment = assignment
+        self.ends = ends  # with its batch, rather than when something else is set for everybody
         self.calls = 0  # of the denoiser
         self._acted: set[int] = set()  # requests
         self._lost: list[Callable[[], str | None]] = []

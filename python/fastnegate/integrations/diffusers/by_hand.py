@@ -21,6 +21,7 @@ from torch import nn
 from ...engine.errors import DisplacedProcessorError
 from .around import put_around, take_away
 from .contract import bare, denoiser
+from .places import Places
 
 
 class Watch:
@@ -29,7 +30,8 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._layers: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
-        self._count = 0
+        self._count = 0  # layers that were freed before the first call are gone, too
+        self._places: Places | None = None  # of the layers, from the first call on
 
     def __call__(
         self,
@@ -51,14 +53,14 @@ class Watch:
     def add(self, attn: nn.Module, processor: Any, before: Any) -> None:
         known = self._layers.get(attn)
         self._layers[attn] = (processor, before if known is None else known[1])
-        self._count = len(self._layers)
+        self._count, self._places = len(self._layers), None
 
     def restored(self, attn: nn.Module, processor: Any) -> bool:
         """Whether `processor` is what the layer had before ours: that is how one takes ours out."""
         if self._layers[attn][1] is not processor:
             return False
         del self._layers[attn]
-        self._count = len(self._layers)
+        self._count, self._places = len(self._layers), None
         return True
 
     def release(self) -> None:
@@ -72,10 +74,13 @@ class Watch:
     def _gone(self) -> bool:
         """Whether a layer is no longer part of the model."""
         model = self._model()
-        if model is None or len(self._layers) < self._count:
-            return True
-        parts = {id(module) for module in model.modules()}
-        return any(id(attn) not in parts for attn in self._layers)
+        assert model is not None
+        if self._places is None:
+            names = {id(module): name for name, module in model.named_modules()}
+            if len(self._layers) < self._count or any(id(attn) not in names for attn in self._layers):
+                return True
+            self._places = Places(model, [names[id(attn)] for attn in self._layers])
+        return self._places.changed
 
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()  # by model

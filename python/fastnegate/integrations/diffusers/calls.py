@@ -91,9 +91,16 @@ class Calls:
             watched.calls.append(made)
         else:
             made.pin(self._engine.ledger())
-            if made.ledger is not None and made.ledger.assignment.asks:
+            if made.ledger is not None and made.ledger.ends and made.ledger.assignment.asks:
                 made.ledger.ask_at_the_end(_unwatched(made, progress.pipe))
         return made
+
+    def forget(self, calls: list[OwnCall]) -> None:
+        """They have ended."""
+        with self._adding:
+            for call in calls:
+                if self._own.get(id(call.timesteps)) is call:
+                    del self._own[id(call.timesteps)]
 
     def loop(self, pipe: Any, timestep: Any) -> tuple[PipelineCall, Step | None]:
         """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps

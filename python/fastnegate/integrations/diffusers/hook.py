@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, cross_attention_layers, denoiser, family, in_progress, project_context
+from .places import Places
 from .processor import NegationAttnProcessor
 
 log = logging.getLogger("fastnegate")
+# Weak on both sides: the processors on the model own the engine.
+INSTALLED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 COMPILE_BEFORE = "compile the denoiser before fastnegate.install, not after"
 
 
@@ -54,9 +57,7 @@ class Hook:
             processors[name] = processor if known is None else known
         self.layers, self.processors = layers, processors
         self.engine.layers = tuple(layers)
-        self._edges = _edges(model, layers)
-        self._parts = [model, *{id(edge.child): edge.child for edge in self._edges}.values()]
-        self._in_parts = any(edge.key == "_orig_mod" for edge in self._edges)
+        self._places = Places(model, layers)
 
     def put(self) -> None:
         pipe, model = self._pipe(), self._model()
@@ -64,6 +65,7 @@ class Hook:
         self._set_processors()
         put_around(model, self.denoise)
         put_around(pipe, self.generate)
+        INSTALLED[bare(model)] = weakref.ref(self.engine)
 
     def _set_processors(self) -> None:
         for name, attn in self.layers.items():
@@ -78,6 +80,7 @@ class Hook:
             take_away(sibling, self.generate)
         if (model := self._model()) is not None:
             take_away(model, self.denoise)
+            INSTALLED.pop(bare(model), None)
         for name, attn in self.layers.items():
             if attn.processor is self.processors[name]:
                 attn.set_processor(self.processors[name].inner)
@@ -104,6 +107,7 @@ class Hook:
             raise
         finally:
             WATCHED.reset(before)
+            self._calls.forget(watched.calls)
         if watched.asks:
             self._check_seen(pipe, watched)
         return result
@@ -209,9 +213,9 @@ class Hook:
 
     def _compiled(self, model: Any) -> bool:
         """Whether some of the code around our processors is compiled: all of it, or block by block."""
-        if self._in_parts or model is not bare(model):
+        if self._places.compiled or model is not bare(model):
             return True
-        return any("_compiled_call_impl" in vars(part) for part in self._parts)
+        return any("_compiled_call_impl" in vars(module) for module in self._places.modules)
 
     # ---- the watchdog -----------------------------------------------------------------------
 
@@ -219,11 +223,7 @@ class Hook:
         """Notice processors that something has replaced (slicing, IP-Adapter, fused QKV, ...), and attention
         modules, or blocks around them."""
         displaced = [n for n, attn in self.layers.items() if attn.processor is not self.processors[n]]
-        moved = any(
-            len(parent._modules) != count or parent._modules.get(key) is not child
-            for (parent, key, child), count in self._edges.items()
-        )
-        if not displaced and not moved:
+        if not displaced and not self._places.changed:
             return
         if displaced:
             name = type(self.layers[displaced[0]].processor).__name__
@@ -249,24 +249,6 @@ class Hook:
         if self._on_displaced == "reinstall":
             self._hold(model)
             self._set_processors()
-
-
-class _Edge(NamedTuple):
-    parent: nn.Module
-    key: str
-    child: nn.Module
-
-
-def _edges(model: nn.Module, layers: dict[str, Any]) -> dict[_Edge, int]:
-    """The way from the model to each of its attention layers, and how many parts each module on it has."""
-    edges: dict[_Edge, int] = {}
-    for name in layers:
-        parent: Any = model
-        for key in name.split("."):
-            child = parent._modules[key]
-            edges[_Edge(parent, key, child)] = len(parent._modules)
-            parent = child
-    return edges
 
 
 def _guided(progress: InProgress | None) -> bool:

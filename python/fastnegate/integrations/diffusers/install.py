@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from ...engine import host
 from ...engine.bank import ConceptBank
 from ...engine.concepts import Concept, Templates
@@ -20,19 +18,16 @@ from ...operator.choice import check_backend
 from ...operator.rule import Rule
 from .by_hand import release
 from .contract import bare, cross_attention_layers, denoiser, family
-from .hook import Hook
+from .hook import INSTALLED, Hook
 from .processor import NegationAttnProcessor
 
 MOST_IMAGES = 64  # of one call under `negate`, which is not told how many there will be
 ON_DISPLACED = ("raise", "warn", "reinstall")
 
-# Weak on both sides: the processors on the model own the engine.
-_installed: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
-
 
 def engine_of(pipe: Any) -> Engine | None:
     """The engine installed in the pipeline, or None."""
-    reference = _installed.get(bare(denoiser(pipe)))
+    reference = INSTALLED.get(bare(denoiser(pipe)))
     return reference() if reference is not None else None
 
 
@@ -101,16 +96,8 @@ def install(
         bank, rule, list(cross_attention_layers(model)), max_batch=max_batch, unasked=unasked, encode=encode
     )
     hook = Hook(pipe, engine, on_displaced, backend)
+    engine.on_remove(hook.remove)
     hook.put()
-    _installed[bare(model)] = weakref.ref(engine)
-
-    def remove() -> None:
-        hook.remove()
-        for held, reference in list(_installed.items()):
-            if reference() is engine:
-                del _installed[held]
-
-    engine.on_remove(remove)
     return engine
 
 
