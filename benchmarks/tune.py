@@ -41,8 +41,8 @@ from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.backends import unavailable
 from fastnegate.operator.plan import Plan
 from fastnegate.operator.problem import Problem
+from fastnegate.testing import Judge, fair, make_problem, moved
 
-from ..testing import Judge, fair, make_problem, moved
 from .gpu.card import Call, Card, CudaCard
 from .gpu.step import first_line
 from .gpu.steps.times import asked, inputs, problem_of

@@ -20,8 +20,8 @@ import torch
 from fastnegate.operator import registration as ops
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import Rule
+from fastnegate.testing import ROWS, Judge, fair, make_problem, pairwise
 
-from ...testing import ROWS, Judge, fair, make_problem, pairwise
 from ..operator.machine import commit
 
 REFERENCES = "references.pt.gz"

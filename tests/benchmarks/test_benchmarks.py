@@ -360,6 +360,19 @@ def test_suite_has_a_named_test_for_every_case() -> None:
     assert "test_compiled[sdxl-32-bfloat16-nag-head-8x16]" in names
 
 
+def test_modules_are_found_from_a_checkout() -> None:
+    """There they are `benchmarks`, not `fastnegate.benchmarks`."""
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("not a source checkout")
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "benchmarks").rglob("*.py")]
+    modules = [".".join(file.parts) for file in files]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert len(modules) > 20 and done.returncode == 0, done.stderr
+
+
 # ---- counting instructions --------------------------------------------------------------------
 
 

@@ -143,6 +143,7 @@ def test_a_hundred_calls_give_the_same_bits(rule: Rule | str, backend: str, dtyp
 # ---- memory -----------------------------------------------------------------------------------
 
 BAND = 4096  # elements
+Shape = tuple[int, ...]
 
 
 def between(t: Tensor, gap: int = 0) -> Tensor:
@@ -168,27 +169,30 @@ class Bands:
 
     def __init__(self) -> None:
         self.tables: list[tuple[Tensor, Tensor]] = []  # all of the memory, and what was asked for
-        self.outputs: list[tuple[Tensor, Tensor]] = []
-        self._empty, self._patch = torch.empty, pytest.MonkeyPatch()
-
-    def _room(self, shape: tuple[int, ...], **options: Any) -> tuple[Tensor, Tensor]:
-        size = math.prod(shape)
-        room = self._empty(size + 2 * BAND, **options)
-        room.view(torch.uint8).fill_(255)
-        return room, room[BAND : BAND + size].view(shape)
+        self.outputs: list[tuple[Tensor, Tensor]] = []  # the same; strided as the caller's heads lie
+        self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> Bands:
-        def empty(*shape: int, **options: Any) -> Tensor:
-            self.tables.append(self._room(shape, **options))
-            return self.tables[-1][1]
+        def room(kept: list[tuple[Tensor, Tensor]], shape: Shape, **options: Any) -> Tensor:
+            size = math.prod(shape)
+            memory = torch.empty(size + 2 * BAND, **options)
+            memory.view(torch.uint8).fill_(255)
+            kept.append((memory, memory[BAND : BAND + size].view(shape)))
+            return kept[-1][1]
 
-        def new_empty(like: Tensor, *shape: int) -> Tensor:
-            self.outputs.append(self._room(shape, dtype=like.dtype, device=like.device))
-            return self.outputs[-1][1]
+        def zeros(*shape: Any, **options: Any) -> Tensor:
+            return room(self.tables, shape if isinstance(shape[0], int) else shape[0], **options).zero_()
 
-        self._patch.setattr(torch, "empty", empty)
-        self._patch.setattr(torch, "zeros", lambda *shape, **options: empty(*shape, **options).zero_())
+        def new_empty(like: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+            return room(self.tables, shape, dtype=dtype, device=like.device)
+
+        def new_empty_strided(like: Tensor, shape: Shape, strides: Shape) -> Tensor:
+            flat = room(self.outputs, (math.prod(shape),), dtype=like.dtype, device=like.device)
+            return flat.as_strided(shape, strides)
+
+        self._patch.setattr(torch, "zeros", zeros)
         self._patch.setattr(torch.Tensor, "new_empty", new_empty)
+        self._patch.setattr(torch.Tensor, "new_empty_strided", new_empty_strided)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -227,7 +231,7 @@ def test_reads_and_writes_what_it_should(rule: Rule, backend: str, dtype: torch.
 
 def test_what_the_test_above_would_find() -> None:
     with Bands() as bands:
-        output, table = torch.ones(3).new_empty(2, 3), torch.empty(5, dtype=torch.float32)
+        output, table = torch.ones(3).new_empty_strided((2, 3), (1, 2)), torch.zeros(5)
     with pytest.raises(AssertionError, match="not all of an output"):
         bands.check()
     output.zero_()

@@ -18,8 +18,8 @@ import torch
 from fastnegate.commands import doctor
 from fastnegate.operator.backends import load
 from fastnegate.operator.problem import Problem
+from fastnegate.testing import moved
 
-from ....testing import moved
 from ...operator.cases import CONCEPTS, LAYERS, METHODS, Layer, make
 from ..card import Card, CudaCard
 from ..carried import load as carried

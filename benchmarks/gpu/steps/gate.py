@@ -15,8 +15,8 @@ from torch import Tensor
 from fastnegate import negated_attention, negated_attention_with_statistics
 from fastnegate.operator.backends import load, unavailable
 from fastnegate.operator.problem import Problem, Statistics
+from fastnegate.testing import Judge, make_problem, moved
 
-from ....testing import Judge, make_problem, moved
 from ..card import Card
 from ..carried import load as carried
 from ..step import Item, Setting

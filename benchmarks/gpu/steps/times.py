@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastnegate import negated_attention
 from fastnegate.operator.problem import Problem
+from fastnegate.testing import Judge, moved
 
-from ....testing import Judge, moved
 from ...operator.baselines import attentions, by_sdpa, concept_tensors, negated, sdpa
 from ...operator.cases import CONCEPTS, DTYPES, LAYERS, METHODS, Case, Layer, make
 from ...operator.measure import Ratio, compulsory_bytes, interleave, ratio
