@@ -25,7 +25,7 @@ from .session.call import RUNNING, Call, Loop, Record, Running
 from .session.fixed import Fixed
 from .session.ledger import Ledger
 from .session.rows import Assignment, Rows
-from .session.slots import Shelf, Slots
+from .session.slots import Shelf
 
 log = logging.getLogger("fastnegate")
 UNASKED = ("plain", "raise")
@@ -78,7 +78,7 @@ class Engine:
         self.fixed = Fixed()
         self.taught = False  # a call that asked for negation had gradients
         self._shelf = Shelf(bank, rule, encode, max_batch)
-        self._rows: tuple[Any, Rows] | None = None
+        self._rows: Rows | None = None  # of the last call
         self._everybody: Ledger | None = None
         self._removed = False
         self._remove: Callable[[], None] | None = None
@@ -147,7 +147,8 @@ class Engine:
         self._everybody = None
 
     def remove(self) -> None:
-        """Take the engine out of its pipeline, restoring what was there. Calls that run end as they began."""
+        """Take the engine out of its pipeline, restoring what was there. Calls that asked for negation and
+        still run raise at their end."""
         everybody, self._everybody, self._removed = self._everybody, None, True
         remove, self._remove = self._remove, None
         if remove is not None:
@@ -203,10 +204,10 @@ class Engine:
                 that has been removed; or the call is made within one that reads the same rows.
         """
         with self.fixed.turn() if call.fixed else contextlib.nullcontext():
-            running = self._prepare(call)
             before = RUNNING.get()
-            RUNNING.set(running)
             try:
+                running = self._prepare(call)
+                RUNNING.set(running)
                 yield running
             finally:
                 RUNNING.set(before)
@@ -279,7 +280,7 @@ class Engine:
         of = call.of
         ledger = of.ledger if of.pinned else self.ledger()
         if ledger is None:
-            self._nobody_spoke()
+            self.nobody_spoke()
         asks = ledger is not None and ledger.assignment.asks
         if not asks and not call.fixed:
             return Running(self, call)
@@ -299,7 +300,7 @@ class Engine:
         requests: tuple[int | None, ...] = (None,) * call.batch
         if assignment is not None and not call.unconditional:
             requests = assignment.requests(call.batch, call.guided)
-        rows = self._rows_of(assignment, requests, slots)
+        rows = self._rows = Rows.of(self._rows, assignment, requests, slots, self.rule)
         running = Running(self, call, asks, rows=rows, slots=slots, busiest=len(slots.slots))
         self.taught |= asks and running.gradients
         if assignment is not None and ledger is not None:
@@ -319,7 +320,17 @@ class Engine:
             _ = running.context  # outside of what checkpointing computes again
         return running
 
-    def _nobody_spoke(self) -> None:
+    def check_spoken(self) -> None:
+        """`nobody_spoke`, if that is so."""
+        if self.ledger() is None:
+            self.nobody_spoke()
+
+    def nobody_spoke(self) -> None:
+        """Decide about a call that nobody spoke for.
+
+        Raises:
+            NegationNotAppliedError: `unasked` is `raise`.
+        """
         if self._removed:
             return
         if self.unasked == "raise":
@@ -336,18 +347,4 @@ class Engine:
                 self.call += 1
                 of.number = self.call
             self.step = None if call.step is None else call.step.index
-            if self.rule.gate == "open" or not running.live or of.sampled >= 2:
-                return
-            run = None if call.step is None else call.step.run
-            if of.sampled == 0 or run is None or self.step in run[len(run) // 2 :]:
-                of.sampled += 1
-                running.sampled = True
-
-    def _rows_of(self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots) -> Rows:
-        key = (assignment, requests, slots)
-        last = self._rows
-        if last is not None and all(a is b or a == b for a, b in zip(last[0], key)):
-            return last[1]
-        rows = Rows(assignment, requests, slots, self.rule)
-        self._rows = (key, rows)
-        return rows
+            running.sampled = self.rule.gate != "open" and running.live and of.sample(call.step)

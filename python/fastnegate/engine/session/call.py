@@ -35,6 +35,14 @@ class PipelineCall:
         self.ledger: Ledger | None = None
         self.slots: Slots | None = None
 
+    def sample(self, step: Step | None) -> bool:
+        """Whether to look at the gates of this denoiser call: of two that act, the first and one halfway."""
+        run = None if step is None else step.run
+        halfway = run is None or (step is not None and step.index in run[len(run) // 2 :])
+        wanted = self.sampled == 0 or (self.sampled == 1 and halfway)
+        self.sampled += wanted
+        return wanted
+
     def pin(self, ledger: Ledger | None) -> None:
         self.pinned, self.ledger = True, ledger
 
@@ -119,7 +127,7 @@ class Running:
     def context(self) -> Tensor:
         """Concept embeddings [1, T, C] as the layers receive text; made when the first of them asks, inside
         the denoiser's forward, where offloaded weights have been brought in."""
-        if self._context is None:
+        if self._context is None or (self.call.fixed and _captures(self.call.device)):
             assert self.slots is not None
             embeddings = self.embeddings
             if embeddings is None:
@@ -154,6 +162,11 @@ class Record:
     requests: tuple[int | None, ...]  # request of each batch row
     call: int  # pipeline call
     step: int | None
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether a graph is captured: what was made before it is not part of it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 RUNNING: ContextVar[Running | None] = ContextVar("fastnegate_running", default=None)

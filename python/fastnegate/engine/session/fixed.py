@@ -24,7 +24,8 @@ class Fixed:
     """
 
     def __init__(self) -> None:
-        self.ready = False  # a denoiser call that was prepared is running
+        self.ready = False  # a denoiser call that was prepared for compiled code is running
+        self.captured = False  # a graph that was captured reads these addresses
         self.owner: int | None = None  # the thread whose call that is
         self._turn = threading.Lock()
         self.embeddings: Tensor | None = None
@@ -64,18 +65,34 @@ class Fixed:
         entries = most * len(slots.slots)
         index = rows.index(entries, most)
         with torch.no_grad():
-            self._all = _copied(self._all, index, device)
-            self.numbers = _copied(self.numbers, rows.numbers(running.active, entries), device)
-            self.weight = None if slots.weight is None else _copied(self.weight, slots.weight, device)
+            self._all = self._copied(self._all, index, device)
+            self.numbers = self._copied(self.numbers, rows.numbers(running.active, entries), device)
+            self.weight = None if slots.weight is None else self._copied(self.weight, slots.weight, device)
             embeddings = slots.context(device, running.call.dtype)
-            running.embeddings = self.embeddings = _copied(self.embeddings, embeddings, device)
+            running.embeddings = self.embeddings = self._copied(self.embeddings, embeddings, device)
             if running.call.compiled:
-                self.context = _copied(self.context, running.call.project(self.embeddings), device)
+                self.context = self._copied(self.context, running.call.project(self.embeddings), device)
         self.index = self._all[: len(index) - most + running.call.batch]
         self.concepts, self.longest, self.busiest = len(slots.slots), slots.longest, len(slots.slots)
         running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
         running.busiest = self.busiest
-        self.ready = True
+        self.ready = running.call.compiled
+
+    def _copied(self, old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
+        """`new` in the place of `old` where it fits, else in a place of its own.
+
+        Raises:
+            NegationNotAppliedError: it does not fit, and a captured graph reads the old place.
+        """
+        if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, device):
+            return old.copy_(new)
+        if old is not None and self.captured:
+            raise NegationNotAppliedError(
+                f"a captured graph reads rows of shape {list(old.shape)}, now {list(new.shape)}: the "
+                "bank or the negative prompts have other sizes; install anew, and capture again"
+            )
+        with torch.inference_mode(False):  # later calls may be outside of it
+            return new.detach().to(device, copy=True)
 
     def release(self, device: torch.device) -> None:
         """The call is over: an unprepared one must not read the rows of another."""
@@ -98,11 +115,3 @@ class Fixed:
             busiest=self.busiest,
             token_weight=self.weight,
         )
-
-
-def _copied(old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
-    """`new` in the place of `old` where it fits, else in a place of its own."""
-    if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, device):
-        return old.copy_(new)
-    with torch.inference_mode(False):  # later calls may be outside of it
-        return new.detach().to(device, copy=True)

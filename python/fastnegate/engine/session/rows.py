@@ -133,12 +133,27 @@ class Entry(NamedTuple):
 
 
 class Rows:
-    """What the rows of one batch negate."""
+    """What the rows of one batch negate. Nobody changes it."""
+
+    @classmethod
+    def of(
+        cls,
+        last: Rows | None,
+        assignment: Assignment | None,
+        requests: tuple[int | None, ...],
+        slots: Slots,
+        rule: Rule,
+    ) -> Rows:
+        """New ones, or the last ones if they say the same."""
+        same = last is not None and last.assignment is assignment and last.slots is slots
+        if same and last is not None and last.requests == requests:
+            return last
+        return cls(assignment, requests, slots, rule)
 
     def __init__(
         self, assignment: Assignment | None, requests: tuple[int | None, ...], slots: Slots, rule: Rule
     ) -> None:
-        self.requests, self.slots = requests, slots
+        self.assignment, self.requests, self.slots = assignment, requests, slots
         self.entries: list[Entry] = []
         self._made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
         self.offsets = [0]

@@ -11,12 +11,16 @@ from __future__ import annotations
 import copyreg
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 # (object, its own call, arguments, keyword arguments, frame of the caller) -> result
 Around = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], FrameType], Any]
+
+
+_changing = threading.Lock()
 
 
 def base_class(thing: Any) -> type:
@@ -26,13 +30,17 @@ def base_class(thing: Any) -> type:
 
 
 def put_around(thing: Any, around: Around) -> None:
-    """From now on `around` gets every call of `thing`; the last that is put around is the outermost."""
-    _become(thing, (*_arounds(thing), around))
+    """From now on `around` gets every call of `thing`; the last that is put around is the outermost. Once is
+    enough."""
+    with _changing:
+        if around not in _arounds(thing):
+            _become(thing, (*_arounds(thing), around))
 
 
 def take_away(thing: Any, around: Around) -> None:
     """Undo `put_around`; nothing if it is not there."""
-    _become(thing, tuple(a for a in _arounds(thing) if a != around))
+    with _changing:
+        _become(thing, tuple(a for a in _arounds(thing) if a != around))
 
 
 def _arounds(thing: Any) -> tuple[Around, ...]:
@@ -75,7 +83,14 @@ def _class(base: type, arounds: tuple[Around, ...]) -> type:
         "_fastnegate_base": base,
         "_fastnegate_arounds": arounds,
     }
-    alike = type("Alike", (type(base),), {"__eq__": _same_class, "__hash__": lambda _made: hash(base)})
+    likeness = {
+        "__eq__": _same_class,
+        "__hash__": lambda _made: hash(base),
+        "__call__": lambda _made, *args, **kwargs: base(
+            *args, **kwargs
+        ),  # type(pipe)(...) is another pipeline
+    }
+    alike = type("Alike", (type(base),), likeness)
     made: type = alike(base.__name__, (base,), names)
     return made
 

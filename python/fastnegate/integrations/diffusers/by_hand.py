@@ -60,6 +60,7 @@ class Watch:
         if self._layers[attn][1] is not processor:
             return False
         del self._layers[attn]
+        _of_layer.pop(attn, None)
         self._count, self._places = len(self._layers), None
         return True
 
@@ -68,6 +69,7 @@ class Watch:
         for attn, (ours, before) in list(self._layers.items()):
             if attn.processor is ours:
                 attn.set_processor(before)  # type: ignore[operator]
+            _of_layer.pop(attn, None)
         self._layers.clear()
         self._count = 0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -43,6 +43,12 @@ class OwnCall(PipelineCall):
     def step(self, index: int) -> Step:
         return Step(self.run.start + index, self.count, self.run)
 
+    def is_of(self, progress: InProgress) -> bool:
+        """Whether a denoiser call is of this pipeline call, not of another that has the same timesteps: a
+        step comes once in a call."""
+        comes_again = progress.own and (progress.at, progress.part) in self.seen
+        return self.timesteps is progress.timesteps and not comes_again
+
     @property
     def missing(self) -> int:
         """Steps that did not come by."""
@@ -69,38 +75,33 @@ class Calls:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._own: OrderedDict[int, OwnCall] = OrderedDict()
+        self._own: OrderedDict[tuple[int, int], OwnCall] = OrderedDict()  # of pipelines without a hook
         self._loops = threading.local()
         self._adding = threading.Lock()
 
     def own(self, progress: InProgress) -> OwnCall:
         """The pipeline call in progress, known by the object that holds its timesteps."""
-        key = id(progress.timesteps)
-        with self._adding:
-            known = self._own.get(key)
-            if known is not None and not (progress.own and (progress.at, progress.part) in known.seen):
-                return known
-            # New, or the same object in another call: a step comes once in a call.
-            made = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
-            self._own[key] = made
-            while len(self._own) > MOST_CALLS:
-                self._own.popitem(last=False)
         watched = WATCHED.get()
         if watched is not None and watched.pipe is progress.pipe:
+            for known in reversed(watched.calls):
+                if known.is_of(progress):
+                    return known
+            made = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
             made.pin(watched.ledger)
             watched.calls.append(made)
-        else:
-            made.pin(self._engine.ledger())
-            if made.ledger is not None and made.ledger.ends and made.ledger.assignment.asks:
-                made.ledger.ask_at_the_end(_unwatched(made, progress.pipe))
-        return made
-
-    def forget(self, calls: list[OwnCall]) -> None:
-        """They have ended."""
+            return made
+        key = threading.get_ident(), id(progress.timesteps)
         with self._adding:
-            for call in calls:
-                if self._own.get(id(call.timesteps)) is call:
-                    del self._own[id(call.timesteps)]
+            unwatched = self._own.get(key)
+            if unwatched is not None and unwatched.is_of(progress):
+                return unwatched
+            made = self._own[key] = OwnCall(progress.timesteps, progress.pipe.scheduler.timesteps)
+            while len(self._own) > MOST_CALLS:
+                self._own.popitem(last=False)
+        made.pin(self._engine.ledger())
+        if made.ledger is not None and made.ledger.ends and made.ledger.assignment.asks:
+            made.ledger.ask_at_the_end(_unwatched(made, progress.pipe, self._engine))
+        return made
 
     def loop(self, pipe: Any, timestep: Any) -> tuple[PipelineCall, Step | None]:
         """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps
@@ -123,16 +124,18 @@ class Calls:
         return said or loops.of, Step(loops.last, len(loops.listed))
 
 
-def _unwatched(call: OwnCall, pipe: Any) -> Any:
+def _unwatched(call: OwnCall, pipe: Any, engine: Engine) -> Callable[[], str | None]:
     """Of a pipeline that shares the denoiser and has no hook around it yet: whether it lost the denoiser."""
-    model, name = weakref.ref(bare(getattr(pipe, family(pipe).denoiser))), family(pipe).denoiser
-    owner = weakref.ref(pipe)
+    name = family(pipe).denoiser
+    model, owner = weakref.ref(bare(getattr(pipe, name))), weakref.ref(pipe)
 
     def lost() -> str | None:
         living = owner()
-        if living is None or not call.missing or bare(getattr(living, name)) is model():
+        if living is None or not call.missing:
             return None
-        return f"{call.missing} steps ran without negation: the {name} was exchanged during the call"
+        if not engine.removed and bare(getattr(living, name)) is model():
+            return None
+        return f"{call.missing} steps ran without negation: the engine was removed, or the {name} exchanged"
 
     return lost
 

@@ -78,6 +78,7 @@ class Hook:
             take_away(pipe, self.generate)
         for sibling in list(self._siblings):
             take_away(sibling, self.generate)
+        self._siblings.clear()  # each is watched again when it comes by
         if (model := self._model()) is not None:
             take_away(model, self.denoise)
             INSTALLED.pop(bare(model), None)
@@ -97,6 +98,7 @@ class Hook:
     ) -> Any:
         """A call of the pipeline: every step that it runs has to come by, if it was to be negated."""
         watched = Watched(pipe, self.engine.ledger())
+        self.engine.check_spoken()
         self._check_denoiser(pipe, watched.asks)
         before = WATCHED.set(watched)
         try:
@@ -107,7 +109,6 @@ class Hook:
             raise
         finally:
             WATCHED.reset(before)
-            self._calls.forget(watched.calls)
         if watched.asks:
             self._check_seen(pipe, watched)
         return result
@@ -134,9 +135,9 @@ class Hook:
             self.put()
 
     def _check_seen(self, pipe: Any, watched: Watched) -> None:
-        if self._on_displaced == "warn":
-            return
         missing = sum(call.missing for call in watched.calls)
+        if self._on_displaced == "warn" and not self.engine.removed:
+            return
         if getattr(pipe, "_interrupt", False) and getattr(pipe, self._family.denoiser) is self._model():
             missing = 0  # the rest was not run at all
         if self.engine.removed or not watched.calls or missing:

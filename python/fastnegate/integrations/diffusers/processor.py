@@ -125,6 +125,8 @@ class NegationAttnProcessor:
             recompute.remember(encoder_hidden_states, running)
         # Compiled code always takes the negated path: one graph, whatever the schedule.
         acts = running.live if running is not None else compiling if engine is not None else self.by_hand
+        if engine is not None and running is not None and running.call.fixed and _capturing(hidden_states):
+            acts = engine.fixed.captured = True  # so does a graph that is captured
         if encoder_hidden_states is None or not acts:
             result: Tensor = self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
@@ -187,6 +189,7 @@ class NegationAttnProcessor:
             if recompute.in_backward():
                 return recompute.running_of(text, self.engine, self.layer)
             if not self.engine.armed:
+                self.engine.check_spoken()
                 return None
         raise NegationNotAppliedError(
             f"layer {self.layer}: the denoiser runs without the hook that prepares its rows"
@@ -211,12 +214,8 @@ class NegationAttnProcessor:
             key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
             self._kept = Kept.made(attn, call.of, slots, key, value) if call.keep else None
         tokens = self._tokens
-        if (
-            tokens is None
-            or tokens.key is not key
-            or tokens.index is not running.index
-            or tokens.numbers is not running.numbers
-        ):
+        same = tokens is not None and tokens.index is running.index and tokens.numbers is running.numbers
+        if tokens is None or not same or tokens.key is not key:
             tokens = self._tokens = running.tokens(key, value)
         return tokens
 
