@@ -179,7 +179,7 @@ def test_a_failing_build(nvcc, tmp_path: Path):
     done = build(tmp_path, "auto", nvcc())
     assert done.returncode == 0, done.stderr
     assert "fastnegate._cuda does not build" in done.stdout + done.stderr
-    assert (tmp_path / "lib/fastnegate/cli.py").exists()
+    assert (tmp_path / "lib/fastnegate/commands/cli.py").exists()
     assert not any((tmp_path / "lib").rglob("_cuda*.so"))
     assert build(tmp_path, "1", nvcc()).returncode != 0
 
