@@ -882,9 +882,27 @@ def test_guiders_tell_steps_and_rows() -> None:
             run(["a cat", "a dog"])
         assert {record.requests for record in records} == {(0, 1)}
         assert all({row for _, row, _ in record.entries} == {1} for record in records)
+        with pytest.raises(RowMapError, match="4 prompts, but 2 policies"), engine.batch([None, DOG]):
+            run(["a cat", "a dog", "red", "a photo"])
         with pytest.raises(NegationNotAppliedError, match="none of the 1 steps"):
             with engine.batch([Policy({"dog": 1.0}, start=0.5)]):
                 run(steps=1)
+        with engine.batch([DOG]):
+            expected = run()
+    with by_hand(pipe, engine.bank, "nag", strengths={"dog": 1.0, "cat": 0.0}):
+        torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4)  # of the conditional calls alone
+
+
+def test_a_pipeline_made_of_the_class_of_an_installed_one(sd: Any) -> None:
+    with installed(sd, rule="nag") as engine:
+        expected = negated(sd, [DOG])
+        second = type(sd)(**sd.components, requires_safety_checker=False)
+        second.set_progress_bar_config(disable=True)
+        assert type(second) is diffusers.StableDiffusionPipeline
+        for _ in range(3):
+            with engine.batch([DOG]):
+                assert torch.equal(generate(second), expected)
+    assert type(second) is diffusers.StableDiffusionPipeline
 
 
 def test_processors_of_others_stay_wrapped(sd: Any) -> None:

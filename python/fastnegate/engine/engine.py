@@ -137,9 +137,8 @@ class Engine:
         self._everybody = Ledger(assignment)
 
     def loop(self) -> Loop:
-        """For servers with a denoising loop of their own: denoiser calls within `with loop:` are those of one
-        pipeline call, and count as one. Layers may then keep what they make of the concepts, so weights and
-        adapters must not change before the loop ends."""
+        """For servers with a denoising loop of their own: denoiser calls within `with loop:` count as one
+        pipeline call. Layers may keep what they make of concepts: weights must not change before it ends."""
         return Loop()
 
     def clear(self) -> None:
@@ -233,10 +232,12 @@ class Engine:
 
     def watch(self, audit: Callable[[Record], None]) -> Callable[[], None]:
         """Have `audit` see every record, besides `observer`; returns what ends that."""
-        self._audits = (*self._audits, audit)
+        with self._state:
+            self._audits = (*self._audits, audit)
 
         def end() -> None:
-            self._audits = tuple(a for a in self._audits if a is not audit)
+            with self._state:
+                self._audits = tuple(a for a in self._audits if a is not audit)
 
         return end
 
@@ -321,7 +322,6 @@ class Engine:
         return running
 
     def check_spoken(self) -> None:
-        """`nobody_spoke`, if that is so."""
         if self.ledger() is None:
             self.nobody_spoke()
 

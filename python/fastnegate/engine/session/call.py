@@ -47,23 +47,27 @@ class PipelineCall:
         self.pinned, self.ledger = True, ledger
 
 
-_LOOP: ContextVar[PipelineCall | None] = ContextVar("fastnegate_loop", default=None)
+_LOOPS: ContextVar[tuple[PipelineCall, ...]] = ContextVar("fastnegate_loops", default=())
 
 
 class Loop(PipelineCall):
     """A server's own denoising loop, as a context that may be entered for each of its steps."""
 
     def __enter__(self) -> Loop:
-        self._before = _LOOP.set(self)
+        _LOOPS.set((*_LOOPS.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        _LOOP.reset(self._before)
+        loops = list(_LOOPS.get())
+        if self in loops:  # else it is left in another context than it was entered in
+            del loops[len(loops) - 1 - loops[::-1].index(self)]
+            _LOOPS.set(tuple(loops))
 
 
 def current_loop() -> PipelineCall | None:
-    """The loop that this denoiser call is part of."""
-    return _LOOP.get()
+    """The innermost loop that this denoiser call is part of."""
+    loops = _LOOPS.get()
+    return loops[-1] if loops else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -20,8 +21,11 @@ from torch import nn
 
 from ...engine.errors import DisplacedProcessorError
 from .around import put_around, take_away
-from .contract import bare, denoiser
+from .contract import InProgress, bare, denoiser, in_progress
 from .places import Places
+
+# The pipeline call that a watched model is called in.
+PROGRESS: ContextVar[InProgress | None] = ContextVar("fastnegate_by_hand", default=None)
 
 
 class Watch:
@@ -48,7 +52,13 @@ class Watch:
                 "hand were replaced; negation would not be applied. If that was meant, take it out with "
                 "fastnegate.remove(pipe)"
             )
-        return call(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        before = PROGRESS.set(in_progress(thing, frame))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            PROGRESS.reset(before)
 
     def add(self, attn: nn.Module, processor: Any, before: Any) -> None:
         known = self._layers.get(attn)

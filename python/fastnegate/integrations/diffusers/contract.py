@@ -202,7 +202,9 @@ def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
             pipe = facts.get("components")
             entry = _guider_family(pipe)
         if entry is not None and facts is not None and _has(pipe, entry, model):
-            return (_by_guider if entry.guider else _by_call)(pipe, entry, facts, frame is first)
+            if entry.guider:
+                return _by_guider(pipe, facts, frame, frame is first)
+            return _by_call(pipe, entry, facts, frame is first)
         frame = frame.f_back
     return None
 
@@ -233,13 +235,19 @@ def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> I
     )
 
 
-def _by_guider(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> InProgress:
-    """diffusers' guiders call the denoiser once for each kind of rows, and say which it is."""
-    guider = pipe.guider
+def _by_guider(pipe: Any, facts: Mapping[str, Any], frame: FrameType, own: bool) -> InProgress:
+    """diffusers' guiders call the denoiser once for each kind of rows, and say which it is. How many prompts
+    there are is in the state that the blocks hand on."""
+    guider, prompts, above = pipe.guider, None, frame.f_back
+    while prompts is None and above is not None:
+        state = above.f_locals.get("state")
+        if isinstance(state, diffusers.modular_pipelines.PipelineState):
+            prompts = state.get("batch_size")
+        above = above.f_back
     return InProgress(
         pipe=pipe,
         own=own,
-        prompts=None,
+        prompts=prompts,
         guided=False,
         timesteps=facts["block_state"].timesteps,
         at=facts["i"],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -285,13 +286,15 @@ class NegationAttnProcessor:
                 raise ValueError(f"conditional has {len(rows)} rows, the batch has {batch}")
             return rows
         pipe = self.bank.pipe if self.bank is not None else None
-        progress = in_progress(by_hand.model_of(attn, pipe), sys._getframe(1))
+        progress = by_hand.PROGRESS.get()
+        if progress is None and (around := in_progress(by_hand.model_of(attn, pipe), sys._getframe(1))):
+            progress = around._replace(own=True)  # who calls a model that is not watched is not known
         if progress is None:
             raise NegationNotAppliedError(
                 "cannot tell which batch rows are conditional outside a pipeline call: pass conditional="
             )
-        if not progress.guided:
-            return [True] * batch
+        if progress.unconditional or not (progress.own and progress.guided):
+            return [not progress.unconditional] * batch
         if batch % 2:
             raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")
         return [False] * (batch // 2) + [True] * (batch // 2)
@@ -299,7 +302,7 @@ class NegationAttnProcessor:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy of an installed processor is not installed: it is what that wraps."""
         if self.engine is not None:
-            return _itself, (self.inner,)
+            return copy.copy, (self.inner,)
         return super().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
@@ -310,10 +313,6 @@ class NegationAttnProcessor:
             if self.bank
             else "NegationAttnProcessor()"
         )
-
-
-def _itself(processor: Any) -> Any:
-    return processor
 
 
 def _slots(bank: ConceptBank, rule: Rule) -> tuple[Slots, int]:
