@@ -40,7 +40,7 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def medians(backend: str, rounds: int) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Microseconds of a call."""
 
     def often(call: Callable[[], object]) -> None:
@@ -48,23 +48,33 @@ def medians(backend: str, rounds: int) -> dict[str, float]:
             call()
 
     with torch.inference_mode():
-        many = {name: partial(often, call) for name, call in calls(backend).items()}
-        times = interleave(many, rounds, clock=wall)
+        times = interleave({name: partial(often, call) for name, call in calls.items()}, rounds, clock=wall)
     return {name: 1e6 / CALLS * statistics.median(of) for name, of in times.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.operator.host", description=__doc__.partition("\n\n")[0])
+def run(
+    name: str,
+    about: str,
+    make: Callable[[str], dict[str, Callable[[], object]]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The command `name`: times of what `make` makes for a backend, and how much more than the first."""
+    parser = argparse.ArgumentParser(name, description=about.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=201, help="in which each is timed once (%(default)s)")
     parser.add_argument("--backend", default="cpu", help="that takes tensors of the CPU (%(default)s)")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: must be at least 1")
     torch.set_num_threads(1)
-    found = medians(options.backend, options.rounds)
-    for name, microseconds in found.items():
-        print(f"{name:>16} {microseconds:8.2f} us {microseconds - found['torch']:+8.2f}")
+    found = medians(make(options.backend), options.rounds)
+    baseline = next(iter(found.values()))
+    for call, microseconds in found.items():
+        print(f"{call:>16} {microseconds:8.2f} us {microseconds - baseline:+8.2f}")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run("benchmarks.operator.host", str(__doc__), calls, arguments)
 
 
 if __name__ == "__main__":

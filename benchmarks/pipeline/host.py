@@ -7,10 +7,9 @@ compute, beside diffusers' own processor, in turn. A model pays this per layer a
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -21,12 +20,10 @@ from fastnegate.engine.concepts import Concept, Fingerprint
 from fastnegate.engine.engine import Engine
 from fastnegate.engine.session.call import RUNNING, Call, PipelineCall, Running
 
-from ..operator.measure import interleave, wall
+from ..operator.host import run
 from .models import normal
 
 ROWS, HEADS, TOKENS, DIM = 2, 2, 8, 8
-CALLS = 20  # timed at once: a clock is too coarse for one
-PLAIN = "AttnProcessor2_0"
 
 
 def calls(backend: str) -> dict[str, Callable[[], object]]:
@@ -45,52 +42,30 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
         engine.set_rows([policy] * ROWS)
         of = PipelineCall()
         of.sampled = 2  # the calls whose gates are looked at have been
-        with engine.running(Call(ROWS, image.device, lambda: False, of=of, keep=True)) as running:
+        with (
+            torch.no_grad(),
+            engine.running(Call(ROWS, image.device, lambda: False, of=of, keep=True)) as running,
+        ):
             pass
         return partial(_running, running, ours, attn, image, text)
 
+    plain = Running(engine, Call(ROWS, image.device, lambda: False))  # as much around it as around ours
     return {
-        PLAIN: partial(inner, attn, image, text),
+        "AttnProcessor2_0": partial(_running, plain, inner, attn, image, text),
         "nobody asks": within(None),
         "one concept": within(fn.Policy({"concept": 1.0})),
     }
 
 
-def _running(running: Running, *layer: object) -> None:
-    """Many calls of a layer within a denoiser call."""
-    processor, *arguments = layer
+def _running(running: Running, processor: Any, *layer: Any) -> None:
+    """A call of a layer within a denoiser call."""
     before = RUNNING.set(running)
-    for _ in range(CALLS):
-        processor(*arguments)  # type: ignore[operator]
+    processor(*layer)
     RUNNING.reset(before)
 
 
-def medians(backend: str, rounds: int) -> dict[str, float]:
-    """Microseconds of a layer."""
-
-    def often(call: Callable[[], object]) -> None:
-        for _ in range(CALLS):
-            call()
-
-    many = calls(backend)  # outside of inference mode, as models are made
-    many[PLAIN] = partial(often, many[PLAIN])
-    with torch.inference_mode():
-        times = interleave(many, rounds, clock=wall)
-    return {name: 1e6 / CALLS * statistics.median(of) for name, of in times.items()}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.pipeline.host", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=201, help="in which each is timed once (%(default)s)")
-    parser.add_argument("--backend", default="cpu", help="that takes tensors of the CPU (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: must be at least 1")
-    torch.set_num_threads(1)
-    found = medians(options.backend, options.rounds)
-    for name, microseconds in found.items():
-        print(f"{name:>16} {microseconds:8.2f} us {microseconds - found[PLAIN]:+8.2f}")
-    return 0
+    return run("benchmarks.pipeline.host", str(__doc__), calls, arguments)
 
 
 if __name__ == "__main__":

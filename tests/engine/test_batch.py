@@ -37,6 +37,7 @@ def engine() -> Engine:
 def names(engine: Engine) -> str:
     """What a denoiser call made here negates: its concepts, or "" for nothing."""
     with engine.running(Call(1, torch.device("cpu"), lambda: False)) as running:
+        running.negated = running.live  # as a layer says that runs
         return "" if running.rows is None else "".join(entry.concept for entry in running.rows.entries)
 
 
@@ -203,10 +204,10 @@ def test_what_would_run_later_is_refused(engine: Engine) -> None:
 
 
 def test_requests_that_got_nothing_are_told(engine: Engine) -> None:
-    def at(progress: float) -> None:
+    def at(progress: float, layers: bool = True) -> None:
         step = Step(round(progress * 10), 10)
-        with engine.running(Call(2, torch.device("cpu"), lambda: False, step=step)):
-            pass
+        with engine.running(Call(2, torch.device("cpu"), lambda: False, step=step)) as running:
+            running.negated = layers and running.live
 
     late = Policy({"a": 1.0}, start=0.5)
     with pytest.raises(NegationNotAppliedError, match="no denoiser call"), engine.batch([A]):
@@ -217,6 +218,9 @@ def test_requests_that_got_nothing_are_told(engine: Engine) -> None:
     with engine.batch([A, late]):
         at(0.0)
         at(0.7)
+    with pytest.raises(NegationNotAppliedError, match=r"policies\[0\] never acted.*no attention layer ran"):
+        with engine.batch([A, None]):
+            at(0.0, layers=False)
     with (
         pytest.raises(ZeroDivisionError),
         engine.batch([A]),

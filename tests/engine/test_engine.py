@@ -40,6 +40,7 @@ def call(engine: Engine, batch: int, *, guided: bool = False, progress: float | 
     """A denoiser call, as an integration makes it."""
     step = None if progress is None else Step(round(progress * 1000), 1000)
     with engine.running(Call(batch, CPU, lambda: guided, step=step)) as running:
+        running.negated = running.live  # as a layer says that runs
         assert running.state == ("live" if engine.live else "dormant" if engine.armed else "idle")
         return running
 

@@ -8,14 +8,15 @@ picture.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .heat import HeatMap
 from .session.call import Record
 
 _Image = tuple[int, int]
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -43,6 +45,17 @@ class _Totals:
     heats: dict[int, int] = field(default_factory=dict)  # and how many were added
 
 
+def _alone(method: Callable[..., _T]) -> Callable[..., _T]:
+    """While no call adds to the record."""
+
+    @functools.wraps(method)
+    def locked(self: Audit, *args: Any, **kwargs: Any) -> _T:
+        with self._adding:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Audit:
     """Collects the statistics of every negated attention call while its context is open."""
 
@@ -55,13 +68,10 @@ class Audit:
         self._calls: dict[tuple[int, int | None], dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._removed: dict[_Image, list[float]] = defaultdict(list)
         self._nonfinite = 0
-        self._adding = threading.Lock()  # calls of several threads
+        self._adding = threading.RLock()  # calls of several threads, and who reads meanwhile
 
+    @_alone
     def __call__(self, record: Record) -> None:
-        with self._adding:
-            self._add(record)
-
-    def _add(self, record: Record) -> None:
         stats = record.statistics
         self._calls[record.call, record.step][record.layer] += 1
         self._asked |= {((record.call, row), concept) for row, concept in record.asked}
@@ -84,6 +94,7 @@ class Audit:
             self._removed[record.call, row].append(stats.removed_energy[row].item())
         self._nonfinite += int(stats.nonfinite.sum().item())
 
+    @_alone
     def report(self) -> list[dict[str, Any]]:
         """One dict per image and concept: `image` (in order of the calls and their negated rows),
         `request`, `concept`, `calls` (layers x steps at which it acted), `gate_max`, `gate_mean`,
@@ -109,6 +120,7 @@ class Audit:
             )
         return lines
 
+    @_alone
     def heatmap(self, concept: str, image: int = 0) -> HeatMap:
         """Where `concept` was suppressed in the `image`-th negated image.
 
@@ -125,6 +137,7 @@ class Audit:
         """Write the report."""
         Path(path).write_text(json.dumps({"rule": self._engine.rule.name, "images": self.report()}, indent=2))
 
+    @_alone
     def verify(self) -> None:
         """Raise AuditError unless every concept that was asked for acted, every layer ran negated
         equally often at every recorded step, and no output was inf or NaN."""

@@ -208,6 +208,7 @@ class Engine:
                 running = self._prepare(call)
                 RUNNING.set(running)
                 yield running
+                running.note(self.fixed.captured)
             finally:
                 RUNNING.set(before)
                 if call.fixed:
@@ -302,7 +303,7 @@ class Engine:
         if assignment is not None and not call.unconditional:
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows = Rows.of(self._rows, assignment, requests, slots, self.rule)
-        running = Running(self, call, asks, rows=rows, slots=slots, busiest=len(slots.slots))
+        running = Running(self, call, asks, rows=rows, slots=slots)
         self.taught |= asks and running.gradients
         if assignment is not None and ledger is not None:
             if call.step is not None and (of.number is None or call.step.first):
@@ -312,7 +313,6 @@ class Engine:
             running.live = any(running.active)
             running.observed = self.observer is not None or bool(self._audits)
             self._count(running)
-            ledger.note(rows, running.active)
         if call.fixed:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:

@@ -103,7 +103,7 @@ class Call:
 
 @dataclass(eq=False)
 class Running:
-    """What layers read during a denoiser call. Nobody changes it once the call has begun."""
+    """What layers read during a denoiser call; another call has one of its own."""
 
     engine: object
     call: Call
@@ -114,11 +114,11 @@ class Running:
     index: Tensor | None = None
     numbers: Tensor | None = None
     weight: Tensor | None = None
-    busiest: int = 0
     ledger: Ledger | None = None
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
     observed: bool = False  # somebody wants all statistics
+    negated: bool = False  # a layer took the negated path
     gradients: bool = field(default_factory=torch.is_grad_enabled)  # layers may be recomputed afterwards
     embeddings: Tensor | None = None  # at a fixed address
     _context: Tensor | None = None
@@ -139,20 +139,40 @@ class Running:
             self._context = self.call.project(embeddings)
         return self._context
 
+    def note(self, captured: bool) -> None:
+        """The call has ended without an error. What compiled code and captured graphs run is not seen: their
+        layers always negate."""
+        if self.ledger is not None and self.rows is not None:
+            self.ledger.note(self.rows, self.active, self.negated or self.call.compiled or captured)
+
     def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
         """Tokens of a layer from its concept keys and values [T, H, D]."""
         assert self.slots is not None and self.index is not None and self.numbers is not None
-        return ConceptTokens(
-            key=key,
-            value=value,
-            index=self.index,
-            numbers=self.numbers,
-            entries=len(self.numbers),
-            concepts=len(self.slots.slots),
-            longest=self.slots.longest,
-            busiest=self.busiest,
-            token_weight=self.weight,
-        )
+        concepts, longest = len(self.slots.slots), self.slots.longest
+        return concept_tokens(key, value, self.index, self.numbers, self.weight, concepts, longest)
+
+
+def concept_tokens(
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    numbers: Tensor,
+    weight: Tensor | None,
+    concepts: int,
+    longest: int,
+) -> ConceptTokens:
+    """Of one layer; a row may have an entry of each concept."""
+    return ConceptTokens(
+        key=key,
+        value=value,
+        index=index,
+        numbers=numbers,
+        entries=numbers.shape[0],
+        concepts=concepts,
+        longest=longest,
+        busiest=concepts,
+        token_weight=weight,
+    )
 
 
 @dataclass(frozen=True)

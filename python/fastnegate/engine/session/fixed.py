@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...operator.tokens import ConceptTokens
 from ..errors import NegationNotAppliedError
-from .call import Running
+from .call import Running, concept_tokens
 
 
 class Fixed:
@@ -33,7 +33,7 @@ class Fixed:
         self.index: Tensor | None = None  # of the rows at hand: a view
         self.numbers: Tensor | None = None
         self.weight: Tensor | None = None
-        self.concepts = self.longest = self.busiest = 0
+        self.concepts = self.longest = 0
         self._all: Tensor | None = None  # the index with room for all rows
         self._read: Any = None  # event of the last reader
 
@@ -73,9 +73,8 @@ class Fixed:
             if running.call.compiled:
                 self.context = self._copied(self.context, running.call.project(self.embeddings), device)
         self.index = self._all[: len(index) - most + running.call.batch]
-        self.concepts, self.longest, self.busiest = len(slots.slots), slots.longest, len(slots.slots)
+        self.concepts, self.longest = len(slots.slots), slots.longest
         running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
-        running.busiest = self.busiest
         self.ready = running.call.compiled
 
     def _copied(self, old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
@@ -104,14 +103,4 @@ class Fixed:
     def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
         """As `Running.tokens`, for compiled code."""
         assert self.index is not None and self.numbers is not None
-        return ConceptTokens(
-            key=key,
-            value=value,
-            index=self.index,
-            numbers=self.numbers,
-            entries=self.numbers.shape[0],
-            concepts=self.concepts,
-            longest=self.longest,
-            busiest=self.busiest,
-            token_weight=self.weight,
-        )
+        return concept_tokens(key, value, self.index, self.numbers, self.weight, self.concepts, self.longest)

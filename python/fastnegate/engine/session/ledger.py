@@ -28,10 +28,11 @@ class Ledger:
         self._lost: list[Callable[[], str | None]] = []
         self._gates: dict[tuple[int, str], Tensor] = {}  # the largest that sampled steps had
 
-    def note(self, rows: Rows, acting: tuple[float, ...]) -> None:
-        """A denoiser call begins."""
+    def note(self, rows: Rows, acting: tuple[float, ...], negated: bool) -> None:
+        """A denoiser call has ended without an error; `negated`: some layer took the negated path."""
         self.calls += 1
-        self._acted |= {entry.request for entry, active in zip(rows.entries, acting) if active}
+        if negated:
+            self._acted |= {entry.request for entry, active in zip(rows.entries, acting) if active}
 
     def ask_at_the_end(self, lost: Callable[[], str | None]) -> None:
         """Whether a pipeline call lost its negation on the way is known at the end: a reason, or None."""
@@ -61,8 +62,8 @@ class Ledger:
             if policy is not None and policy.asks and request not in self._acted:
                 stop = rule.stop if policy.stop is None else policy.stop
                 raise NegationNotAppliedError(
-                    f"policies[{request}] never acted: none of the steps that ran lies in its window, "
-                    f"{policy.start:g} to {stop:g}"
+                    f"policies[{request}] never acted: no step that ran lies in its window, {policy.start:g} "
+                    f"to {stop:g}, or no attention layer ran at one that does"
                 )
         for reason in filter(None, (lost() for lost in self._lost)):
             raise NegationNotAppliedError(reason)

@@ -161,7 +161,8 @@ class Hook:
             raise NegationNotAppliedError(COMPILE_BEFORE)
         self._watch(bare(model))
         given = {**dict(zip(self._parameters, args)), **kwargs}
-        with self.engine.running(self._facts(model, given, frame)):
+        with self.engine.running(self._facts(model, given, frame)) as running:
+            running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             return call(*args, **kwargs)
 
     def _facts(self, model: Any, given: dict[str, Any], frame: FrameType) -> Call:

@@ -206,6 +206,7 @@ class NegationAttnProcessor:
             assert fixed.context is not None
             key, value = self.project(attn, fixed.context)
             return fixed.tokens(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        running.negated = True
         call, slots = running.call, running.slots
         assert slots is not None
         kept = self._kept
