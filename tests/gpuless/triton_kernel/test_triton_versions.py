@@ -37,7 +37,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 @pytest.mark.usefixtures("one_thread", "cache")
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+# Compiling takes seconds; the other dtype is for releases.
+@pytest.mark.parametrize(
+    "dtype", (pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16), ids=str
+)
 @pytest.mark.parametrize("dim", (40, 64))
 @pytest.mark.parametrize("target", ("sm_80", "sm_90"))
 def test_spills_nothing(target: str, dim: int, dtype: torch.dtype) -> None:
