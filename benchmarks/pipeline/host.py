@@ -57,11 +57,12 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def _running(running: Running, processor: Any, *layer: Any) -> None:
+def _running(running: Running, processor: Any, *layer: Any) -> Any:
     """A call of a layer within a denoiser call."""
     before = RUNNING.set(running)
-    processor(*layer)
+    output = processor(*layer)
     RUNNING.reset(before)
+    return output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

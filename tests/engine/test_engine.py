@@ -504,6 +504,20 @@ def test_negative_prompts_are_encoded_once() -> None:
     assert asked == ["xy", "pqr"]
 
 
+def test_a_text_is_encoded_again_when_the_encoder_has_changed() -> None:
+    state, asked = [1], []
+
+    def encode(text: str) -> Concept:
+        asked.append(text)
+        return Concept.from_embeddings(torch.full((2, WIDTH), float(state[0])))
+
+    engine = Engine(make_bank(a=2), RULE, ["layer"], encode=encode, encoder_state=lambda: state[0])
+    for state[0] in (1, 2, 1):
+        engine.set_requests([Policy(negative_prompt="x")])
+        assert call(engine, 1).context[0, 2:, 0].tolist() == [float(state[0])] * 2
+    assert asked == ["x", "x"]
+
+
 def test_another_negative_prompt_changes_no_size_that_was_compiled() -> None:
     def encode(text: str) -> Concept:
         return Concept.from_embeddings(torch.full((len(text), WIDTH), float(len(text))))

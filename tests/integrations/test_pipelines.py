@@ -969,3 +969,21 @@ def test_what_is_left_can_always_be_removed(sd: Any) -> None:
     assert hooks(sd) == 0 and not any(
         isinstance(p, fn.NegationAttnProcessor) for p in processors(sd).values()
     )
+
+
+def test_negative_prompts_follow_the_text_encoder(sd: Any) -> None:
+    """What was encoded stays while the encoder does; a changed one encodes anew, a freed one is not asked."""
+    encode = mock.patch.object(sd, "encode_prompt", wraps=sd.encode_prompt)
+    with installed(sd, rule="nag") as engine, encode as encoded:
+
+        def asked() -> bool:
+            encoded.reset_mock()
+            engine.set_requests([Policy(negative_prompt="red")])
+            return encoded.called
+
+        assert [asked(), asked()] == [True, False]
+        with torch.no_grad():
+            sd.text_encoder.get_input_embeddings().weight.mul_(1.5)
+        assert [asked(), asked()] == [True, False]
+        sd.text_encoder = None
+        assert not asked()

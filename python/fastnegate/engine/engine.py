@@ -9,9 +9,10 @@ everybody, else none.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from ..operator.rule import Rule
@@ -47,6 +48,7 @@ class Engine:
         unasked: what becomes of a call that nobody spoke for, with a batch or for everybody: `plain`
             (it runs without negation, which is logged once) or `raise`.
         encode: makes the concept of a negative prompt (`Policy.negative_prompt`).
+        encoder_state: what `encode` depends on besides the text; while it stays, a text is encoded once.
 
     Raises:
         ValueError: an empty bank without `encode`, a concept without the tokens that the rule reads, or
@@ -62,6 +64,7 @@ class Engine:
         max_batch: int = 8,
         unasked: str = "plain",
         encode: Callable[[str], Concept] | None = None,
+        encoder_state: Callable[[], Hashable] = lambda: None,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}: must be an int >= 1")
@@ -77,7 +80,7 @@ class Engine:
         self.step: int | None = None  # of the last of them
         self.fixed = Fixed()
         self.taught = False  # a call that asked for negation had gradients
-        self._shelf = Shelf(bank, rule, encode, max_batch)
+        self._shelf = Shelf(bank, rule, encode, encoder_state, max_batch)
         self._rows: Rows | None = None  # of the last call
         self._everybody: Ledger | None = None
         self._removed = False
@@ -132,9 +135,9 @@ class Engine:
         Raises:
             RowMapError: sizes disagree, or a row names a request that does not exist.
         """
-        assignment = Assignment.of_rows(self._policies(policies), row_map, conditional)
-        self._shelf.encode(assignment.texts)
-        self._everybody = Ledger(assignment)
+        checked = self._policies(policies)
+        assignment = Assignment.of_rows(checked, row_map, conditional)
+        self._everybody = Ledger(dataclasses.replace(assignment, texts=self._shelf.encode(checked)))
 
     def loop(self) -> Loop:
         """For servers with a denoising loop of their own: denoiser calls within `with loop:` count as one
@@ -272,17 +275,15 @@ class Engine:
 
     def _assignment(self, policies: Sequence[Policy | None]) -> Assignment:
         """Of pipeline calls, with its negative prompts encoded."""
-        assignment = Assignment(self._policies(policies))
-        self._shelf.encode(assignment.texts)
-        return assignment
+        checked = self._policies(policies)
+        return Assignment(checked, texts=self._shelf.encode(checked))
 
     # ---- a denoiser call --------------------------------------------------------------------
 
     def _prepare(self, call: Call) -> Running:
         of = call.of
         ledger = of.ledger if of.pinned else self.ledger()
-        if ledger is None:
-            self.nobody_spoke()
+        self.check_spoken(ledger)
         asks = ledger is not None and ledger.assignment.asks
         if not asks and not call.fixed:
             return Running(self, call)
@@ -321,17 +322,13 @@ class Engine:
             _ = running.context  # outside of what checkpointing computes again
         return running
 
-    def check_spoken(self) -> None:
-        if self.ledger() is None:
-            self.nobody_spoke()
-
-    def nobody_spoke(self) -> None:
+    def check_spoken(self, ledger: Ledger | None) -> None:
         """Decide about a call that nobody spoke for.
 
         Raises:
             NegationNotAppliedError: `unasked` is `raise`.
         """
-        if self._removed:
+        if ledger is not None or self._removed:
             return
         if self.unasked == "raise":
             raise NegationNotAppliedError(NOBODY)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...operator.rule import Rule
 from ...operator.tokens import COLUMNS, NUMBERS, entry_numbers
+from ..concepts import Concept
 from ..errors import NegationNotAppliedError, RowMapError
 from ..policy import Policy
 from .slots import Slots
@@ -43,6 +44,7 @@ class Assignment:
     policies: tuple[Policy | None, ...]
     row_map: tuple[int | None, ...] | None = None  # None: the rows of a pipeline call
     conditional: tuple[bool, ...] = ()
+    texts: tuple[tuple[str, Concept], ...] = ()  # negative prompts, each once, as they were encoded for it
 
     @classmethod
     def of_rows(
@@ -69,12 +71,6 @@ class Assignment:
     def asks(self) -> bool:
         """Whether some policy asks for negation."""
         return any(policy is not None and policy.asks for policy in self.policies)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The negative prompts, each once."""
-        texts = (p.text for p in self.policies if p is not None)
-        return tuple(dict.fromkeys(text for text in texts if text is not None))
 
     def expect(self, prompts: int) -> None:
         """Raise RowMapError unless the policies fit a pipeline call of that many prompts."""

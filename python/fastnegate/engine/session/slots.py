@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...operator.rule import Rule
 from ..bank import ConceptBank
 from ..concepts import Concept
+from ..policy import Policy
 
 MOST_TEXTS = 256  # negative prompts whose encodings are kept
 
@@ -115,33 +116,45 @@ def _named(
         yield text, concept, True
 
 
+Texts = tuple[tuple[str, Concept], ...]
+
+
 class Shelf:
     """Slots of a bank as it is, and of negative prompts, each made once.
 
     Args:
         bank, rule: of the engine.
         encode: makes the concept of a negative prompt; None: there are none.
+        state: what encodings depend on besides the text: the text encoder as it is; None if not known.
         prompts: how many negative prompts compiled code is to have room for.
     """
 
     def __init__(
-        self, bank: ConceptBank, rule: Rule, encode: Callable[[str], Concept] | None, prompts: int
+        self,
+        bank: ConceptBank,
+        rule: Rule,
+        encode: Callable[[str], Concept] | None,
+        state: Callable[[], Hashable],
+        prompts: int,
     ) -> None:
-        self._bank, self._rule, self._encode, self._prompts = bank, rule, encode, prompts
-        self._texts: OrderedDict[str, Concept] = OrderedDict()
-        self._slots: dict[tuple[int, tuple[str, ...], Room], Slots] = {}
+        self._bank, self._rule, self._encode, self._state = bank, rule, encode, state
+        self._prompts = prompts
+        self._texts: OrderedDict[tuple[str, Hashable], Concept] = OrderedDict()
+        self._slots: dict[tuple[int, Texts, Room], Slots] = {}
         self._room = NO_ROOM
         self._changing = threading.Lock()
 
-    def encode(self, texts: Sequence[str]) -> dict[str, Concept]:
-        """Concepts of negative prompts; only new ones are encoded.
+    def encode(self, policies: Iterable[Policy | None]) -> Texts:
+        """The negative prompts of policies, each once; only new ones are encoded.
 
         Raises:
             ValueError: nobody can encode, or a text without the tokens that the rule reads.
         """
-        return {text: self._known(text) or self._encoded(text) for text in texts}
+        texts = dict.fromkeys(p.text for p in policies if p is not None and p.text is not None)
+        state = self._state() if texts else None
+        return tuple((text, self._known(text, state) or self._encoded(text, state)) for text in texts)
 
-    def slots(self, texts: tuple[str, ...], fixed: bool) -> Slots:
+    def slots(self, texts: Texts, fixed: bool) -> Slots:
         """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
         version, concepts = self._bank.snapshot()
         room = self._room if fixed else NO_ROOM
@@ -149,30 +162,31 @@ class Shelf:
             slots = self._slots.get((version, texts, room))
         if slots is not None:
             return slots
-        encoded = self.encode(texts)
-        slots = Slots(concepts, self._rule, self._bank.width, encoded, room)
+        slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room)
         if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
             self._room = room = room.enlarged(slots.text_room, self._prompts)
-            slots = Slots(concepts, self._rule, self._bank.width, encoded, room)
+            slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room)
         with self._changing:
             if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
                 self._slots.clear()
             self._slots[version, texts, room] = slots
         return slots
 
-    def _known(self, text: str) -> Concept | None:
+    def _known(self, text: str, state: Hashable) -> Concept | None:
         with self._changing:
-            if text in self._texts:
-                self._texts.move_to_end(text)
-            return self._texts.get(text)
+            if state is None:  # not known: the encoder was freed, say, so what it said last stays
+                return next((c for (known, _), c in reversed(self._texts.items()) if known == text), None)
+            if (text, state) in self._texts:
+                self._texts.move_to_end((text, state))
+            return self._texts.get((text, state))
 
-    def _encoded(self, text: str) -> Concept:
+    def _encoded(self, text: str, state: Hashable) -> Concept:
         if self._encode is None:
             raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
         concept = self._encode(text)
         concept.groups(self._rule)  # refuses one without the tokens that the rule reads
         with self._changing:
-            self._texts[text] = concept
+            self._texts[text, state] = concept
             while len(self._texts) > MOST_TEXTS:
                 self._texts.popitem(last=False)
         return concept

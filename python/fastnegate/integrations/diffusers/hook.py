@@ -98,7 +98,7 @@ class Hook:
     ) -> Any:
         """A call of the pipeline: every step that it runs has to come by, if it was to be negated."""
         watched = Watched(pipe, self.engine.ledger())
-        self.engine.check_spoken()
+        self.engine.check_spoken(watched.ledger)
         self._check_denoiser(pipe, watched.asks)
         before = WATCHED.set(watched)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ...engine import host
@@ -91,9 +91,15 @@ def install(
         rule = Rule.preset(rule, family=entry.constants(pipe))
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is a {type(rule).__name__}: must be a Rule or the name of a preset")
-    encode = functools.partial(_negative_prompt, weakref.ref(pipe))
+    of_pipe = weakref.ref(pipe)
     engine = Engine(
-        bank, rule, list(cross_attention_layers(model)), max_batch=max_batch, unasked=unasked, encode=encode
+        bank,
+        rule,
+        list(cross_attention_layers(model)),
+        max_batch=max_batch,
+        unasked=unasked,
+        encode=functools.partial(_negative_prompt, of_pipe),
+        encoder_state=functools.partial(_encoder_state, of_pipe),
     )
     hook = Hook(pipe, engine, on_displaced, backend)
     engine.on_remove(hook.remove)
@@ -106,6 +112,21 @@ def _negative_prompt(pipe: weakref.ref[Any], text: str) -> Concept:
     if living is None:
         raise NegationNotAppliedError("the pipeline that the engine was installed in is gone")
     return host.of(living).negative_prompt(living, text)
+
+
+def _encoder_state(pipe: weakref.ref[Any]) -> Hashable:
+    """Which text encoders the pipeline has, their weights, and how many words their tokenizers know: learned
+    words and adapters change what a text means. None if an encoder was freed."""
+    living = pipe()
+    state: list[int] = []
+    for names in family(living).encoders if living is not None else ():
+        tokenizer, encoder = (getattr(living, name, None) for name in names)
+        if tokenizer is None or encoder is None:
+            return None
+        state += [id(tokenizer), len(tokenizer), id(encoder)]
+        for weight in encoder.parameters():
+            state += [id(weight), 0 if weight.is_inference() else weight._version]
+    return tuple(state)
 
 
 def remove(pipe: Any) -> None:

@@ -190,7 +190,7 @@ class NegationAttnProcessor:
             if recompute.in_backward():
                 return recompute.running_of(text, self.engine, self.layer)
             if not self.engine.armed:
-                self.engine.check_spoken()
+                self.engine.check_spoken(self.engine.ledger())
                 return None
         raise NegationNotAppliedError(
             f"layer {self.layer}: the denoiser runs without the hook that prepares its rows"
