@@ -57,7 +57,7 @@ def test_rehearsal() -> None:
     assert passed and int(passed[1]) >= 50, done.stdout
 
 
-@pytest.mark.parametrize("processes", (0, 2))
+@pytest.mark.parametrize("processes", (0, pytest.param(2, marks=pytest.mark.full)))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_an_unusable_gpu_ends_the_run(processes: int, tmp_path: Path) -> None:
     """The first test that fails is reported, named as the last, and none is run after it. The GPU is one that

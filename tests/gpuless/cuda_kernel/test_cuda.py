@@ -422,6 +422,7 @@ def test_bytes_of_real_layers(layer: str, multiprocessors: int, lengths: tuple, 
 # ---- one table --------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # each backend is judged by the reference; this is the command that shows it for all
 def test_backends_agree(built: Path) -> None:
     """Reference, CPU, Triton and CUDA on the same problems; Triton's interpreter wants its own process."""
     table = str(TESTS / "gpuless" / "agreement.py")

@@ -68,6 +68,7 @@ def test_every_step_is_provided_for(everything: list[compile.Ahead]) -> None:
     assert sum(name.startswith("doctor: ") for name in names) >= 60
 
 
+@pytest.mark.full  # the default run has it of the oldest Triton (test_triton_versions)
 def test_what_is_compiled_ahead_is_what_is_launched(
     everything: list[compile.Ahead], device: Compiled
 ) -> None:

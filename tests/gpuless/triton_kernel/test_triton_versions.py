@@ -69,7 +69,7 @@ sys.exit(pytest.main(arguments))
 SPILLS = "spills_nothing or counted and (sm_80 or sm_90)"
 RUNS = {
     "results": ["test_triton_ptx.py"],
-    "ahead": ["test_compiled_ahead.py"],
+    "ahead": ["test_compiled_ahead.py", "-m", "full or not full"],
     "spills": ["test_triton_versions.py", "test_compiled.py", "-k", SPILLS],
 }
 

@@ -55,6 +55,7 @@ class Hook:
             if known is None and getattr(processor, "engine", None) is not self.engine:
                 processor = NegationAttnProcessor.bound(self.engine, name, processor, self.backend)
             processors[name] = processor if known is None else known
+            processors[name].layer = name  # a block that was wrapped has another name
         self.layers, self.processors = layers, processors
         self.engine.layers = tuple(layers)
         self._places = Places(model, layers)
