@@ -10,6 +10,8 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "fastnegate/problem.h"
 
@@ -31,7 +33,7 @@ Word word(const char* name, int code, Word last) {
 }
 
 // Codes and numbers in the order of python/fastnegate/operator/rule.py; words as backends/native.py numbers them.
-inline Rule rule_of(const std::array<int, 8>& codes, const std::array<double, 8>& numbers,
+inline Rule rule_of(const std::array<int, 9>& codes, const std::array<double, 8>& numbers,
                     const std::array<bool, 4>& reads) {
   if (codes[6] != 1 && codes[6] != 2)
     throw std::invalid_argument("norm_order is " + std::to_string(codes[6]) + ": must be 1 or 2");
@@ -44,6 +46,7 @@ inline Rule rule_of(const std::array<int, 8>& codes, const std::array<double, 8>
           word("norm", codes[5], Norm::preserve),
           codes[6],
           word("scope", codes[7], Scope::feature),
+          word("shared", codes[8], Shared::outside),
           f(0), f(1), f(2),
           {f(3), f(4), f(5), f(6), f(7), 1.f},
           {reads[0], reads[1], reads[2], reads[3]}};
@@ -56,16 +59,33 @@ struct Arguments {
   std::array<int64_t, 4> bias_strides;
   int dtype;
   double scale;
-  std::array<int, 8> codes;
+  std::array<int, 9> codes;
   std::array<double, 8> numbers;
   std::array<bool, 4> reads;
+  // Strides of out (3) and lse (3), or nothing, for shared and prompt; of each slot.
+  std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<std::vector<int64_t>>> partials;
 
   static Arguments from(const pybind11::tuple& t) {
-    if (t.size() != 8) throw std::invalid_argument("a call has 8 arguments, not " + std::to_string(t.size()));
+    if (t.size() != 9) throw std::invalid_argument("a call has 9 arguments, not " + std::to_string(t.size()));
     return {t[0].cast<decltype(sizes)>(),        t[1].cast<decltype(strides)>(),
             t[2].cast<decltype(bias_strides)>(), t[3].cast<int>(),
             t[4].cast<double>(),                 t[5].cast<decltype(codes)>(),
-            t[6].cast<decltype(numbers)>(),      t[7].cast<decltype(reads)>()};
+            t[6].cast<decltype(numbers)>(),      t[7].cast<decltype(reads)>(),
+            t[8].cast<decltype(partials)>()};
+  }
+
+  // Of shared, prompt and the slots: which there are, and their strides. Addresses come with a call.
+  std::vector<Partial> partials_without_addresses() const {
+    std::vector<Partial> all;
+    const auto add = [&](const std::vector<int64_t>& s) {
+      if (s.size() != 6) throw std::invalid_argument("a partial has 6 strides");
+      all.push_back({{nullptr, s[0], s[1], s[2]}, nullptr, s[3], s[4], s[5]});
+    };
+    const auto& [shared, prompt, slots] = partials;
+    if (!shared.empty()) add(shared);
+    if (!prompt.empty()) add(prompt);
+    for (const auto& slot : slots) add(slot);
+    return all;
   }
 
   Problem problem() const {

@@ -21,20 +21,32 @@ constexpr int kTile = 2 * W;
 
 // ---- queries in, outputs out ------------------------------------------------------------------
 
-// q[d][lane] of `count` queries; lanes beyond repeat the last one and are never stored.
-template <class Storage, int NQ>
-FN_INLINE void load_queries(const Problem& p, const Task& task, int64_t h, int64_t count, float* q) {
-  constexpr int64_t kSize = sizeof(typename Storage::T);
-  const char* base =
-      p.query.data + (task.batch * p.query.batch + h * p.query.head + task.first_query * p.query.row) * kSize;
+// Rows of one head of [B, H, N, ..] for the `count` queries of a task: x[d][lane] of `depth` elements each; lanes
+// beyond repeat the last query and are never stored.
+template <class Elements, int NQ>
+FN_INLINE void load_tile(const Strided& t, const Task& task, int64_t h, int64_t count, int64_t size, int64_t depth,
+                         float* x) {
+  const char* base = t.data + (task.batch * t.batch + h * t.head + task.first_query * t.row) * size;
   for (int v = 0; v < NQ; ++v) {
     const char* row[W];
-    for (int i = 0; i < W; ++i) {
-      const int64_t lane = v * W + i < count ? v * W + i : count - 1;
-      row[i] = base + lane * p.query.row * kSize;
-    }
-    load_rows<typename Scored<Storage>::Elements>(row, Scored<Storage>::depth(p.dim), q + v * W, NQ * W);
+    for (int i = 0; i < W; ++i) row[i] = base + std::min<int64_t>(v * W + i, count - 1) * t.row * size;
+    load_rows<Elements>(row, depth, x + v * W, NQ * W);
   }
+}
+
+// Mass of a segment relative to 2^top, the highest of its logits to the base of 2 or near it.
+struct Mass {
+  F top, mass;
+};
+
+// The mass of a partial: of its log-sum-exp itself, so 1, or 0 without keys.
+FN_INLINE Mass mass_of(const Partial& partial, const Task& task, int64_t h, int64_t count, int v) {
+  const float* lse = partial.lse + task.batch * partial.lse_batch + h * partial.lse_head;
+  F x;
+  for (int i = 0; i < W; ++i)
+    x[i] = lse[(task.first_query + std::min<int64_t>(v * W + i, count - 1)) * partial.lse_query];
+  const I empty = x == -INFINITY;
+  return {select(empty, splat(kLowest), x * kLog2e), select(empty, F{}, splat(1.f))};  // NaN shows
 }
 
 // Fetches rows of one head into the cache, some at a time between steps of other work: they lie too far
@@ -131,8 +143,10 @@ struct Scratch {
   float *top, *mass;  // [group][1 + entries], the prompt first
   float* entry;       // [entries][kEntryRows]
   float* zz;          // <Z,Z>
+  float *shared, *shared_top, *shared_mass;  // [group][D], [group], [group]: the keys of prompt and concepts alike
 };
-enum EntryRow { kZf, kFf, kAlong, kMass, kR, kG, kB, kEntryRows };  // kB: coefficient of X
+// kShare: of shared keys and concept; kThere: partials of it that have keys; kB: coefficient of X.
+enum EntryRow { kZf, kFf, kAlong, kMass, kShare, kThere, kR, kG, kB, kEntryRows };
 
 int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
   const Problem& p = *plan.problem;
@@ -152,6 +166,10 @@ int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
   take(s->mass, g * (1 + e));
   take(s->entry, e * kEntryRows);
   take(s->zz, 1);
+  const int64_t shared = p.shared.out.data ? g : 0;
+  take(s->shared, shared * p.dim);
+  take(s->shared_top, shared);
+  take(s->shared_mass, shared);
   return used;
 }
 
@@ -177,7 +195,7 @@ class Tile {
 
   void run() {
     for (int64_t g = 0; g < plan.group; ++g) {
-      attend_prompt(g);
+      see_prompt(g);
       for (int64_t e = 0; e < entries; ++e) measure(g, e);
       if (plan.reads.mass && plan.reads.tokens) weigh(g);
     }
@@ -217,6 +235,71 @@ class Tile {
     return vec(s.mass, g * (1 + entries) + segment, q);
   }
 
+  Mass mass_of_segment(int64_t g, int64_t segment, int q) {
+    return {load(top(g, segment, q)), load(mass(g, segment, q))};
+  }
+  void keep(int64_t g, int64_t segment, int q, Mass m) {
+    store(top(g, segment, q), m.top);
+    store(mass(g, segment, q), m.mass);
+  }
+
+  // ---- partials
+
+  Mass shared(int64_t g, int q) { return {load(vec(s.shared_top, g, q)), load(vec(s.shared_mass, g, q))}; }
+
+  // A partial in place of attention to tokens: out[d][lane], 0 without keys, its top and mass.
+  void take(const Partial& partial, int64_t g, int64_t segment, float* out) {
+    constexpr int64_t kSize = sizeof(typename Storage::T);
+    const int64_t h = task.first_head + g;
+    load_tile<Storage, NQ>(partial.out, task, h, count, kSize, p.dim, out);
+    for (int q = 0; q < NQ; ++q) {
+      const Mass m = mass_of(partial, task, h, count, q);
+      keep(g, segment, q, m);
+      for (int64_t d = 0; d < p.dim; ++d) store(vec(out, d, q), select(m.mass == 0.f, F{}, load(vec(out, d, q))));
+    }
+  }
+
+  void take_shared(int64_t g) {
+    constexpr int64_t kSize = sizeof(typename Storage::T);
+    const int64_t h = task.first_head + g;
+    load_tile<Storage, NQ>(p.shared.out, task, h, count, kSize, p.dim, s.shared + g * p.dim * L);
+    for (int q = 0; q < NQ; ++q) {
+      const Mass m = mass_of(p.shared, task, h, count, q);
+      store(vec(s.shared_top, g, q), m.top);
+      store(vec(s.shared_mass, g, q), m.mass);
+    }
+  }
+
+  // x[d][lane], the output of a segment of mass m or what has been made of it, becomes that of one softmax over the
+  // shared keys and the segment. Where one of them has no keys the other stays, to the last bit.
+  void merge_shared(int64_t g, int64_t segment, float* x) {
+    const float* from = s.shared + g * p.dim * L;
+    for (int q = 0; q < NQ; ++q) {
+      const Mass first = shared(g, q), m = mass_of_segment(g, segment, q);
+      const F part = mass_share(first.top, first.mass, m.top, m.mass), rest = 1.f - part;
+      const I alone = first.mass == 0.f, absent = m.mass == 0.f;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        const F own = load(vec(x, d, q)), other = load(from + (d * NQ + q) * W);
+        store(vec(x, d, q), select(alone, own, select(absent, other, fma(part, own, rest * other))));
+      }
+    }
+  }
+
+  // The mass of both in the place of the prompt's.
+  void add_shared_mass(int64_t g) {
+    for (int q = 0; q < NQ; ++q) {
+      const Mass first = shared(g, q), m = mass_of_segment(g, 0, q);
+      const F highest = max(first.top, m.top);
+      const F both = first.mass * exp2(first.top - highest) + m.mass * exp2(m.top - highest);
+      const I alone = first.mass == 0.f;
+      keep(g, 0, q, {select(alone, m.top, highest), select(alone, m.mass, both)});
+    }
+  }
+
+  bool outside() const { return p.shared.out.data && rule.shared == Shared::outside && entries > 0; }
+
+  // ---- segments
+
   // Attention of the queries to a pack; tops and masses of `segment` are kept. add_bias(scale) may add to
   // the logits after scaling them, and returns the scale that is left.
   template <class AddBias, class Between = Nothing>
@@ -226,10 +309,7 @@ class Tile {
     multiply<typename Keys::Op, NQ>(pack.count, pack.key, Keys::depth(p.dim), s.query, nullptr, s.scores, between);
     const float scale = add_bias(p.scale * kLog2e);
     mean_value<NQ>(pack.value, pack.count, p.dim, segment == 0, scale, s.scores, out, top_, mass_, between);
-    for (int q = 0; q < NQ; ++q) {
-      store(top(g, segment, q), top_[q]);
-      store(mass(g, segment, q), mass_[q]);
-    }
+    for (int q = 0; q < NQ; ++q) keep(g, segment, q, {top_[q], mass_[q]});
   }
 
   // Attention of Z to the values of a pack, for `retrieve`.
@@ -251,10 +331,44 @@ class Tile {
     return 1.f;
   }
 
+  // Z of one head.
+  void see_prompt(int64_t g) {
+    if (!p.slots && !(p.prompt.out.data && entries == 0)) load_queries(g);
+    if (p.prompt.out.data)
+      take(p.prompt, g, 0, z(g));
+    else
+      attend_prompt(g);
+    if (p.shared.out.data) {
+      take_shared(g);
+      if (plan.row_partials)
+        for (int q = 0; q < NQ; ++q) {
+          const Mass first = shared(g, q), m = mass_of_segment(g, 0, q);
+          plan.row_partials[task.index * kRowColumns + 4] +=
+              sum(present(q, mass_share(first.top, first.mass, m.top, m.mass))) / static_cast<double>(plan.group);
+        }
+      if (!outside()) {
+        merge_shared(g, 0, z(g));
+        add_shared_mass(g);
+      }
+    }
+    if (entries == 0) return;
+    if (g == 0) {
+      std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
+      std::memset(s.zz, 0, sizeof(float) * L);
+    }
+    if (plan.reads.products)
+      for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
+  }
+
+  void load_queries(int64_t g) {
+    using Keys = Scored<Storage>;
+    load_tile<typename Keys::Elements, NQ>(p.query, task, task.first_head + g, count, sizeof(typename Storage::T),
+                                           Keys::depth(p.dim), s.query);
+  }
+
   void attend_prompt(int64_t g) {
     const int64_t h = task.first_head + g;
     const Pack& pack = plan.prompts[task.batch * plan.prompt_batch_stride + h];
-    load_queries<Storage, NQ>(p, task, h, count, s.query);
     // Meanwhile: what is written at the end of this head, and what is read for the next one.
     constexpr int64_t kSize = sizeof(typename Storage::T);
     const bool last = g + 1 == plan.group;
@@ -268,13 +382,6 @@ class Tile {
     else
       attend(pack, g, 0, [&](float scale) { return add_token_bias(pack, scale); }, z(g), fetch);
     while (fetch()) {}
-    if (entries == 0) return;
-    if (g == 0) {
-      std::memset(s.entry, 0, sizeof(float) * entries * kEntryRows * L);
-      std::memset(s.zz, 0, sizeof(float) * L);
-    }
-    if (plan.reads.products)
-      for (int q = 0; q < NQ; ++q) add(vec(s.zz, 0, q), dot(z(g), z(g), q));
   }
 
   // The [N, M] form of key_bias is read where it is needed: rare, so not tuned.
@@ -336,18 +443,29 @@ class Tile {
   // Feature of entry e in head g, and what it adds to the inner products over the scope.
   void measure(int64_t g, int64_t e) {
     const int64_t h = task.first_head + g;
+    const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
+    float* f = f_is_x ? x(g, e) : s.feature;
+    if (p.slots) {
+      take(p.slots[live[e].concept_index], g, 1 + e, f);
+      for (int q = 0; q < NQ; ++q) add(entry(e, kThere, q), load(mass(g, 1 + e, q)));
+    }
     if (plan.reads.tokens) {
-      const Pack& pack = plan.concepts[live[e].slot * p.heads + h];
-      const bool f_is_x = rule.direction != Direction::retrieve && rule.direction != Direction::fixed;
-      float* f = f_is_x ? x(g, e) : s.feature;
-      attend(pack, g, 1 + e, [&](float scale) { return add_token_bias(pack, scale); }, f);
+      const Pack* pack = p.slots ? nullptr : &plan.concepts[live[e].slot * p.heads + h];
+      if (pack) attend(*pack, g, 1 + e, [&](float scale) { return add_token_bias(*pack, scale); }, f);
+      if (p.shared.out.data) {
+        for (int q = 0; plan.entry_partials && q < NQ; ++q) {
+          const Mass first = shared(g, q), m = mass_of_segment(g, 1 + e, q);
+          add(entry(e, kShare, q), mass_share(first.top, first.mass, m.top, m.mass));
+        }
+        if (rule.shared == Shared::inside) merge_shared(g, 1 + e, f);
+      }
       for (int q = 0; plan.reads.products && q < NQ; ++q) {
         F zf, ff;
         dots(z(g), f, q, &zf, &ff);
         add(entry(e, kZf, q), zf);
         add(entry(e, kFf, q), ff);
       }
-      if (rule.direction == Direction::retrieve) recall(pack, g, x(g, e));
+      if (rule.direction == Direction::retrieve) recall(*pack, g, x(g, e));
     }
     if (plan.reads.direction) {
       const float* u = p.direction + (live[e].concept_index * p.heads + h) * p.dim;
@@ -379,6 +497,11 @@ class Tile {
         const F r = similarity(rule, moments(e, q));
         store(entry(e, kR, q), r);
         store(entry(e, kG, q), gate(rule, live[e].numbers, r));
+        if (p.slots) {  // without keys there is no entry, for this query
+          const I absent = load(entry(e, kThere, q)) == 0.f;
+          store(entry(e, kR, q), select(absent, F{}, r));
+          store(entry(e, kG, q), select(absent, F{}, load(entry(e, kG, q))));
+        }
       }
     if (rule.select == Select::max)
       for (int q = 0; q < NQ; ++q) keep_largest(q);
@@ -412,12 +535,17 @@ class Tile {
 
   // O = blend * factor * Y + (1 - blend) * Z with Y = a Z + sum b X over the scope.
   void mix() {
-    const bool root = rule.norm_order == 2, known = root && plan.reads.products;  // |Z|^2 is <Z,Z>
+    const bool root = rule.norm_order == 2;
+    const bool known = root && plan.reads.products && !outside();  // |Z|^2 is <Z,Z>
     F a[NQ], norm_y[NQ] = {}, norm_z[NQ] = {};
     if (rule.combine == Combine::separate) subtract(a);
     for (int64_t g = 0; g < plan.group; ++g) {
       if (rule.combine == Combine::joint) share(g, a);
       combine(g, a);
+      if (outside()) {
+        merge_shared(g, 0, y(g));
+        merge_shared(g, 0, z(g));
+      }
       if (rule.norm == Norm::none) continue;
       for (int q = 0; q < NQ; ++q) {
         norm_y[q] = norm_y[q] + power(y(g), q);
@@ -429,11 +557,20 @@ class Tile {
       factor[q] = norm_factor(rule, root ? sqrt(norm_y[q]) : norm_y[q],
                               root ? sqrt(norm_z[q]) : norm_z[q], &limited[q]);
     const float rest = 1.f - rule.blend;
-    for (int64_t g = 0; g < plan.group; ++g)
-      write(g, [&](int64_t d, int q) {
-        const F full = load(vec(y(g), d, q)) * factor[q];
-        return rest == 0.f ? full : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q)));
-      });
+    const auto output = [&](int64_t g, int64_t d, int q) {
+      const F full = load(vec(y(g), d, q)) * factor[q];
+      return rest == 0.f ? full : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q)));
+    };
+    if (!p.slots) {
+      for (int64_t g = 0; g < plan.group; ++g) write(g, [&](int64_t d, int q) { return output(g, d, q); });
+    } else {
+      I some[NQ] = {};  // queries that have an entry: the others are left as they are
+      for (int64_t e = 0; e < entries; ++e)
+        for (int q = 0; q < NQ; ++q) some[q] |= load(entry(e, kThere, q)) != 0.f;
+      for (int q = 0; q < NQ; ++q) limited[q] = select(some[q], limited[q], F{});
+      for (int64_t g = 0; g < plan.group; ++g)
+        write(g, [&](int64_t d, int q) { return select(some[q], output(g, d, q), load(vec(z(g), d, q))); });
+    }
     if (plan.row_partials)
       for (int q = 0; q < NQ; ++q)
         plan.row_partials[task.index * kRowColumns + 2] += sum(present(q, limited[q]));
@@ -552,24 +689,29 @@ class Tile {
     for (int64_t e = 0; e < entries; ++e) {
       double* out = plan.entry_partials + (task.index * plan.most_live + e) * kEntryColumns;
       float* heat = plan.gates + (live[e].entry * groups + group) * p.queries + task.first_query;
-      F top_g = splat(-INFINITY), top_r = top_g, total = {}, counted = {}, share = {};
+      const bool of_shares = p.shared.out.data && rule.similarity == Similarity::one;  // what heat says
+      F top_g = splat(-INFINITY), top_r = top_g, total = {}, counted = {}, share = {}, mass = {};
       for (int q = 0; q < NQ; ++q) {
         const F g = load(entry(e, kG, q)), r = load(entry(e, kR, q));
         top_g = max(present(q, g, -INFINITY), top_g);
         top_r = max(present(q, r, -INFINITY), top_r);
         total = total + present(q, g);
         counted = counted + present(q, select(g > p.report_level, splat(1.f), F{}));
-        share = share + present(q, load(entry(e, kMass, q)));
+        const F part = load(entry(e, kShare, q)) * (1.f / static_cast<float>(plan.group));
+        mass = mass + present(q, load(entry(e, kMass, q)));
+        share = share + present(q, part);
+        const F shown = of_shares ? g * part : g;
         if (count >= (q + 1) * W)
-          store(heat + q * W, g);
+          store(heat + q * W, shown);
         else
-          std::memcpy(heat + q * W, &g, (count - q * W) * sizeof(float));
+          std::memcpy(heat + q * W, &shown, (count - q * W) * sizeof(float));
       }
       out[0] = largest(top_g);
       out[1] = sum(total);
       out[2] = sum(counted);
-      out[3] = sum(share) / static_cast<double>(plan.group);
+      out[3] = sum(mass) / static_cast<double>(plan.group);
       out[4] = largest(top_r);
+      out[5] = sum(share);
     }
   }
 };

@@ -15,8 +15,8 @@ namespace fastnegate {
 
 constexpr int64_t kRows = 16;      // keys or channels per block of a Pack: the widest vector, a multiple of all steps
 constexpr int64_t kMostKeys = 1024;  // of the prompt, and of one concept
-constexpr int kEntryColumns = 5;   // partial statistics: max g, sum g, count, sum mass, max r
-constexpr int kRowColumns = 4;     // sum |O-Z|^2, sum |Z|^2, count limited, count not finite
+constexpr int kEntryColumns = 6;   // partial statistics: max g, sum g, count, sum mass, max r, sum of shares
+constexpr int kRowColumns = 5;     // sum |O-Z|^2, sum |Z|^2, count limited, count not finite, sum of shares
 constexpr float kLowest = -3e38f;  // stands for the top of an empty or fully masked softmax
 
 // Keys and values of one segment and head, masked tokens left out, in the layout of the products:
@@ -36,14 +36,15 @@ struct Live {
 // Tokens of a concept that some entry uses, clamped to the arrays.
 struct Span {
   int64_t concept_index, begin, length;
+  int64_t batch;  // whose tokens: 0 where all rows share them
 };
 
 struct Plan {
   const Problem* problem;
-  Pack* prompts;                 // [batch or 1][heads]
+  Pack* prompts;                 // [batch or 1][heads]; none where the prompt is a partial
   int64_t prompt_batch_stride;   // heads, or 0 where all rows share keys, values and bias
   const Span* spans;             // concepts in use
-  Pack* concepts;                // [spans][heads]
+  Pack* concepts;                // [spans][heads]; none where concepts are partials
   const Live* live;              // entries of all rows, in order
   const int64_t* live_begin;     // [batch + 1]
   int64_t most_live;             // over the rows

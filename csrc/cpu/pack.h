@@ -122,7 +122,7 @@ void pack_concept(const Plan& plan, int64_t slot, int64_t h) {
   }
   pack.count = count;
   with_storage(p.dtype, [&](auto storage) {
-    pack_tokens<decltype(storage)>(head(p, p.concept_key, 0, h), head(p, p.concept_value, 0, h), p.dim, rows,
+    pack_tokens<decltype(storage)>(head(p, p.concept_key, span.batch, h), head(p, p.concept_value, span.batch, h), p.dim, rows,
                                    count, p.token_weight, pack);
   });
 }

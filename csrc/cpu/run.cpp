@@ -138,7 +138,7 @@ Span span_of(const Problem& p, int64_t concept_index) {
   const int32_t* begins = p.index + p.entries;
   const int32_t* lengths = begins + p.concepts;
   const int64_t begin = clamp(begins[concept_index], p.tokens);
-  return {concept_index, begin, clamp(lengths[concept_index], std::min(p.tokens - begin, p.longest))};
+  return {concept_index, begin, clamp(lengths[concept_index], std::min(p.tokens - begin, p.longest)), 0};
 }
 
 bool has_tokens(const Problem& p, const Span& span) {
@@ -150,17 +150,20 @@ bool has_tokens(const Problem& p, const Span& span) {
 void find_live(const Problem& p, Workspace& w) {
   const int32_t* rows = p.index ? p.index + p.entries + 2 * p.concepts : nullptr;
   std::vector<int64_t> slot(p.concepts, -1);
+  const bool of_rows = p.concept_key.batch != 0 || p.concept_value.batch != 0;
   w.live_begin.push_back(0);
   for (int64_t b = 0; b < p.batch; ++b) {
+    if (of_rows) std::fill(slot.begin(), slot.end(), -1);
     const bool any = rows && p.concepts > 0;
     const int64_t begin = any ? clamp(rows[b], p.entries) : 0;
     const int64_t end = any ? clamp(rows[b + 1], p.entries) : 0;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t c = clamp(p.index[e], p.concepts - 1);
       const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
-      const Span span = span_of(p, c);
+      Span span = span_of(p, c);
+      if (of_rows) span.batch = b;
       if (!(numbers.active > 0.f) || (w.plan.reads.direction && !p.direction) ||
-          (w.plan.reads.tokens && !has_tokens(p, span)))
+          (w.plan.reads.tokens && !p.slots && !has_tokens(p, span)))
         continue;
       if (slot[c] < 0) {
         slot[c] = static_cast<int64_t>(w.spans.size());
@@ -176,8 +179,9 @@ void find_live(const Problem& p, Workspace& w) {
 void lay_out_packs(const Problem& p, Workspace& w) {
   const bool shared = p.key.batch == 0 && p.value.batch == 0 && (!p.key_bias || p.bias_batch == 0);
   w.plan.prompt_batch_stride = shared ? 0 : p.heads;
-  w.prompts.resize((shared ? std::min<int64_t>(p.batch, 1) : p.batch) * p.heads);
-  w.concepts.resize(w.plan.reads.tokens ? w.spans.size() * p.heads : 0);
+  const int64_t rows = p.prompt.out.data ? 0 : shared ? std::min<int64_t>(p.batch, 1) : p.batch;
+  w.prompts.resize(rows * p.heads);
+  w.concepts.resize(w.plan.reads.tokens && !p.slots ? w.spans.size() * p.heads : 0);
   const auto blocks = [&](int64_t n) { return ceil_div(n, kRows) * kRows * p.dim; };
   const auto channels = [&](int64_t n) { return ceil_div(p.dim, kRows) * kRows * n; };
   const bool bias = p.key_bias && p.bias_query == 0;
@@ -209,11 +213,11 @@ void reduce_entry(const Problem& p, const Workspace& w, int64_t groups, int64_t 
   const int64_t b = std::upper_bound(w.live_begin.begin(), w.live_begin.end(), i) - w.live_begin.begin() - 1;
   const int64_t tasks = groups * tiles;
   const double* part = &w.entry_partials[(b * tasks * plan.most_live + i - w.live_begin[b]) * kEntryColumns];
-  double total[kEntryColumns] = {part[0], 0, 0, 0, part[4]};
+  double total[kEntryColumns] = {part[0], 0, 0, 0, part[4], 0};
   for (int64_t t = 0; t < tasks; ++t, part += plan.most_live * kEntryColumns) {
     total[0] = std::max(total[0], part[0]);
     total[4] = std::max(total[4], part[4]);
-    for (int c = 1; c < 4; ++c) total[c] += part[c];
+    for (int c : {1, 2, 3, 5}) total[c] += part[c];
   }
   const int64_t entry = w.live[i].entry;
   float* out = p.entry_table + entry * kEntryColumns;
@@ -233,10 +237,11 @@ void reduce_row(const Problem& p, const Workspace& w, int64_t groups, int64_t ti
   for (int64_t t = b * groups * tiles; t < (b + 1) * groups * tiles; ++t)
     for (int c = 0; c < kRowColumns; ++c) total[c] += w.row_partials[t * kRowColumns + c];
   const double gates = static_cast<double>(groups * p.queries);
-  float* row = p.row_table + b * 3;
+  float* row = p.row_table + b * 4;
   row[0] = static_cast<float>(total[1] < 1e-30 ? 0. : total[0] / total[1]);
   row[1] = static_cast<float>(gates > 0 ? total[2] / gates : 0.);
   row[2] = static_cast<float>(total[3]);
+  row[3] = static_cast<float>(gates > 0 ? total[4] / gates : 0.);
 }
 
 }  // namespace

@@ -11,12 +11,17 @@ using namespace fastnegate;
 namespace {
 
 // Calls of one signature on one device: what differs are addresses.
+Arguments without_partials(const Arguments& a) {
+  if (!a.partials_without_addresses().empty()) throw std::invalid_argument("partials are not implemented");
+  return a;
+}
+
 struct Call {
   Problem problem;
   CudaPlan plan;
 
   Call(const py::tuple& arguments, int device)
-      : problem(Arguments::from(arguments).problem()), plan(plan_cuda(problem, device)) {}
+      : problem(without_partials(Arguments::from(arguments)).problem()), plan(plan_cuda(problem, device)) {}
 };
 
 // Tables as in CudaTables, 0 where they are not wanted.

@@ -25,12 +25,14 @@ from .engine.policy import Policy
 from .engine.session.batch import Batch
 from .operator.attention import (
     backends,
+    combine,
     explain,
     negated_attention,
     negated_attention_with_statistics,
 )
 from .operator.backends import BackendError
-from .operator.problem import Statistics
+from .operator.partials import partial_attention
+from .operator.problem import Partial, Statistics
 from .operator.rule import Rule, presets
 from .operator.tokens import ConceptTokens
 
@@ -56,6 +58,7 @@ __all__ = [
     "DisplacedProcessorError",
     "Engine",
     "NegationNotAppliedError",
+    "Partial",
     "Policy",
     "RowMapError",
     "Rule",
@@ -63,9 +66,11 @@ __all__ = [
     "UnsupportedModelError",
     "audit",
     "backends",
+    "combine",
     "explain",
     "negated_attention",
     "negated_attention_with_statistics",
+    "partial_attention",
     "presets",
     *_LAZY,
 ]

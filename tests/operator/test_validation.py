@@ -236,7 +236,8 @@ def test_empty_results(backend: str, empty: str, rule: str) -> None:
     assert run(plain(problem), backend).shape == problem.query.shape
     shapes = [tuple(t.shape) for t in statistics]
     entries, queries = problem.concepts.entries, sizes["queries"]
-    assert shapes == [(entries,)] * 5 + [(entries, queries)] + [(sizes["batch"],)] * 3
+    rows = (sizes["batch"],)
+    assert shapes == [(entries,)] * 5 + [(entries, queries)] + [rows] * 3 + [(entries,), rows]
     assert all((t == 0).all() for t in statistics)  # zero denominators give 0
 
 

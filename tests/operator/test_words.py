@@ -90,14 +90,14 @@ def test_codes_without_a_word_are_refused(place: int, code: int) -> None:
         Rule.from_flat(codes, Rule().numbers)
     problem = make_problem(rows="same")
     arguments = [*ops.flat(problem, "reference")]
-    arguments[-4] = codes
+    arguments[14] = codes
     with pytest.raises(ValueError, match=f"{CODES[place]} has code {code}"):
         torch.ops.fastnegate.negated_attention.default(*arguments)
 
 
 def test_flat_rules_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="codes of a rule has 7 values: must be similarity"):
-        Rule.from_flat(Rule().codes[:-1], Rule().numbers)
+        Rule.from_flat(Rule().codes[:-2], Rule().numbers)
     with pytest.raises(ValueError, match="numbers of a rule has 9 values: must be norm_limit"):
         Rule.from_flat(Rule().codes, (*Rule().numbers, 0.0))
 
@@ -107,10 +107,10 @@ def test_flat_rules_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize("code", (-1, 9))
 def test_the_extension_makes_no_call_of_such_codes(place: int, code: int) -> None:
     """Nothing is written either: there is no call to run."""
-    *others, codes, numbers, reads = native.layout(make_problem(rows="same")).arguments
+    *others, codes, numbers, reads, partials = native.layout(make_problem(rows="same")).arguments
     codes = (*codes[:place], code, *codes[place + 1 :])
     with pytest.raises(ValueError, match=f"{CODES[place]} (has code|is) {code}: must be"):
-        cpu._C.Call((*others, codes, numbers, reads), GATE_REPORT_LEVEL)
+        cpu._C.Call((*others, codes, numbers, reads, partials), GATE_REPORT_LEVEL)
 
 
 @needs_cpu
@@ -126,9 +126,9 @@ def test_the_extension_runs_nothing_without_memory() -> None:
     layout = native.layout(problem)
     made = cpu._C.Call(layout.arguments, GATE_REPORT_LEVEL)
     with pytest.raises(ValueError, match="has no memory"):
-        cpu._C.run_cpu(made, 0, 0, 0, 0, 0, (), 0, 0, 0, cpu.instruction_set(), 1)
+        cpu._C.run_cpu(made, 0, 0, 0, 0, 0, (), (), 0, 0, 0, cpu.instruction_set(), 1)
     with pytest.raises(ValueError, match="concepts have 9 addresses"):
-        cpu._C.run_cpu(made, 0, 0, 0, 0, 0, (1, 2), 0, 0, 0, cpu.instruction_set(), 1)
+        cpu._C.run_cpu(made, 0, 0, 0, 0, 0, (1, 2), (), 0, 0, 0, cpu.instruction_set(), 1)
 
 
 # ---- the same in C++ --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_bindings_know_the_last_word_of_each() -> None:
 def test_numbers_and_what_is_read_are_those_of_problem_h() -> None:
     assert tuple(fields("Numbers")) == NUMBERS
     assert tuple(fields("Reads")) == Reads._fields
-    assert fields("Rule")[:8] == [*CODES]
+    assert fields("Rule")[: len(CODES)] == [*CODES]
     assert f"kNumberColumns = {COLUMNS};" in header("include/fastnegate/problem.h")
 
 

@@ -17,6 +17,7 @@ enum class Combine : int { separate, joint };
 enum class Select : int { all, max };
 enum class Norm : int { none, limit, preserve };
 enum class Scope : int { head, feature };
+enum class Shared : int { inside, joint, outside };
 
 // The numbers of one entry, in the column order of ConceptTokens.numbers.
 struct Numbers {
@@ -41,6 +42,7 @@ struct Rule {
   Norm norm;
   int norm_order;
   Scope scope;
+  Shared shared;
   float norm_limit, blend;
   float temperature;  // of `retrieve`; 0: 1 / scale
   Numbers defaults;   // width 0: 1 - threshold of the entry
@@ -53,6 +55,14 @@ struct Strided {
   int64_t batch, head, row;
 };
 
+// Attention to some keys of a softmax: out [B, H, N, D] in the storage type, and its natural log-sum-exp
+// [B, H, N]; -inf: no keys, whatever `out` holds. Without data there is no such partial.
+struct Partial {
+  Strided out;
+  const float* lse;
+  int64_t lse_batch, lse_head, lse_query;
+};
+
 struct Problem {
   int64_t batch, heads, queries, keys, dim;  // B, H, N, M, D
   Dtype dtype;
@@ -63,14 +73,18 @@ struct Problem {
 
   int64_t tokens, concepts, entries;           // T, C, E
   int64_t longest, busiest;                    // capacities: tokens of a concept, entries of a batch row
-  Strided concept_key, concept_value;          // [T, H, D]; `batch` unused
+  Strided concept_key, concept_value;          // [T, H, D], or [B, T, H, D] if `batch` is not 0
   const float *token_bias, *token_weight;      // [T] or null
   const float *direction, *update, *offset;    // [C, H, D], [C, H, D], [C], or null
   const int32_t* index;                        // concept[E], begin[C], length[C], rows[B + 1]
   const float* numbers;                        // [E, kNumberColumns]; NaN: the rule's default
   Rule rule;
 
-  // Statistics, or null: entry_table [E, 5], heat [E, N], row_table [B, 3].
+  Partial shared;        // keys of prompt and concepts alike
+  Partial prompt;        // in the place of key and value
+  const Partial* slots;  // [C], in the place of concept_key and concept_value, or null
+
+  // Statistics, or null: entry_table [E, 6], heat [E, N], row_table [B, 4].
   float *entry_table, *heat, *row_table;
   float report_level;  // entry_table counts gates above this
 };

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks
 from .backends import AUTO, NAMES, load, unavailable
 from .plan import BackendError, require
-from .problem import Problem
+from .problem import Partial, Problem
 from .rule import Rule
 from .tokens import ConceptTokens
 
@@ -51,17 +51,21 @@ def choose(problem: Problem, backend: str) -> str:
 
 def explain(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     concepts: ConceptTokens | None = None,
     rule: Rule | str = "protore",
     *,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    shared: Partial | None = None,
+    prompt: Partial | None = None,
 ) -> str:
     """Which backend `auto` would choose for this call, how it would cut the work, and why each other one is
     not chosen. Arguments and errors as for `negated_attention`."""
-    problem = checks.problem(query, key, value, key_bias, concepts, rule, scale)
+    if prompt is not None or key is None or value is None:
+        key, value = checks.keys(query, key, value, key_bias, prompt)
+    problem = checks.problem(query, key, value, key_bias, concepts, rule, scale, shared, prompt)
     batch, heads, queries, keys, dim = problem.sizes
     lines = [
         f"negated_attention B={batch} H={heads} N={queries} M={keys} D={dim} "

@@ -35,6 +35,8 @@ class Entry:
     x: Tensor  # D = x X + z Z
     z: Tensor
     r: Tensor
+    share: Tensor  # of softmax mass against shared keys
+    present: Tensor | None  # [., N], where there is a partial of it; None: everywhere
     g: Tensor = field(init=False)
 
 
@@ -74,6 +76,29 @@ def attend(
     return Segment(top, mass, (probabilities.to(v.dtype) @ v).to(scalar))
 
 
+def reduced(out: Tensor, lse: Tensor, scalar: torch.dtype) -> Segment:
+    """The segment of a partial; what it holds where there are no keys is left alone."""
+    empty = lse == -torch.inf
+    output = out.to(scalar).masked_fill(empty.unsqueeze(-1), 0.0)
+    return Segment(lse.to(scalar), (~empty).to(scalar), output)
+
+
+def merge(first: Segment, second: Segment) -> Segment:
+    """One softmax over the tokens of both. One that is empty changes no bit of the other."""
+    top = torch.maximum(first.top, second.top).detach()
+    finite = top.clamp(min=torch.finfo(top.dtype).min)
+    mass = first.mass * (first.top - finite).exp() + second.mass * (second.top - finite).exp()
+    return Segment(top, mass, merged(first, second, second.output))
+
+
+def merged(first: Segment, second: Segment, output: Tensor) -> Tensor:
+    """The output of the merge if `output` were that of the second; an empty first leaves it as it is."""
+    share = mass_share(second, first, first.top.new_zeros(())).unsqueeze(-1)
+    mixed = share * first.output + (1 - share) * output
+    mixed = torch.where((second.mass == 0).unsqueeze(-1), first.output, mixed)
+    return torch.where((first.mass == 0).unsqueeze(-1), output, mixed)
+
+
 def gate(rule: Rule, r: Tensor, values: dict[str, Tensor], nudge: Nudge) -> Tensor:
     threshold, width = values["threshold"] + nudge.threshold, values["width"]
     if rule.gate == "open":
@@ -104,10 +129,19 @@ def keep_largest(entries: list[Entry], runner_up: bool) -> None:
         entries[i].g = torch.where(chosen == place, g[place], 0.0)
 
 
+class Mixed(NamedTuple):
+    """What comes out, for one row."""
+
+    output: Tensor  # [H, N, D]
+    z: Tensor  # what it would have been without entries
+    magnitude: Tensor  # |a||Z| + sum |b||X|
+    limited: Tensor  # [., N], where the norm was limited
+
+
 def mix(
-    rule: Rule, prompt: Segment, entries: list[Entry], scalar: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [H, N, D], its magnitude |a||Z| + sum |b||X|, and where the norm was limited [., N]."""
+    rule: Rule, prompt: Segment, entries: list[Entry], scalar: torch.dtype, around: Segment | None = None
+) -> Mixed:
+    """`around`: shared keys that are merged after the removal (`shared="outside"`), else None."""
     z = prompt.output
     a = torch.ones(1, 1, dtype=scalar, device=z.device)
     b = []
@@ -125,13 +159,22 @@ def mix(
     y = a.unsqueeze(-1) * z
     for e, coefficient in zip(entries, b):
         y = y + coefficient.unsqueeze(-1) * e.feature
+    own = z
+    if around is not None:
+        y, z = merged(around, prompt, y), merged(around, prompt, z)
     factor, limited = norm_factor(rule, y, z)
     a = rule.blend * factor * a + (1 - rule.blend)
     output = rule.blend * factor.unsqueeze(-1) * y + (1 - rule.blend) * z
-    magnitude = a.abs().unsqueeze(-1) * z.abs()
+    magnitude = a.abs().unsqueeze(-1) * own.abs()
     for e, coefficient in zip(entries, b):
         magnitude = magnitude + (rule.blend * factor * coefficient).abs().unsqueeze(-1) * e.feature.abs()
-    return output, magnitude, limited
+    if around is not None:
+        kept = (rule.blend * factor + 1 - rule.blend).abs().unsqueeze(-1)
+        magnitude = merged(around._replace(output=kept * around.output.abs()), prompt, magnitude)
+    if all(e.present is not None for e in entries):
+        some = torch.stack(torch.broadcast_tensors(*[e.present for e in entries])).any(0).unsqueeze(-1)
+        output, magnitude = torch.where(some, output, z), torch.where(some, magnitude, z.abs())
+    return Mixed(output, z, magnitude, limited)
 
 
 def joint_shares(prompt: Segment, entries: list[Entry]) -> tuple[Tensor, list[Tensor]]:
@@ -195,7 +238,7 @@ def divide(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mass_share(prompt: Segment, segment: Segment | None, logit_bias: Tensor) -> Tensor:
-    """exp(L_e - beta) / (exp L + exp(L_e - beta)), [H, N]."""
+    """exp(L_e - beta) / (exp L + exp(L_e - beta)), [H, N]; of shared keys and a text the text's."""
     if segment is None:
         return torch.zeros_like(prompt.mass)
     top = segment.top - logit_bias

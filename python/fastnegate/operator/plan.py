@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Partial, Problem, Slots
 from .rule import CODES, Rule
 from .statistics import Tables
 from .tokens import ConceptTokens
@@ -37,6 +37,9 @@ class Plan(Protocol):
         value: Tensor,
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
+        shared: Partial | None = None,
+        prompt: Partial | None = None,
+        slots: Slots | None = None,
     ) -> tuple[Tensor, Tables | None]:
         """Output [B, H, N, D] in [B, N, H, D] memory, and the statistics where the plan makes them. The
         operands must have the plan's signature; only contents and addresses may differ."""
@@ -81,6 +84,15 @@ def unknown_word(words: Words, rule: Rule) -> str | None:
     for word in CODES:
         if getattr(rule, word) not in words[word]:
             return f"{word}={getattr(rule, word)!r} is not implemented"
+    return None
+
+
+def partial(problem: Problem) -> str | None:
+    """The first thing of docs/semantics.md, section 9, in the call, as a reason of a backend without it."""
+    for name, _ in problem.partials:
+        return f"{name} is a Partial, which is not implemented"
+    if problem.concepts is not None and problem.concepts.key.dim() == 4:
+        return "concept keys of each batch row's own are not implemented"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,9 +15,30 @@ from .statistics import Tables as Tables
 from .tokens import ConceptTokens
 
 
+class Partial(NamedTuple):
+    """Attention to some of the keys of a softmax, which other keys may join (docs/semantics.md, section 9).
+
+    Attributes:
+        out: [B, H, N, D], attention to these keys alone, in the dtype of the query; D contiguous.
+        lse: [B, H, N], the natural logarithm of the sum of exp(scaled logits), float32 (float64 beside
+            float64); -inf where there are no keys: `out` is ignored there, even NaN.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+Slots = tuple[Partial, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """`negated_attention` with every default filled in; shapes as in its docstring."""
+    """`negated_attention` with every default filled in; shapes as in its docstring. With `prompt` there
+    are no keys (M = 0).
+
+    `combine` is the same with a partial per concept, `slots`: then `concepts` says which rows have which,
+    with which numbers, and has no tokens; `query` says shapes and dtype alone.
+    """
 
     query: Tensor
     key: Tensor
@@ -25,6 +47,9 @@ class Problem:
     concepts: ConceptTokens | None
     rule: Rule
     scale: float
+    shared: Partial | None = None
+    prompt: Partial | None = None
+    slots: Slots | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -45,15 +70,27 @@ class Problem:
     @property
     def operands(self) -> Operands:
         """What differs between calls of the same signature, in the order that `Plan.run` takes."""
-        return self.query, self.key, self.value, self.key_bias, self.concepts
+        return (
+            self.query, self.key, self.value, self.key_bias, self.concepts,
+            self.shared, self.prompt, self.slots,
+        )  # fmt: skip
+
+    @property
+    def partials(self) -> list[tuple[str, Partial]]:
+        """Those that there are, by the names of arguments."""
+        named = [("shared", self.shared), ("prompt", self.prompt)]
+        named += [(f"concepts[{i}]", slot) for i, slot in enumerate(self.slots or ())]
+        return [(name, partial) for name, partial in named if partial is not None]
 
     @property
     def signature(self) -> Hashable:
         """See the function."""
-        return signature(*self.operands, self.rule, self.scale)
+        return signature(*self.operands[:5], self.rule, self.scale, *self.operands[5:])
 
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, ConceptTokens | None]
+Operands = tuple[
+    Tensor, Tensor, Tensor, Tensor | None, ConceptTokens | None, Partial | None, Partial | None, Slots | None
+]
 
 
 def signature(
@@ -64,6 +101,9 @@ def signature(
     concepts: ConceptTokens | None,
     rule: Rule | str,
     scale: float | None,
+    shared: Partial | None = None,
+    prompt: Partial | None = None,
+    slots: Slots | None = None,
 ) -> Hashable:
     """Equal for calls that one plan serves: shapes, strides, dtypes, devices and alignment of all tensors,
     what the rule computes, the scale. What tensors hold is no part of it.
@@ -81,4 +121,11 @@ def signature(
         None if concepts is None else concepts.located().layout,
         rule if isinstance(rule, str) else rule.flat,
         scale,
+        None if shared is None else (*_described(shared.out), *_described(shared.lse)),
+        None if prompt is None else (*_described(prompt.out), *_described(prompt.lse)),
+        slots if slots is None else tuple((*_described(s.out), *_described(s.lse)) for s in slots),
     )  # fmt: skip
+
+
+def _described(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16

@@ -12,7 +12,7 @@ softmax), r a similarity, g a gate, D the direction subtracted. Everything ends 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from .mixing import (
     NO_NUDGE,
     Entry,
+    Mixed,
     Segment,
     attend,
     divide,
@@ -27,15 +28,18 @@ from .mixing import (
     gate,
     keep_largest,
     mass_share,
+    merge,
     mix,
     near_jump,
+    over_scope,
+    reduced,
     unknown,
 )
 from .mixing import (
     Nudge as Nudge,
 )
 from .plan import require, unknown_word
-from .problem import Problem
+from .problem import Partial, Problem, Slots
 from .rule import Rule
 from .statistics import GATE_REPORT_LEVEL, Tables
 from .tokens import NUMBERS, ConceptTokens
@@ -50,6 +54,7 @@ WORDS = {
     "norm": ("none", "limit", "preserve"),
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
+    "shared": ("inside", "joint", "outside"),
 }
 
 
@@ -91,8 +96,11 @@ class ReferencePlan:
         value: Tensor,
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
+        shared: Partial | None = None,
+        prompt: Partial | None = None,
+        slots: Slots | None = None,
     ) -> tuple[Tensor, Tables | None]:
-        problem = Problem(query, key, value, key_bias, concepts, self.rule, self.scale)
+        problem = Problem(query, key, value, key_bias, concepts, self.rule, self.scale, shared, prompt, slots)
         result = evaluate(problem)
         output = result.output.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         return output, Tables._make(t.float() for t in result.tables) if self.statistics else None
@@ -133,50 +141,66 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
     batch, heads, queries, _, _ = problem.sizes
     tokens, rule = problem.concepts, problem.rule
     scalar = torch.promote_types(dtype, torch.float32)
-    made: dict[str, Any] = {"dtype": scalar, "device": problem.query.device}
-    entry_count = tokens.entries if tokens is not None else 0
-    entry_table = torch.zeros(entry_count, 5, **made)
-    heat = torch.zeros(entry_count, queries, **made)
-    row_table = torch.zeros(batch, 3, **made)
+    tables = Tables.zeros(problem.entries, batch, queries, problem.query.device)
+    tables = Tables._make(table.to(scalar) for table in tables)
     outputs, magnitudes, jumps = [], [], []
     for b in range(batch):
         q = problem.query[b].to(dtype)
-        bias = None
-        if problem.key_bias is not None:
-            bias = problem.key_bias[min(b, problem.key_bias.shape[0] - 1)].to(scalar)
-        prompt = attend(q, problem.key[b].to(dtype), problem.value[b].to(dtype), problem.scale, bias)
-        z = prompt.output
-        entries = []
+        text = _prompt(problem, b, q, dtype)
+        shared = _reduced(problem.shared, b, scalar)
+        measured = []
         if tokens is not None:
-            entries = [
-                _measure(problem, tokens, e, q, prompt, dtype, nudge) for e in _existing(tokens, rule, b)
-            ]
-        near = torch.zeros(heads, queries, dtype=torch.bool, device=z.device)
-        if not entries:
-            output, magnitude, limited = z, z.abs(), torch.zeros(1, queries, **made)
-        else:
+            measured = _existing(problem, tokens, b)
+        if rule.shared not in WORDS["shared"]:
+            raise unknown("shared", rule.shared)
+        around = shared if rule.shared == "outside" and measured else None
+        prompt = text if shared is None or around is not None else merge(shared, text)
+        seen = _Row(problem, b, q, prompt, shared, dtype, nudge)
+        entries = [_measure(seen, tokens, *where) for where in measured if tokens is not None]
+        near = torch.zeros(heads, queries, dtype=torch.bool, device=q.device)
+        z = prompt.output
+        mixed = Mixed(z, z, z.abs(), z.new_zeros(1, queries))
+        if entries:
             near = near | near_jump(rule, entries, nudge.delta)
             if rule.select == "max":
                 keep_largest(entries, nudge.runner_up)
             elif rule.select != "all":
                 raise unknown("select", rule.select)
-            output, magnitude, limited = mix(rule, prompt, entries, scalar)
+            mixed = mix(rule, prompt, entries, scalar, around)
         for entry in entries if heads and queries else ():
-            heat[entry.index] = entry.g.expand(heads, queries).mean(0).detach()
-            entry_table[entry.index] = _entry_statistics(entry, prompt)
-        row_table[b] = _row_statistics(output.detach(), z.detach(), limited, problem.query.dtype)
-        outputs.append(output)
-        magnitudes.append(magnitude.detach().amax(-1) if magnitude.shape[-1] else magnitude.sum(-1))
+            seen_at = entry.share if rule.similarity == "one" and shared is not None else 1.0
+            tables.heat[entry.index] = (entry.g * seen_at).expand(heads, queries).mean(0).detach()
+            tables.entries[entry.index] = _entry_statistics(entry, prompt)
+        share = z.new_zeros(heads, queries) if shared is None else mass_share(shared, text, z.new_zeros(()))
+        tables.rows[b] = _row_statistics(mixed, share, problem.query.dtype)
+        magnitude = mixed.magnitude.detach()
+        outputs.append(mixed.output)
+        magnitudes.append(magnitude.amax(-1) if magnitude.shape[-1] else magnitude.sum(-1))
         jumps.append(near)
-    tables = Tables(entry_table, heat, row_table)
     if not batch:
         none = problem.query.new_zeros(0, heads, queries)
         return Evaluation(problem.query.to(dtype), tables, none, none.bool())
     return Evaluation(torch.stack(outputs), tables, torch.stack(magnitudes), torch.stack(jumps))
 
 
-def _existing(tokens: ConceptTokens, rule: Rule, b: int) -> list[tuple[int, int, int, int]]:
+def _prompt(problem: Problem, b: int, q: Tensor, dtype: torch.dtype) -> Segment:
+    """The prompt of row b alone, without shared keys."""
+    scalar = torch.promote_types(dtype, torch.float32)
+    if (reduced_ := _reduced(problem.prompt, b, scalar)) is not None:
+        return reduced_
+    bias = None
+    if problem.key_bias is not None:
+        bias = problem.key_bias[min(b, problem.key_bias.shape[0] - 1)].to(scalar)
+    return attend(q, problem.key[b].to(dtype), problem.value[b].to(dtype), problem.scale, bias)
+
+
+def _reduced(partial: Partial | None, b: int, scalar: torch.dtype) -> Segment | None:
+    return None if partial is None else reduced(partial.out[b], partial.lse[b], scalar)
+
+
+def _existing(problem: Problem, tokens: ConceptTokens, b: int) -> list[tuple[int, int, int, int]]:
     """(entry, concept, begin, length) of the entries of row b that exist, indices clamped."""
+    reads = problem.rule.reads
     index = tokens.index.tolist()
     entries, concepts = tokens.entries, tokens.concepts
     rows = index[entries + 2 * concepts :]
@@ -188,12 +212,14 @@ def _existing(tokens: ConceptTokens, rule: Rule, b: int) -> list[tuple[int, int,
         begin = min(max(index[entries + c], 0), tokens.tokens)
         length = min(max(index[entries + concepts + c], 0), tokens.longest, tokens.tokens - begin)
         present = length > 0
-        if present and tokens.token_bias is not None:
+        if problem.slots:
+            present = bool((problem.slots[c].lse[b] != -torch.inf).any())
+        elif present and tokens.token_bias is not None:
             present = bool((tokens.token_bias[begin : begin + length] > -torch.inf).any())
-        has_what_is_read = (present or not rule.reads.tokens) and (
-            tokens.direction is not None or not rule.reads.direction
+        has_what_is_read = (present or not (reads.tokens or problem.slots)) and (
+            tokens.direction is not None or not reads.direction
         )
-        if has_what_is_read and float(tokens.active[e].detach()) > 0:
+        if has_what_is_read and not float(tokens.active[e].detach()) <= 0:  # NaN: 1
             found.append((e, c, begin, length))
     return found
 
@@ -213,31 +239,47 @@ def _entry_values(tokens: ConceptTokens, rule: Rule, e: int, scalar: torch.dtype
     return values
 
 
-def _measure(
-    problem: Problem,
-    tokens: ConceptTokens,
-    where: tuple[int, int, int, int],
-    q: Tensor,
-    prompt: Segment,
-    dtype: torch.dtype,
-    nudge: Nudge,
-) -> Entry:
+class _Row(NamedTuple):
+    """What entries of one row are measured against."""
+
+    problem: Problem
+    b: int
+    q: Tensor
+    prompt: Segment  # with what the rule puts into Z
+    shared: Segment | None
+    dtype: torch.dtype
+    nudge: Nudge
+
+
+def _measure(row: _Row, tokens: ConceptTokens, e: int, c: int, begin: int, length: int) -> Entry:
     """Feature, similarity, gate and direction coefficients of one entry."""
+    problem, b, q, prompt, shared, dtype, nudge = row
     rule, z = problem.rule, prompt.output
-    e, c, begin, length = where
-    span = slice(begin, begin + length)
     values = _entry_values(tokens, rule, e, z.dtype)
     zero = torch.zeros(1, 1, dtype=z.dtype, device=z.device)
     one = zero + 1
 
-    segment, feature, f = None, z * 0, z * 0
-    if rule.reads.tokens:
-        k = tokens.key[span].transpose(0, 1).to(dtype)
-        v = tokens.value[span].transpose(0, 1).to(dtype)
+    segment, feature, f, present = None, z * 0, z * 0, None
+    if problem.slots:
+        slot = problem.slots[c]
+        segment = reduced(slot.out[b], slot.lse[b], z.dtype)
+        present = over_scope(segment.mass, rule.scope) > 0
+        segment = segment if rule.reads.tokens else None
+    elif rule.reads.tokens:
+        span = slice(begin, begin + length)
+        of_row = b if tokens.key.dim() == 4 else slice(None)
+        k = tokens.key[of_row][span].transpose(0, 1).to(dtype)
+        v = tokens.value[of_row][span].transpose(0, 1).to(dtype)
         bias = None if tokens.token_bias is None else tokens.token_bias[span].to(z.dtype)[None, None]
         weight = None if tokens.token_weight is None else tokens.token_weight[span]
         segment = attend(q, k, v, problem.scale, bias, weight)
+    share = zero
+    if segment is not None:
         feature = f = segment.output
+        if shared is not None:
+            share = mass_share(shared, segment, zero)
+            if rule.shared == "inside":
+                feature = f = merge(shared, segment).output
     along = zero
     if rule.reads.direction:
         assert tokens.direction is not None  # for the type checker: `_existing` has checked it
@@ -274,8 +316,10 @@ def _measure(
     elif rule.direction != "raw":
         raise unknown("direction", rule.direction)
 
-    entry = Entry(e, c, values, segment, feature, x, zc, r)
+    entry = Entry(e, c, values, segment, feature, x, zc, r, share, present)
     entry.g = values["active"] * torch.minimum(gate(rule, r, values, nudge), values["cap"])
+    if present is not None:
+        entry.g, entry.r = torch.where(present, entry.g, 0.0), torch.where(present, r, 0.0)
     return entry
 
 
@@ -283,11 +327,14 @@ def _entry_statistics(entry: Entry, prompt: Segment) -> Tensor:
     g = entry.g
     share = mass_share(prompt, entry.segment, entry.numbers["logit_bias"])
     above = (g > GATE_REPORT_LEVEL).to(g.dtype)
-    return torch.stack([g.max(), g.mean(), above.mean(), share.mean(), entry.r.max()]).detach()
+    numbers = g.max(), g.mean(), above.mean(), share.mean(), entry.r.max(), entry.share.mean()
+    return torch.stack(numbers).detach()
 
 
-def _row_statistics(output: Tensor, z: Tensor, limited: Tensor, stored: torch.dtype) -> Tensor:
+def _row_statistics(mixed: Mixed, share: Tensor, stored: torch.dtype) -> Tensor:
+    output, z, limited = mixed.output.detach(), mixed.z.detach(), mixed.limited
     energy = divide((output - z).square().sum(), z.square().sum())
-    share = limited.mean() if limited.numel() else limited.sum()
     nonfinite = (~output.to(stored).isfinite()).sum()
-    return torch.stack([energy, share, nonfinite.to(z.dtype)])
+    means = (t.mean() if t.numel() else t.sum() for t in (limited, share.detach()))
+    limited, share = means
+    return torch.stack([energy, limited, nonfinite.to(z.dtype), share])

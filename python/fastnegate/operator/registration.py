@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .backends import NAMES, load
 from .plan import Plan, planned
-from .problem import Problem
+from .problem import Partial, Problem, Slots
 from .rule import Rule
 from .statistics import Tables
 from .tokens import CAPACITIES, TENSORS, ConceptTokens
@@ -26,8 +26,12 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? concept_key, "
     "Tensor? concept_value, Tensor? index, Tensor? numbers, Tensor? token_bias, "
     "Tensor? token_weight, Tensor? direction, Tensor? update, Tensor? offset, "
-    "int[] limits, int[] rule, float[] rule_numbers, float scale, str backend"
+    "int[] limits, int[] rule, float[] rule_numbers, float scale, str backend, "
+    "Tensor? shared_out=None, Tensor? shared_lse=None, Tensor? prompt_out=None, Tensor? prompt_lse=None, "
+    "Tensor[]? slots=None"
 )
+_BACKEND = 17  # its place
+
 _library = torch.library.Library("fastnegate", "DEF")
 _library.define(f"negated_attention({_ARGUMENTS}) -> Tensor")
 _library.define(f"negated_attention_with_statistics({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -43,6 +47,8 @@ def flat(problem: Problem, backend: str) -> tuple[Any, ...]:
     return (
         problem.query, problem.key, problem.value, problem.key_bias, *packed,
         limits, list(rule.codes), list(rule.numbers), problem.scale, backend,
+        *(problem.shared or (None, None)), *(problem.prompt or (None, None)),
+        None if problem.slots is None else [t for slot in problem.slots for t in slot],
     )  # fmt: skip
 
 
@@ -52,13 +58,34 @@ def from_flat(*arguments: Any) -> Problem:
     Raises:
         ValueError: a code of the rule stands for no word, or there are too few capacities.
     """
-    query, key, value, key_bias, *packed, limits, codes, numbers, scale, _ = arguments
+    query, key, value, key_bias, *packed, limits, codes, numbers, scale, _ = arguments[: _BACKEND + 1]
+    shared, prompt, slots = _partials(*arguments[_BACKEND + 1 :])
     concepts = None
     if packed[0] is not None:
         if len(limits) != len(CAPACITIES):
             raise ValueError(f"limits={limits}: must be {', '.join(CAPACITIES)}")
         concepts = ConceptTokens(**dict(zip(TENSORS, packed)), **dict(zip(CAPACITIES, limits)))
-    return Problem(query, key, value, key_bias, concepts, Rule.from_flat(codes, numbers), scale)
+    rule = Rule.from_flat(codes, numbers)
+    return Problem(query, key, value, key_bias, concepts, rule, scale, shared, prompt, slots)
+
+
+def _partials(
+    shared_out: Tensor | None = None,
+    shared_lse: Tensor | None = None,
+    prompt_out: Tensor | None = None,
+    prompt_lse: Tensor | None = None,
+    slots: list[Tensor] | None = None,
+) -> tuple[Partial | None, Partial | None, Slots | None]:
+    made = []
+    for name, out, lse in (("shared", shared_out, shared_lse), ("prompt", prompt_out, prompt_lse)):
+        if (out is None) is not (lse is None):
+            raise ValueError(f"{name}_out and {name}_lse go together: both or neither")
+        made.append(None if out is None or lse is None else Partial(out, lse))
+    if slots is None:
+        return made[0], made[1], None
+    if len(slots) % 2:
+        raise ValueError(f"slots has {len(slots)} tensors: must be out and lse of each")
+    return made[0], made[1], tuple(map(Partial, slots[::2], slots[1::2]))
 
 
 def run(problem: Problem, backend: str, statistics: bool) -> tuple[Tensor, Tables | None]:
@@ -71,7 +98,7 @@ def run(problem: Problem, backend: str, statistics: bool) -> tuple[Tensor, Table
 
 
 def _planned(arguments: tuple[Any, ...], statistics: bool) -> tuple[Tensor, Tables | None]:
-    problem, backend = from_flat(*arguments), arguments[-1]
+    problem, backend = from_flat(*arguments), arguments[_BACKEND]
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(NAMES)}")
 
@@ -101,7 +128,7 @@ def _fake_with_statistics(*arguments: Any) -> tuple[Tensor, ...]:
     query: Tensor = arguments[0]
     numbers: Tensor | None = arguments[4 + TENSORS.index("numbers")]
     entries = 0 if numbers is None else numbers.shape[0]
-    shapes = ((entries, 5), (entries, query.shape[2]), (query.shape[0], 3))
+    shapes = Tables.shapes(entries, query.shape[0], query.shape[2])
     return _fake(query), *(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 

@@ -24,6 +24,7 @@ SELECTS = ("all", "max")
 NORMS = ("none", "limit", "preserve")
 NORM_ORDERS = (1, 2)
 SCOPES = ("head", "feature")
+SHARED = ("inside", "joint", "outside")
 TOKENS = ("full", "content", "weighted", "prototype", "none")
 
 LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38  # of normal float32
@@ -36,13 +37,14 @@ _WORDS = {
     "select": SELECTS,
     "norm": NORMS,
     "scope": SCOPES,
+    "shared": SHARED,
     "tokens": TOKENS,
 }
 
 
 # In the order of `Rule.codes` and `Rule.numbers`. The code of a word is its place in its tuple, that of
 # norm_order the order itself.
-CODES = ("similarity", "gate", "direction", "combine", "select", "norm", "norm_order", "scope")
+CODES = ("similarity", "gate", "direction", "combine", "select", "norm", "norm_order", "scope", "shared")
 _NUMBERS = ("norm_limit", "blend", "temperature", "strength", "logit_bias", "threshold", "width", "cap")
 
 
@@ -72,6 +74,9 @@ class Rule:
         norm_limit: >= 1, the factor of `limit`.
         blend: in [0, 1]; the output is `blend * Y + (1 - blend) * Z`.
         scope: `head` or `feature`: over which channels inner products and norms run.
+        shared: `inside`, `joint` or `outside`: which segments hold the keys that prompt and concepts
+            share, in a call that has such keys. `joint` goes with combine `joint`, and only with it. None:
+            `joint` there, else `inside`.
         temperature: softmax temperature of `retrieve`; None means 1 / scale.
         strength, logit_bias, threshold, width, cap: the numbers of an entry that does not name its
             own. `width=None` means `1 - threshold` of the entry.
@@ -101,6 +106,7 @@ class Rule:
     norm_limit: float = 1.0
     blend: float = 1.0
     scope: str = "head"
+    shared: str | None = None
     temperature: float | None = None
     strength: float = 1.0
     logit_bias: float = 0.0
@@ -116,6 +122,8 @@ class Rule:
     reads: Reads = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.shared is None:
+            object.__setattr__(self, "shared", "joint" if self.combine == "joint" else "inside")
         for word, words in _WORDS.items():
             if getattr(self, word) not in words:
                 raise ValueError(f"{word}={getattr(self, word)!r}: allowed are {', '.join(words)}")
@@ -134,6 +142,10 @@ class Rule:
                 check_number(number, getattr(self, number), above=0.0)
         if self.combine == "joint" and self.direction != "raw":
             raise ValueError(f"direction={self.direction!r}: combine='joint' needs direction='raw'")
+        if (self.shared == "joint") is not (self.combine == "joint"):
+            raise ValueError(
+                f"shared={self.shared!r}: must be 'joint' with combine='joint', and only with it"
+            )
         if self.direction == "retrieve" and self.scope != "head":
             raise ValueError(f"scope={self.scope!r}: direction='retrieve' needs scope='head'")
         if self.norm == "preserve" and self.norm_order != 2:
@@ -150,6 +162,7 @@ class Rule:
         """What differs from `Rule()`."""
         values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
         plain = {f.name: f.default for f in dataclasses.fields(self)}
+        plain["shared"] = "joint" if self.combine == "joint" else "inside"
         return f"Rule({', '.join(f'{name}={value!r}' for name, value in values if value != plain[name])})"
 
     @classmethod
@@ -176,6 +189,8 @@ class Rule:
         published = _PUBLISHED.get((name, family or "sd15"), _PUBLISHED.get((name, "sd15"), {}))
         rule = dataclasses.replace(_PRESETS[name], name=name, **published)
         changed = [f for f in _WORDS if f in overrides and overrides[f] != getattr(rule, f)]
+        if overrides.get("combine", rule.combine) != rule.combine:
+            overrides.setdefault("shared", None)
         if changed:
             name += "[" + ",".join(f"{f}={overrides[f]}" for f in changed) + "]"
         return dataclasses.replace(rule, **{"name": name, **overrides})
@@ -217,9 +232,10 @@ def _code(word: str, value: Any) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _from_flat(codes: tuple[int, ...], numbers: tuple[float, ...]) -> Rule:
-    """Kept: the registered operator asks for the same rule at every call."""
+    """Kept: the registered operator asks for the same rule at every call. Programs that were exported before
+    there was `shared` hold one code less."""
     for name, values, names in (("codes", codes, CODES), ("numbers", numbers, _NUMBERS)):
-        if len(values) != len(names):
+        if len(values) != len(names) and (name, len(values)) != ("codes", len(CODES) - 1):
             raise ValueError(f"{name} of a rule has {len(values)} values: must be {', '.join(names)}")
     fields: dict[str, Any] = dict(zip(_NUMBERS, numbers))
     for name in ("temperature", "width"):
@@ -258,17 +274,17 @@ FAMILIES = ("sd15", "sd2", "sdxl", "pixart", "sana", "sd35", "flux", "wan")
 _PRESETS = {
     # Dong et al., NeurIPS 2023: prototype -> retrieve negative features -> refine.
     "protore": Rule("cosine", "ramp", "projection", select="max", norm="limit", strength=2.0,
-                    threshold=0.5, width=None, tokens="prototype"),
+                    shared="outside", threshold=0.5, width=None, tokens="prototype"),
     "protore_retrieve": Rule("cosine", "ramp", "retrieve", select="max", norm="limit", strength=2.0,
-                             threshold=0.5, width=None, tokens="prototype"),
+                             shared="outside", threshold=0.5, width=None, tokens="prototype"),
     # arXiv 2408.01014 v2 (GIE): its own softmax, values of the content tokens only, first 80 %.
-    "eiup": Rule(tokens="weighted", stop=0.8),
+    "eiup": Rule(shared="outside", tokens="weighted", stop=0.8),
     # arXiv 2505.21179, eq. 7-10: strength is the paper's phi (public code's nag_scale is phi + 1).
     "nag": Rule(direction="difference", norm="limit", norm_order=1, scope="feature"),
     # arXiv 2508.10931: alpha, beta; NegPiP is beta = 0.
     "vsf": Rule(combine="joint", strength=3.3, logit_bias=0.1, tokens="content"),
     # arXiv 2412.02687, eq. 7-9.
-    "nasa": Rule(),
+    "nasa": Rule(shared="outside"),
     # arXiv 2605.29390, from the abstract.
     "ong": Rule(direction="orthogonal", scope="feature"),
     # arXiv 2503.09630: beta = 2 reflects; the published hook sits after the output projection.

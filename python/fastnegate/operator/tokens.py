@@ -57,7 +57,8 @@ class ConceptTokens:
     With T tokens, C concepts, E entries, B batch rows, H heads and head dimension D:
 
     Attributes:
-        key, value: [T, H, D], the dtype and device of the query.
+        key, value: [T, H, D], the dtype and device of the query; or [B, T, H, D], where a row's entries
+            read tokens of that row (`from_activations`).
         index: int32 [E + 2 C + B + 1]: the concept of each entry, `begin` and `length` of each
             concept in the token axis, and the CSR offsets of the rows into the entries.
         numbers: float32 [E, 8]: strength, logit_bias, threshold, width, cap, active and two unused
@@ -140,7 +141,7 @@ class ConceptTokens:
         for name, number in numbers.items():
             if name not in NUMBERS:
                 raise TypeError(f"unknown number {name!r}: allowed are {', '.join(NUMBERS)}")
-            check_number(name, number, **_LIMITS.get(name, {}))
+            check_entry_number(name, name, number)
 
         entries = [
             _entry(item, f"rows[{b}][{i}]", len(keys), numbers)
@@ -179,6 +180,19 @@ class ConceptTokens:
         """Pack concepts that every one of `batch` rows negates; arguments as for `pack`."""
         return cls.pack(keys, values, [list(range(len(keys)))] * batch, **numbers)
 
+    @classmethod
+    def from_activations(cls, key: Tensor, value: Tensor, layout: ConceptTokens) -> ConceptTokens:
+        """The concepts of `layout` with tokens that were computed for this call, as in joint attention, where
+        concept tokens are a part of the sequence.
+
+        Args:
+            key, value: [B, T, H, D], or [T, H, D] for all rows; any strides with D contiguous. The operator
+                checks them; nothing is checked, copied or read here.
+            layout: made once by `pack`, from keys and values of any kind: which tokens a concept owns, which
+                rows negate it, with which numbers, biases and directions.
+        """
+        return replace(layout, key=key, value=value)
+
     @property
     def batch(self) -> int:
         """B, the number of batch rows."""
@@ -187,7 +201,7 @@ class ConceptTokens:
     @property
     def tokens(self) -> int:
         """T, the number of packed tokens."""
-        return self.key.shape[0]
+        return self.key.shape[-3]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -225,7 +239,10 @@ class ConceptTokens:
         """The same concepts for the first `batch` rows: views, so in-place changes still show."""
         if not 0 <= batch <= self.batch:
             raise ValueError(f"batch={batch}: these tokens hold {self.batch} rows")
-        return replace(self, index=self.index[: self.index.shape[0] - self.batch + batch])
+        index = self.index[: self.index.shape[0] - self.batch + batch]
+        if self.key.dim() == 3:
+            return replace(self, index=index)
+        return replace(self, index=index, key=self.key[:batch], value=self.value[:batch])
 
     def cast(self, dtype: torch.dtype) -> ConceptTokens:
         """Keys and values in `dtype`; numbers stay float32."""
@@ -280,6 +297,11 @@ def _locate(tokens: ConceptTokens) -> Located:
     return Located(present, tuple(map(_data_ptr, present)), addresses, plain, layout)
 
 
+def check_entry_number(where: str, name: str, number: Any) -> None:
+    """Raise a ValueError unless `number` may be the number `name` of an entry."""
+    check_number(where, number, **_LIMITS.get(name, {}))
+
+
 def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:
     """One row of `ConceptTokens.numbers` from the numbers given; the rest are the rule's."""
     row = [float("nan")] * (COLUMNS - 2) + [0.0, 0.0]
@@ -287,7 +309,7 @@ def entry_numbers(where: str, given: Mapping[str, Any]) -> list[float]:
     for name, number in given.items():
         if name not in NUMBERS:
             raise TypeError(f"{where}: unknown key {name!r}: allowed are concept, {', '.join(NUMBERS)}")
-        check_number(f"{where}: {name}", number, **_LIMITS.get(name, {}))
+        check_entry_number(f"{where}: {name}", name, number)
         row[NUMBERS.index(name)] = float(number)
     return row
 

@@ -193,7 +193,7 @@ class Judge:
                 room = room.masked_fill(near_heat.bool(), torch.inf)
             elif name == "gate_max":
                 room = room.masked_fill(near_entry > 0, torch.inf)
-            elif name in ("removed_energy", "limited_fraction", "nonfinite"):
+            elif name in ("removed_energy", "limited_fraction", "nonfinite", "text_share"):
                 room = room + near_row * (1 + truth.abs())
             elif name != "similarity_max":
                 room = room + near_entry

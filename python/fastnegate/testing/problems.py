@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..operator.problem import Problem
+from ..operator.problem import Partial, Problem
 from ..operator.rule import Rule
 from ..operator.tokens import ConceptTokens
 from .judge import MANY_ROWS
@@ -213,6 +213,10 @@ def moved(holder: Holder, device: str) -> Holder:
             changes[field.name] = _moved(item, device)
         elif isinstance(item, ConceptTokens):
             changes[field.name] = moved(item, device)
+        elif isinstance(item, Partial):
+            changes[field.name] = Partial(*(_moved(tensor, device) for tensor in item))
+        elif field.name == "slots" and item is not None:
+            changes[field.name] = tuple(Partial(*(_moved(t, device) for t in slot)) for slot in item)
     return replace(holder, **changes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import planned, require, unknown_word
-from ..problem import Problem
+from ..problem import Partial, Problem, Slots
 from ..statistics import GATE_REPORT_LEVEL, Tables
 from ..tokens import ConceptTokens
 from . import native
@@ -68,11 +68,12 @@ class CpuPlan:
         self._layout = layout = native.layout(problem)
         self._out = layout.out_shape, layout.out_strides
         self._as_it_is, self._negates = layout.as_it_is, layout.negates
+        self._partials = len(problem.partials) > 0
         self._call = _C.Call(self._layout.arguments, GATE_REPORT_LEVEL)
         batch, heads, queries, keys, dim = problem.sizes
         tokens = problem.concepts.tokens if problem.concepts is not None else 0
         self._sizes = [batch, heads, queries, keys, tokens, dim]
-        self._tables = ((problem.entries, 5), (problem.entries, queries), (batch, 3)) if statistics else ()
+        self._tables = Tables.shapes(problem.entries, batch, queries) if statistics else ()
 
     def __repr__(self) -> str:
         return f"<plan of the CPU backend: {self.describe()}>"
@@ -92,6 +93,9 @@ class CpuPlan:
         value: Tensor,
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
+        shared: Partial | None = None,
+        prompt: Partial | None = None,
+        slots: Slots | None = None,
     ) -> tuple[Tensor, Tables | None]:
         out = query.new_empty_strided(*self._out)  # no view, which autograd would have to know of
         text: tuple[int, ...] = ()
@@ -109,6 +113,7 @@ class CpuPlan:
             out.data_ptr(),
             0 if key_bias is None else key_bias.data_ptr(),
             text,
+            native.partial_addresses(shared, prompt, slots) if self._partials else (),
             *((0, 0, 0) if tables is None else native.addresses(tables)),
             instruction_set(),
             torch.get_num_threads(),

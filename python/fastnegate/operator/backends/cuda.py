@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..plan import planned, require, unknown_word
-from ..problem import Problem
+from ..plan import partial, planned, require, unknown_word
+from ..problem import Partial, Problem, Slots
 from ..statistics import Tables, Trace
 from ..tokens import ConceptTokens
 from . import native
@@ -61,7 +61,7 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    if (reason := unknown_word(WORDS, problem.rule)) is not None:
+    if (reason := unknown_word(WORDS, problem.rule) or partial(problem)) is not None:
         return reason
     rows = {"query": query, "key": problem.key, "value": problem.value}
     if tokens is not None:
@@ -145,6 +145,9 @@ class CudaPlan:
         value: Tensor,
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
+        shared: Partial | None = None,
+        prompt: Partial | None = None,
+        slots: Slots | None = None,
     ) -> tuple[Tensor, Tables | None]:
         out = query.new_empty_strided(*self._out)  # no view, which autograd would have to know of
         text: tuple[int, ...] = ()
@@ -183,7 +186,7 @@ def _stream(device: int) -> int:
 
 
 def plan(problem: Problem, statistics: bool) -> CudaPlan:
-    require(NAME, unknown_word(WORDS, problem.rule))
+    require(NAME, unknown_word(WORDS, problem.rule) or partial(problem))
     return CudaPlan(problem, statistics)
 
 

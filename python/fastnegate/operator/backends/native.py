@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Partial, Problem, Slots
 from ..rule import CODES, Rule
 from ..tokens import ConceptTokens
 
@@ -26,6 +26,7 @@ WORDS = {
     "norm": ("none", "limit", "preserve"),
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
+    "shared": ("inside", "joint", "outside"),
 }
 ALIGNMENT = 16  # bytes that kernels read at a time
 _READ_AS_THEY_ARE = 2  # of the tensors of concepts, key and value have strides, the others are contiguous
@@ -93,7 +94,10 @@ def layout(problem: Problem) -> Layout:
     if negates and tokens is not None:
         capacities, count = tokens.capacities, tokens.tokens
         copied = tuple(i for i, t in enumerate(tokens.tensors) if i >= _READ_AS_THEY_ARE and not _simple(t))
-        text = [(0, t.stride(1), t.stride(0)) for t in (tokens.key, tokens.value)]
+        text = [
+            (t.stride(0) if t.dim() == 4 else 0, t.stride(-2), t.stride(-3))
+            for t in (tokens.key, tokens.value)
+        ]
     prompt = [tuple(t.stride()[:3]) for t in (problem.query, problem.key, problem.value)]
     arguments = (
         (batch, heads, queries, keys, dim, *capacities, count),
@@ -104,6 +108,7 @@ def layout(problem: Problem) -> Layout:
         codes(problem.rule),
         problem.rule.numbers,
         problem.rule.reads,
+        (_strides(problem.shared), _strides(problem.prompt), [*map(_strides, problem.slots or ())]),
     )
     return Layout(arguments, shape, strides, bias, negates, copied)
 
@@ -113,6 +118,16 @@ def codes(rule: Rule) -> tuple[int, ...]:
     return tuple(
         rule.norm_order if word == "norm_order" else WORDS[word].index(getattr(rule, word)) for word in CODES
     )
+
+
+def _strides(partial: Partial | None) -> tuple[int, ...]:
+    """Of `out` and `lse`; none for None."""
+    return () if partial is None else (*partial.out.stride()[:3], *partial.lse.stride())
+
+
+def partial_addresses(shared: Partial | None, prompt: Partial | None, slots: Slots | None) -> tuple[int, ...]:
+    """Of `out` and `lse` of each that there is."""
+    return tuple(t.data_ptr() for p in (shared, prompt, *(slots or ())) if p is not None for t in p)
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import planned, require, unknown_word
-from ..problem import Problem
+from ..plan import partial, planned, require, unknown_word
+from ..problem import Partial, Problem, Slots
 from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
 from ..statistics import Tables, Trace
 from ..tokens import TENSORS, ConceptTokens
@@ -36,6 +36,7 @@ WORDS = {
     "norm": ("none", "limit", "preserve"),
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
+    "shared": ("inside", "joint", "outside"),
 }
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,12 +95,12 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    return unknown_word(WORDS, problem.rule)
+    return unknown_word(WORDS, problem.rule) or partial(problem)
 
 
 def plan(problem: Problem, statistics: bool, tuned: Any = None) -> TritonPlan:
     """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
-    require(NAME, unknown_word(WORDS, problem.rule))
+    require(NAME, unknown_word(WORDS, problem.rule) or partial(problem))
     return TritonPlan(problem, statistics, tuned)
 
 
@@ -289,6 +290,9 @@ class TritonPlan:
         value: Tensor,
         key_bias: Tensor | None,
         concepts: ConceptTokens | None,
+        shared: Partial | None = None,
+        prompt: Partial | None = None,
+        slots: Slots | None = None,
         *,
         start: Callable[..., None] | None = None,
     ) -> tuple[Tensor, Tables | None]:
