@@ -120,6 +120,20 @@ def test_flex(monkeypatch: pytest.MonkeyPatch) -> None:
         run("flex", dtype=torch.float32, mask=mask, dim=36)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_bias_is_not_rounded_to_the_dtype_of_the_query(
+    dtype: torch.dtype, aten: torch.library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aten.impl("_scaled_dot_product_efficient_attention", efficient, "CPU")
+    on_cpu(monkeypatch, "efficient")
+    p = attention(dtype=dtype, mask="per_query")
+    p = dataclasses.replace(p, key_bias=30 * p.key_bias)  # of which the last bits of 16 are worth .06
+    for name in ("cpu", "efficient", "reference"):
+        check(p, fn.partial_attention(
+            p.query, p.key, p.value, key_bias=p.key_bias, scale=p.scale, backend=name
+        ))  # fmt: skip
+
+
 # ---- packages: [B, N, H, D] -----------------------------------------------------------------------
 
 
