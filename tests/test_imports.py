@@ -28,7 +28,7 @@ LAYERS = (
     ("operator.backends",),
     ("operator.checks",),
     ("operator.choice", "operator.registration"),
-    ("operator.attention",),
+    ("operator.attention", "operator.partials"),
     ("engine",),
     ("",),
     ("integrations",),

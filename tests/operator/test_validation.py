@@ -359,7 +359,7 @@ def test_gradients_are_refused_by_name_and_flow_through_auto(name: str) -> None:
 
 
 def test_auto_takes_the_reference_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    choice._log_once.cache_clear()
+    choice.log_once.cache_clear()
     problem = double(make_problem())
     with caplog.at_level(logging.WARNING, logger="fastnegate"):
         outputs = [call(problem, backend="auto") for _ in range(3)]

@@ -91,7 +91,7 @@ def _first(problem: Problem) -> str:
     else:
         raise BackendError("no backend can run this call: " + "; ".join(reasons))
     if name == "reference" and not torch.compiler.is_compiling() and problem.query.device.type != "meta":
-        _log_once("using the slow reference (" + "; ".join(reasons) + ")")
+        log_once("using the slow reference (" + "; ".join(reasons) + ")")
     return name
 
 
@@ -107,5 +107,5 @@ def _refusal(problem: Problem, name: str) -> str | None:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
     log.warning(message)
