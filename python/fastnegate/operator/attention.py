@@ -186,26 +186,64 @@ def _table(
     offset: Tensor | None,
 ) -> ConceptTokens:
     """Every row negates every slot; a partial says for which queries."""
+    sizes = query.shape[0], len(slots) if slots or direction is None else len(direction)
+    for name, given in numbers.items():
+        _check_numbers(name, given, sizes, query.device)
+    plain = direction is update is offset is None and not any(isinstance(n, Tensor) for n in numbers.values())
+    if plain and not _traced():
+        batch, heads, _, dim = query.shape
+        return _kept_table(len(slots), batch, heads, dim, query.dtype, query.device, tuple(numbers.items()))
+    return _made_table(query, slots, numbers, direction, update, offset)
+
+
+def _check_numbers(name: str, given: float | Tensor, sizes: tuple[int, int], device: torch.device) -> None:
+    if name not in NUMBERS:
+        raise TypeError(f"numbers has {name!r}: allowed are {', '.join(NUMBERS)}")
+    where = f"numbers[{name!r}]"
+    if not isinstance(given, Tensor):
+        return check_entry_number(where, name, given)
+    if given.dtype != torch.float32 or given.device != device:
+        raise ValueError(f"{where} is {given.dtype} on {given.device}: must be torch.float32 on {device}")
+    if given.dim() > 2 or any(n not in (1, m) for n, m in zip(given.shape[::-1], sizes[::-1])):
+        raise ValueError(f"{where} has shape {list(given.shape)}: must broadcast to {list(sizes)}")
+
+
+def _traced() -> bool:
+    """Whether tensors made here belong to somebody who traces or records."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_table(
+    count: int,
+    batch: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    numbers: tuple[tuple[str, float | Tensor], ...],
+) -> ConceptTokens:
+    """The same for all calls of one kind: nobody writes to it."""
+    with torch.inference_mode(False):
+        query = torch.empty(batch, heads, 0, dim, dtype=dtype, device=device)
+        slots = (Partial(query, query),) * count
+        return _made_table(query, slots, dict(numbers), None, None, None)
+
+
+def _made_table(
+    query: Tensor,
+    slots: Slots,
+    numbers: Mapping[str, float | Tensor],
+    direction: Tensor | None,
+    update: Tensor | None,
+    offset: Tensor | None,
+) -> ConceptTokens:
     batch, count = query.shape[0], len(slots) if slots or direction is None else len(direction)
     table = torch.full((batch, count, COLUMNS), torch.nan, dtype=torch.float32, device=query.device)
     for name, given in numbers.items():
-        if name not in NUMBERS:
-            raise TypeError(f"numbers has {name!r}: allowed are {', '.join(NUMBERS)}")
-        if not isinstance(given, Tensor):
-            check_entry_number(f"numbers[{name!r}]", name, given)
-        elif given.dtype != torch.float32 or given.device != query.device:
-            raise ValueError(
-                f"numbers[{name!r}] is {given.dtype} on {given.device}: must be torch.float32 on "
-                f"{query.device}"
-            )
-        elif given.dim() > 2 or any(n not in (1, m) for n, m in zip(given.shape[::-1], (count, batch))):
-            raise ValueError(
-                f"numbers[{name!r}] has shape {list(given.shape)}: must broadcast to [{batch}, {count}]"
-            )
         table = _with_column(table, NUMBERS.index(name), given)
     none = query.new_empty(0, query.shape[1], query.shape[3])
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    index = (_every_slot if traced else _kept_slots)(batch, count, query.device)
+    index = (_every_slot if _traced() else _kept_slots)(batch, count, query.device)
     return ConceptTokens(
         none, none, index, table.flatten(0, 1), batch * count, count, 0, count,
         direction=direction, update=update, offset=offset,

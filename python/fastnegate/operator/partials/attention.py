@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`partial_attention`: which kernel attends, for calls like an earlier one known from it."""
+
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -7,11 +11,13 @@ from torch import Tensor
 from .. import checks
 from ..choice import log_once
 from ..plan import require
-from ..problem import Partial, Problem
+from ..problem import Partial, Problem, signature
 from ..rule import Rule
 from . import kernels
 
 _UNUSED = Rule()  # the checks are those of the operator
+_known: dict[Hashable, tuple[str, float]] = {}  # calls like one that was checked: which kernel, and the scale
+_MOST = 4096
 
 
 def partial_attention(
@@ -62,6 +68,13 @@ def partial_attention(
     The conventions of flash, cudnn, efficient and flex were checked on one GPU (H100, torch 2.11). No test
     runs them, nor the packages: tests have what they return as recorded, layout, shape and empty rows.
     """
+    call: Hashable = None
+    if checks.direct(query, key, value, key_bias, None, _UNUSED, scale, None, None, None, backend):
+        call = backend, signature(query, key, value, key_bias, None, _UNUSED, scale)
+        known = _known.get(call)
+        if known is not None:
+            name, scale = known
+            return Partial(*kernels.run(name, Problem(query, key, value, key_bias, None, _UNUSED, scale)))
     problem = checks.problem(query, key, value, key_bias, None, _UNUSED, scale)
     if backend == "auto":
         backend = _first(problem)
@@ -69,7 +82,12 @@ def partial_attention(
         raise ValueError(f"backend={backend!r}: allowed are auto, {', '.join(kernels.KERNELS)}")
     else:
         require(backend, kernels.refusal(backend, problem))
-    return Partial(*kernels.run(backend, problem))
+    result = Partial(*kernels.run(backend, problem))
+    if call is not None:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[call] = backend, problem.scale
+    return result
 
 
 def _first(problem: Problem) -> str:
