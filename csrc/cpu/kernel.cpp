@@ -52,6 +52,7 @@ FN_INLINE Mass mass_of(const Partial& partial, const Task& task, int64_t h, int6
   for (int i = 0; i < W; ++i)
     x[i] = lse[(task.first_query + std::min<int64_t>(v * W + i, count - 1)) * partial.lse_query];
   const I empty = x == -INFINITY;
+  x = max(splat(-2e38f), x);  // else the lowest float would become -inf; NaN and +inf show
   // Both factors in halves of 12 bits, whose first product is exact also where there is no fused multiply-add.
   constexpr float kHigh = 2955.f / 2048, kLow = static_cast<float>(1.4426950408889634 - kHigh);
   const F top = x * kLog2e, high = as_float(as_int(x) & ~0xfff), rest = x - high;
@@ -295,7 +296,8 @@ class Tile {
     const float* from = s.shared + g * p.dim * L;
     for (int q = 0; q < NQ; ++q) {
       const Mass first = shared(g, q), m = mass_of_segment(g, segment, q);
-      const F part = share_of(first, m), rest = 1.f - part;
+      // Both shares as they are: 1 - part would have no more than absolute accuracy, beside large values.
+      const F part = share_of(first, m), rest = share_of(m, first);
       const I alone = first.mass == 0.f, absent = m.mass == 0.f;
       for (int64_t d = 0; d < p.dim; ++d) {
         const F own = load(vec(x, d, q)), other = load(from + (d * NQ + q) * W);
@@ -634,7 +636,7 @@ class Tile {
       F total = F{};
       const auto part = [&](int64_t i) {
         const F gap = (t(i) - highest) + load(low(g, i, q));
-        return select(w(i) == 0.f, F{}, w(i) * exp2(min(gap, splat(127.f))));
+        return select(w(i) == 0.f, F{}, w(i) * exp2(min(splat(127.f), gap)));  // in this order: NaN shows
       };
       for (int64_t i = 0; i <= entries; ++i) total = total + part(i);
       const F inverse = select(total == 0.f, F{}, 1.f / total);

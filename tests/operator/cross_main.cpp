@@ -19,9 +19,9 @@ int main(int count, char** arguments) {
   if (count != 3) return std::fprintf(stderr, "usage: %s instruction-set file\n", arguments[0]), 2;
   std::fstream file(arguments[2], std::ios::in | std::ios::out | std::ios::binary);
   const auto read = [&](auto* to, int64_t n) { file.read(reinterpret_cast<char*>(to), n * sizeof(*to)); };
-  int64_t bytes[17], n[45];
+  int64_t bytes[17], n[46];
   double x[10];
-  read(bytes, 17), read(n, 45), read(x, 10);
+  read(bytes, 17), read(n, 46), read(x, 10);
   std::vector<char> memory[17];
   std::streamoff at[17];
   for (int i = 0; i < 17; ++i) {
@@ -36,7 +36,7 @@ int main(int count, char** arguments) {
     const int64_t* strides = n + 10 + 3 * i;
     return Strided{bytes[array] ? memory[array].data() : nullptr, strides[0], strides[1], strides[2]};
   };
-  const int64_t* code = n + 33, *reads = n + 41;
+  const int64_t* code = n + 33, *reads = n + 42;
   const auto f = [&](int i) { return static_cast<float>(x[i]); };
   Problem p{};
   p.batch = n[0], p.heads = n[1], p.queries = n[2], p.keys = n[3], p.dim = n[4];
@@ -54,7 +54,7 @@ int main(int count, char** arguments) {
   p.entry_table = floats(14), p.heat = floats(15), p.row_table = floats(16);
   p.rule = {static_cast<Similarity>(code[0]), static_cast<Gate>(code[1]), static_cast<Direction>(code[2]),
             static_cast<Combine>(code[3]), static_cast<Select>(code[4]), static_cast<Norm>(code[5]),
-            static_cast<int>(code[6]), static_cast<Scope>(code[7]), f(2), f(3), f(4),
+            static_cast<int>(code[6]), static_cast<Scope>(code[7]), static_cast<Shared>(code[8]), f(2), f(3), f(4),
             {f(5), f(6), f(7), f(8), f(9), 1.f},
             {reads[0] != 0, reads[1] != 0, reads[2] != 0, reads[3] != 0}};
   run_cpu(p, arguments[1], 1);

@@ -83,8 +83,9 @@ class Emulator:
     def Call(self, arguments: tuple, report_level: float) -> tuple:
         return arguments, report_level
 
-    def run_cpu(self, call, query, key, value, out, key_bias, concepts, *rest) -> None:
-        (sizes, strides, bias_strides, dtype, scale, codes, numbers, reads), report_level = call
+    def run_cpu(self, call, query, key, value, out, key_bias, concepts, partials, *rest) -> None:
+        (sizes, strides, bias_strides, dtype, scale, codes, numbers, reads, _), report_level = call
+        assert not partials  # the file has no place for them
         *tables, isa, _ = rest
         addresses = [query, key, value, out, key_bias, *(concepts or [0] * 9), *tables]
         batch, heads, queries, keys, dim, entries, count, _, _, tokens = sizes
@@ -94,11 +95,11 @@ class Emulator:
         rows = [element * _extent(shape, (*s, 1)) for shape, s in zip(shapes, strides)]
         bias = 4 * _extent((batch, heads, queries, keys), bias_strides)
         words = [entries + 2 * count + batch + 1, 8 * entries, tokens, tokens]
-        words += [count * heads * dim] * 2 + [count, 5 * entries, entries * queries, 3 * batch]
+        words += [count * heads * dim] * 2 + [count, 6 * entries, entries * queries, 4 * batch]
         extents = [*rows[:4], bias, *rows[4:], *(4 * n for n in words)]
         extents = [n if address else 0 for n, address in zip(extents, addresses)]
         flat = [*sizes, *(s for three in strides for s in three), *bias_strides, dtype, *codes, *reads]
-        header = struct.pack("<62q10d", *extents, *flat, scale, report_level, *numbers)
+        header = struct.pack("<63q10d", *extents, *flat, scale, report_level, *numbers)
         arrays = [ctypes.string_at(address, n) if n else b"" for address, n in zip(addresses, extents)]
         self.file.write_bytes(b"".join((header, *arrays)))
         assert isa == self.command[-1]

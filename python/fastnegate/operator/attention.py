@@ -119,7 +119,8 @@ def combine(
             negate it. May be empty for a rule that reads no tokens (`casteer`).
         rule: a `Rule` or the name of a preset; not one with direction `retrieve`.
         numbers: strength, logit_bias, threshold, width, cap and active where the rule's own do not hold:
-            each a number or a float32 tensor that broadcasts to [B, slots]. NaN means the rule's.
+            each a number, or a float32 tensor that broadcasts to [B, slots]; what it holds is not checked,
+            and NaN in it means the rule's.
         direction, update: float32 [slots, H, D]; offset: float32 [slots]: as in `ConceptTokens`.
         backend: as in `negated_attention`.
 
@@ -132,12 +133,18 @@ def combine(
     """
     if not isinstance(prompt, Partial):
         raise TypeError(f"prompt is a {type(prompt).__name__}: must be a Partial")
-    for i, slot in enumerate(concepts):
+    slots = tuple(concepts)
+    for i, slot in enumerate(slots):
         if not isinstance(slot, Partial):
             raise TypeError(f"concepts[{i}] is a {type(slot).__name__}: must be a Partial")
-    query, slots = checks.as_query("prompt.out", prompt.out), tuple(concepts)
-    tokens = _table(query, slots, numbers or {}, direction, update, offset)
+    query = checks.as_query("prompt.out", prompt.out)
     rule = Rule.preset(rule) if isinstance(rule, str) else rule
+    needs = isinstance(rule, Rule) and rule.reads.direction
+    if direction is None and (needs or update is not None or offset is not None):
+        raise ValueError(
+            "direction is None: must be given for a rule that reads it, and beside update or offset"
+        )
+    tokens = _table(query, slots, numbers or {}, direction, update, offset)
     if not slots and tokens.concepts and isinstance(rule, Rule) and rule.reads.tokens:
         raise ValueError("concepts is empty: must have a partial per slot for a rule that reads tokens")
     keys = query.new_empty(*query.shape[:2], 0, query.shape[3])
@@ -209,8 +216,14 @@ def _check_numbers(name: str, given: float | Tensor, sizes: tuple[int, int], dev
 
 
 def _traced() -> bool:
-    """Whether tensors made here belong to somebody who traces or records."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether tensors made here belong to somebody who traces, transforms, records or captures."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -174,6 +174,12 @@ def check(problem: Problem) -> None:
     partials = problem.partials
     for name, partial in partials:
         _check_partial(name, partial, problem.query)
+    if problem.slots:
+        count = 0 if problem.concepts is None else problem.concepts.concepts
+        if problem.prompt is None or len(problem.slots) != count:
+            raise ValueError(
+                f"{len(problem.slots)} slots: must go with a prompt, one for each of {count} concepts"
+            )
     if problem.rule.direction == "retrieve" and (problem.prompt is not None or problem.slots is not None):
         of = "prompt" if problem.slots is None else "concepts"
         raise ValueError(f"direction='retrieve' reads tokens, and {of} is a partial, which has none")

@@ -93,8 +93,9 @@ def merge(first: Segment, second: Segment) -> Segment:
 
 def merged(first: Segment, second: Segment, output: Tensor) -> Tensor:
     """The output of the merge if `output` were that of the second; an empty first leaves it as it is."""
-    share = mass_share(second, first, first.top.new_zeros(())).unsqueeze(-1)
-    mixed = share * first.output + (1 - share) * output
+    none = first.top.new_zeros(())
+    shares = mass_share(second, first, none), mass_share(first, second, none)
+    mixed = shares[0].unsqueeze(-1) * first.output + shares[1].unsqueeze(-1) * output
     mixed = torch.where((second.mass == 0).unsqueeze(-1), first.output, mixed)
     return torch.where((first.mass == 0).unsqueeze(-1), output, mixed)
 
@@ -184,8 +185,8 @@ def joint_shares(prompt: Segment, entries: list[Entry]) -> tuple[Tensor, list[Te
     """Softmax shares of the prompt and of each entry, with logits L and L_e - logit_bias + log g."""
 
     def logit(top: Tensor, mass: Tensor) -> Tensor:
-        some = mass > 0
-        return torch.where(some, top + torch.where(some, mass, 1.0).log(), -torch.inf)
+        none = mass == 0  # NaN is something, and shows
+        return torch.where(none, -torch.inf, top + torch.where(none, 1.0, mass).log())
 
     logits = [logit(prompt.top, prompt.mass)]
     for e in entries:
@@ -195,7 +196,7 @@ def joint_shares(prompt: Segment, entries: list[Entry]) -> tuple[Tensor, list[Te
     top = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
     masses = (stacked - top).exp()
     total = masses.sum(0)
-    shares = torch.where(total > 0, masses / torch.where(total > 0, total, 1.0), 0.0)
+    shares = torch.where(total == 0, 0.0, masses / torch.where(total == 0, 1.0, total))
     return shares[0], list(shares[1:])
 
 

@@ -21,7 +21,8 @@ class Partial(NamedTuple):
     Attributes:
         out: [B, H, N, D], attention to these keys alone, in the dtype of the query; D contiguous.
         lse: [B, H, N], the natural logarithm of the sum of exp(scaled logits), float32 (float64 beside
-            float64); -inf where there are no keys: `out` is ignored there, even NaN.
+            float64); -inf where there are no keys: `out` is ignored there, even NaN. NaN and +inf are no
+            log-sum-exps, and show as NaN wherever they are read.
     """
 
     out: Tensor

@@ -48,7 +48,8 @@ def flat(problem: Problem, backend: str) -> tuple[Any, ...]:
         problem.query, problem.key, problem.value, problem.key_bias, *packed,
         limits, list(rule.codes), list(rule.numbers), problem.scale, backend,
         *(problem.shared or (None, None)), *(problem.prompt or (None, None)),
-        None if problem.slots is None else [t for slot in problem.slots for t in slot],
+        # torch resolves lazily negated tensors, but not in a list that may be None.
+        None if problem.slots is None else [t.resolve_neg() for slot in problem.slots for t in slot],
     )  # fmt: skip
 
 

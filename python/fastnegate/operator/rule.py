@@ -122,8 +122,8 @@ class Rule:
     reads: Reads = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.shared is None:
-            object.__setattr__(self, "shared", "joint" if self.combine == "joint" else "inside")
+        if self.shared is None or isinstance(self.shared, _Implied):
+            object.__setattr__(self, "shared", _implied(self.combine))
         for word, words in _WORDS.items():
             if getattr(self, word) not in words:
                 raise ValueError(f"{word}={getattr(self, word)!r}: allowed are {', '.join(words)}")
@@ -162,7 +162,7 @@ class Rule:
         """What differs from `Rule()`."""
         values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
         plain = {f.name: f.default for f in dataclasses.fields(self)}
-        plain["shared"] = "joint" if self.combine == "joint" else "inside"
+        plain["shared"] = _implied(self.combine)
         return f"Rule({', '.join(f'{name}={value!r}' for name, value in values if value != plain[name])})"
 
     @classmethod
@@ -188,6 +188,8 @@ class Rule:
             raise ValueError(f"family={family!r}: allowed are {', '.join(FAMILIES)}")
         published = _PUBLISHED.get((name, family or "sd15"), _PUBLISHED.get((name, "sd15"), {}))
         rule = dataclasses.replace(_PRESETS[name], name=name, **published)
+        if "shared" in overrides and overrides["shared"] is None:
+            overrides["shared"] = _implied(overrides.get("combine", rule.combine))
         changed = [f for f in _WORDS if f in overrides and overrides[f] != getattr(rule, f)]
         if overrides.get("combine", rule.combine) != rule.combine:
             overrides.setdefault("shared", None)
@@ -214,6 +216,14 @@ class Rule:
         reads = self.reads
         moments = reads.products or reads.direction or reads.mass
         return ("moments",) * moments + ("norms",) * (self.norm != "none")
+
+
+class _Implied(str):
+    """A word that nobody chose: it follows `combine` in copies of the rule."""
+
+
+def _implied(combine: str) -> str:
+    return _Implied("joint" if combine == "joint" else "inside")
 
 
 def _reads(rule: Rule) -> Reads:

@@ -187,15 +187,23 @@ class ConceptTokens:
 
     @classmethod
     def from_activations(cls, key: Tensor, value: Tensor, layout: ConceptTokens) -> ConceptTokens:
-        """The concepts of `layout` with tokens that were computed for this call, as in joint attention, where
-        concept tokens are a part of the sequence.
+        """The concepts of `layout` with tokens of this call alone, as in joint attention, where they are a part
+        of the sequence.
 
         Args:
             key, value: [B, T, H, D], or [T, H, D] for all rows; any strides with D contiguous. The operator
-                checks them; nothing is checked, copied or read here.
-            layout: made once by `pack`, from keys and values of any kind: which tokens a concept owns, which
-                rows negate it, with which numbers, biases and directions.
+                checks the rest of their shape; nothing is copied or read here.
+            layout: made once by `pack`: which tokens a concept owns, which rows negate it, with which numbers,
+                biases and directions.
+
+        Raises:
+            ValueError: more or fewer tokens than the layout's.
         """
+        for name, tensor in (("key", key), ("value", value)):
+            if tensor.dim() not in (3, 4) or tensor.shape[-3] != layout.tokens:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}: must have the {layout.tokens} tokens of layout"
+                )
         return replace(layout, key=key, value=value)
 
     @property
@@ -244,21 +252,15 @@ class ConceptTokens:
         """The same concepts for the first `batch` rows: views, so in-place changes still show."""
         if not 0 <= batch <= self.batch:
             raise ValueError(f"batch={batch}: these tokens hold {self.batch} rows")
+        rows = batch if self.key.dim() == 4 else self.tokens
         index = self.index[: self.index.shape[0] - self.batch + batch]
-        if self.key.dim() == 3:
-            return replace(self, index=index)
-        return replace(self, index=index, key=self.key[:batch], value=self.value[:batch])
+        return replace(self, index=index, key=self.key[:rows], value=self.value[:rows])
 
     def cast(self, dtype: torch.dtype) -> ConceptTokens:
         """Keys and values in `dtype`; numbers stay float32."""
         return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
-    strength = _number("strength")
-    logit_bias = _number("logit_bias")
-    threshold = _number("threshold")
-    width = _number("width")
-    cap = _number("cap")
-    active = _number("active")
+    strength, logit_bias, threshold, width, cap, active = map(_number, NUMBERS)
 
 
 _data_ptr = Tensor.data_ptr

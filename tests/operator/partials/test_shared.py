@@ -329,6 +329,71 @@ def test_concept_tokens_of_each_rows_own(backend: str, dtype: torch.dtype) -> No
     Judge(own).check(run(own, backend), f"{backend} own tokens")
 
 
+@pytest.mark.parametrize("lowest", (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -2.4e38))
+@every_backend
+def test_a_mask_of_the_lowest_float_is_no_mask(backend: str, lowest: float) -> None:
+    """It is a number, of keys that weigh nothing beside others."""
+    problem = with_partials(make_problem(rule="nag", rows="same"), "combine")
+    for name in ("shared", "prompt"):
+        out, lse = (t.clone() for t in getattr(problem, name))
+        lse[:, :, 4:9] = lowest
+        low = dataclasses.replace(problem, **{name: fn.Partial(out.nan_to_num(), lse)})
+        output = run(low, backend)
+        assert output.isfinite().all()
+        torch.testing.assert_close(output, reference.run(low), rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+def test_a_merge_is_exact_beside_large_values(backend: str) -> None:
+    """The share of the shared keys is small, what they hold is large."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, 300, 40, generator=generator)
+    small, large = torch.randn_like(query), 1e4 * torch.randn(query.shape, generator=generator)
+    lse = torch.rand(1, 2, 300, generator=generator)
+    none = query[:, :, :0]
+    for away in (7.0, 10.0, 14.0):
+        shared, prompt = fn.Partial(large, lse), fn.Partial(small, lse + away)
+        problem = Problem(query, none, none, None, None, Rule(), 1.0, shared, prompt)
+        share = torch.sigmoid(lse.double() - prompt.lse.double())[..., None]
+        truth = share * large + (1 - share) * small
+        size = (share * large.abs() + (1 - share) * small.abs()).amax(-1, keepdim=True)
+        assert ((run(problem, backend) - truth).abs() / size).max() <= 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("rule", ("vsf", "nag", "protore"))
+@every_backend
+def test_what_is_no_log_sum_exp_shows(backend: str, rule: str, bad: float) -> None:
+    problem = with_partials(make_problem(rule=rule, rows="same", queries=40), "combine")
+    problem.shared.lse[:, :, 8] = bad
+    output = run(problem, backend)
+    assert output[:, :, 8].isnan().any(-1).all() and output[:, :, torch.arange(40) != 8].isfinite().all()
+
+
+def test_what_transforms_made_is_not_kept() -> None:
+    """Nor is a generator read twice, nor the sign of a lazily negated tensor lost."""
+    problem = with_partials(make_problem(rule="nag", rows="same"), "combine")
+    shared, prompt, slots = problem.shared, problem.prompt, list(problem.slots)
+    sizes = {"strength": 0.5}
+
+    def loss(out: Tensor) -> Tensor:
+        return fn.combine(None, prompt._replace(out=out), slots, "nag", sizes).sum()
+
+    expected = fn.combine(shared, prompt, slots, "nag", {"strength": 0.5000001})
+    with pytest.raises(ValueError, match="does not require grad"):
+        torch.func.grad(loss)(prompt.out.nan_to_num())
+    assert torch.allclose(fn.combine(shared, prompt, slots, "nag", sizes), expected, atol=1e-4)
+    assert torch.equal(
+        fn.combine(shared, prompt, (s for s in slots), "nag", sizes),
+        fn.combine(shared, prompt, slots, "nag", sizes),
+    )
+    lazy = [fn.Partial(s.out, torch.complex(s.lse, -s.lse).conj().imag) for s in slots]
+    assert lazy[0].lse.is_neg()
+    assert torch.equal(
+        fn.combine(shared, prompt, lazy, "nag", sizes), fn.combine(shared, prompt, slots, "nag", sizes)
+    )
+
+
 # ---- as PyTorch sees it -----------------------------------------------------------------------------
 
 NAMES = ("reference", "cpu") if CPU_BACKENDS else ("reference",)
@@ -352,6 +417,9 @@ def test_the_registered_operator_refuses_halves() -> None:
             operator(*arguments)
     with pytest.raises(ValueError, match="slots has 5 tensors: must be out and lse of each"):
         operator(*flat[:-1], flat[-1][:-1])
+    for slots in (flat[-1][:-2], flat[-1] + flat[-1][:2]):
+        with pytest.raises(ValueError, match="slots: must go with a prompt, one for each of 3 concepts"):
+            operator(*flat[:-1], slots)
 
 
 class Layer(torch.nn.Module):
@@ -509,6 +577,8 @@ def test_wrong_partials_are_refused_by_name(
         ({"numbers": {"strength": torch.ones(3, 1)}}, ValueError, r"'strength'\] has shape .*\[2, 1\]"),
         ({"numbers": {"strength": torch.ones(2, 1).double()}}, ValueError, r"'strength'\] is torch.float64"),
         ({"concepts": [], "direction": torch.zeros(1, 2, 16)}, ValueError, "concepts is empty"),
+        ({"rule": "casteer"}, ValueError, "direction is None: must be given for a rule that reads it"),
+        ({"update": torch.zeros(1, 2, 16)}, ValueError, "direction is None"),
         ({"direction": torch.zeros(2, 2, 16)}, ValueError, r"concepts.direction has shape \[2, 2, 16\]"),
     ],
 )  # fmt: skip
@@ -529,6 +599,9 @@ def test_concept_tokens_of_another_batch_are_refused() -> None:
         ValueError, match=r"concepts.key has shape .*\[2, T, 2, 16\] where each row has its own"
     ):
         call(concepts=own, shared=None)
+    for key in (tokens.key[:-1], tokens.key.expand(2, -1, -1, -1)[:, 1:], tokens.key[0]):
+        with pytest.raises(ValueError, match=r"key has shape .* must have the 23 tokens of layout"):
+            fn.ConceptTokens.from_activations(key, key, tokens)
     mixed = fn.ConceptTokens.from_activations(tokens.key, tokens.value.expand(2, -1, -1, -1), tokens)
     with pytest.raises(ValueError, match=r"concepts\.value has shape"):
         call(concepts=mixed, shared=None)
@@ -578,6 +651,11 @@ def test_presets_say_which_segments_hold_shared_keys() -> None:
     ours = Rule.preset("nag", shared="outside")
     assert ours.name == "nag[shared=outside]" and ours.shared == "outside"
     assert Rule.preset("eiup", combine="joint").shared == "joint"
+    assert dataclasses.replace(Rule.preset("vsf"), combine="separate").shared == "inside"
+    assert dataclasses.replace(Rule(), combine="joint").shared == "joint"
+    with pytest.raises(ValueError, match="shared='outside'"):
+        dataclasses.replace(Rule.preset("nasa"), combine="joint")
+    assert Rule.preset("protore", shared=None).name == "protore[shared=inside]"
 
 
 # ---- the public calls -------------------------------------------------------------------------------
