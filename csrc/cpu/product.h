@@ -4,9 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
+#include "fastnegate/tile.h"
 #include "kernel.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace fastnegate::FASTNEGATE_ISA {
@@ -86,6 +89,77 @@ void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const
       multiply_rest<Op, NQ>(rows - r, from, depth, b, scale, to);
     between();
   }
+}
+
+// ---- products of tiles --------------------------------------------------------------------------
+
+// The words of a[BLOCKS * kTileRows][..] b[..][lane], `steps` tiles deep. Tiles 0 to 3 sum, 4 and 5 hold rows of a, 6
+// and 7 queries of b: each tile that is loaded serves two products.
+template <int BLOCKS, int NQ>
+FN_INLINE void multiply_tiles_step(const float* a, int64_t steps, const float* b, float* c) {
+  constexpr int64_t kStride = NQ * W * sizeof(float);
+  const float* below = a + steps * kTileFloats;
+  tile_zero(0);
+  if constexpr (NQ == 2) tile_zero(1);
+  if constexpr (BLOCKS == 2) tile_zero(2);
+  if constexpr (BLOCKS == 2 && NQ == 2) tile_zero(3);
+  for (int64_t k = 0; k < steps; ++k, a += kTileFloats, below += kTileFloats, b += kTileRows * NQ * W) {
+    tile_load(4, a, kTileBytes);
+    tile_load(6, b, kStride);
+    tile_add_product(0, 4, 6);
+    if constexpr (NQ == 2) {
+      tile_load(7, b + W, kStride);
+      tile_add_product(1, 4, 7);
+    }
+    if constexpr (BLOCKS == 2) {
+      tile_load(5, below, kTileBytes);
+      tile_add_product(2, 5, 6);
+      if constexpr (NQ == 2) tile_add_product(3, 5, 7);
+    }
+  }
+  float* under = c + kTileRows * NQ * W;
+  tile_store(0, c, kStride);
+  if constexpr (NQ == 2) tile_store(1, c + W, kStride);
+  if constexpr (BLOCKS == 2) tile_store(2, under, kStride);
+  if constexpr (BLOCKS == 2 && NQ == 2) tile_store(3, under + W, kStride);
+}
+
+// c[r][q] = scale[q] * sum_k a[r][k] b[k][q] for `rows` rows: a in tiles [ceil(rows / kTileRows)][steps], b in words
+// [steps * kTileRows][NQ W]. Without scale, 1.
+template <int NQ, class Between = Nothing>
+void multiply_tiles(int64_t rows, const float* a, int64_t steps, const float* b, const F* scale, float* c,
+                    Between between = {}) {
+  static_assert(W == kTileRows, "a vector of queries is as wide as a tile");
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // g++ 12 does not know that loading a tile reads memory
+  alignas(64) float apart[2 * kTileRows * NQ * W];
+  for (int64_t r = 0; r < rows; r += 2 * kTileRows, a += 2 * steps * kTileFloats) {
+    const int64_t left = std::min(2 * kTileRows, rows - r);
+    float* to = c + r * NQ * W;
+    const bool direct = !scale && left % kTileRows == 0;
+    if (left > kTileRows)
+      multiply_tiles_step<2, NQ>(a, steps, b, direct ? to : apart);
+    else
+      multiply_tiles_step<1, NQ>(a, steps, b, direct ? to : apart);
+    for (int64_t i = 0; !direct && i < left; ++i)
+      for (int q = 0; q < NQ; ++q) {
+        const F x = load(apart + (i * NQ + q) * W);
+        store(to + (i * NQ + q) * W, scale ? x * scale[q] : x);
+      }
+    between();
+  }
+}
+
+// Weights s[n][lane] become words of two tokens, s[ceil(n / 2)][lane], and zeros up to whole tiles. In place: a word
+// is written where weights have been read.
+template <int NQ>
+void pack_weights(float* s, int64_t n) {
+  const auto weight = [&](int64_t j, int q) { return load(s + (j * NQ + q) * W); };
+  const auto put = [&](int64_t j, int q, F even, F odd) { store(s + (j * NQ + q) * W, weight_pair(even, odd)); };
+  for (int64_t j = 0; j < n / 2; ++j)
+    for (int q = 0; q < NQ; ++q) put(j, q, weight(2 * j, q), weight(2 * j + 1, q));
+  for (int q = 0; n % 2 && q < NQ; ++q) put(n / 2, q, weight(n - 1, q), F{});
+  for (int64_t j = (n + 1) / 2; j < ceil_div(n, kTileDepth) * kTileRows; ++j)
+    for (int q = 0; q < NQ; ++q) store(s + (j * NQ + q) * W, F{});
 }
 
 // ---- rows in memory <-> [channel][lane] ---------------------------------------------------------

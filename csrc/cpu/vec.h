@@ -185,6 +185,20 @@ struct BFloat16 {
   }
 };
 
+// Words of two bfloat16 weights, rounded to nearest even; of what is below 2^-126 nothing may remain.
+FN_INLINE F weight_pair(F even, F odd) {
+#if defined(FASTNEGATE_PAIRS)
+  const __m512i lanes = _mm512_setr_epi32(  // 16 even weights, 16 odd ones -> taken in turn
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a,
+      0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (F)_mm512_permutexvar_epi16(lanes, both);
+#else
+  const F both[2] = {even, odd};
+  return (F)BFloat16::pack(both);
+#endif
+}
+
 struct Float16 {
   using T = uint16_t;
   static constexpr int kPerWord = 2;
