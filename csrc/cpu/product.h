@@ -129,7 +129,7 @@ FN_INLINE void multiply_tiles_step(const float* a, int64_t steps, const float* b
 template <int NQ, class Between = Nothing>
 void multiply_tiles(int64_t rows, const float* a, int64_t steps, const float* b, const F* scale, float* c,
                     Between between = {}) {
-  static_assert(W == kTileRows, "a vector of queries is as wide as a tile");
+  static_assert(NQ * W == NQ * kTileRows, "a vector of queries is as wide as a tile");
   std::atomic_signal_fence(std::memory_order_seq_cst);  // g++ 12 does not know that loading a tile reads memory
   alignas(64) float apart[2 * kTileRows * NQ * W];
   for (int64_t r = 0; r < rows; r += 2 * kTileRows, a += 2 * steps * kTileFloats) {
