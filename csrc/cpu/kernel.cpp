@@ -127,15 +127,15 @@ FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, bool exac
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
   const bool at_end = exact || n >= dim;
-  for (int64_t j = 0; !at_end && j < n; ++j)
-    for (int q = 0; q < NQ; ++q) {
-      float* at = s + (j * NQ + q) * W;
-      store(at, load(at) * inverse[q]);
-    }
   if constexpr (Scored<Storage>::tiled) {
-    pack_weights<NQ>(s, n);
+    pack_weights<NQ>(s, n, at_end ? nullptr : inverse);
     multiply_tiles<NQ>(dim, values, ceil_div(n, kTileDepth), s, at_end ? inverse : nullptr, out, between);
   } else {
+    for (int64_t j = 0; !at_end && j < n; ++j)
+      for (int q = 0; q < NQ; ++q) {
+        float* at = s + (j * NQ + q) * W;
+        store(at, load(at) * inverse[q]);
+      }
     multiply<Product, NQ>(dim, values, n, s, at_end ? inverse : nullptr, out, between);
   }
 }

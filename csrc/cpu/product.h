@@ -149,17 +149,23 @@ void multiply_tiles(int64_t rows, const float* a, int64_t steps, const float* b,
   }
 }
 
-// Weights s[n][lane] become words of two tokens, s[ceil(n / 2)][lane], and zeros up to whole tiles. In place: a word
-// is written where weights have been read.
+// Weights s[n][lane], times `scale` if there is one, become words of two tokens, s[ceil(n / 2)][lane], and zeros
+// up to whole tiles. In place: a word is written where weights have been read.
 template <int NQ>
-void pack_weights(float* s, int64_t n) {
-  const auto weight = [&](int64_t j, int q) { return load(s + (j * NQ + q) * W); };
-  const auto put = [&](int64_t j, int q, F even, F odd) { store(s + (j * NQ + q) * W, weight_pair(even, odd)); };
+FN_INLINE void pack_weights(float* s, int64_t n, const F* scale) {
+  const auto weight = [&](int64_t j, int q) {
+    const F w = load(s + (j * NQ + q) * W);
+    return scale ? w * scale[q] : w;
+  };
+  const auto put = [&](int64_t j, int q, F even, F odd) {
+    const F both[2] = {even, odd};
+    store(s + (j * NQ + q) * W, (F)BFloat16::pack(both));
+  };
   for (int64_t j = 0; j < n / 2; ++j)
     for (int q = 0; q < NQ; ++q) put(j, q, weight(2 * j, q), weight(2 * j + 1, q));
   for (int q = 0; n % 2 && q < NQ; ++q) put(n / 2, q, weight(n - 1, q), F{});
-  for (int64_t j = (n + 1) / 2; j < ceil_div(n, kTileDepth) * kTileRows; ++j)
-    for (int q = 0; q < NQ; ++q) store(s + (j * NQ + q) * W, F{});
+  const int64_t words = (n + 1) / 2, padded = ceil_div(n, kTileDepth) * kTileRows;
+  std::memset(s + words * NQ * W, 0, sizeof(float) * (padded - words) * NQ * W);
 }
 
 // ---- rows in memory <-> [channel][lane] ---------------------------------------------------------
