@@ -93,8 +93,8 @@ void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const
 
 // ---- products of tiles --------------------------------------------------------------------------
 
-// The words of a[BLOCKS * kTileRows][..] b[..][lane], `steps` tiles deep. Tiles 0 to 3 sum, 4 and 5 hold rows of a, 6
-// and 7 queries of b: each tile that is loaded serves two products.
+// c = a b for BLOCKS tiles of rows of a, `steps` tiles deep. Tiles 0 to 3 sum, 4 and 5 hold rows of a, 6 and 7 queries
+// of b: each that is loaded serves two products.
 template <int BLOCKS, int NQ>
 FN_INLINE void multiply_tiles_step(const float* a, int64_t steps, const float* b, float* c) {
   constexpr int64_t kStride = NQ * W * sizeof(float);
@@ -132,19 +132,19 @@ void multiply_tiles(int64_t rows, const float* a, int64_t steps, const float* b,
   static_assert(NQ * W == NQ * kTileRows, "a vector of queries is as wide as a tile");
   std::atomic_signal_fence(std::memory_order_seq_cst);  // g++ 12 does not know that loading a tile reads memory
   alignas(64) float apart[2 * kTileRows * NQ * W];
+  F factor[NQ];
+  for (int q = 0; q < NQ; ++q) factor[q] = scale ? scale[q] : splat(1.f);
   for (int64_t r = 0; r < rows; r += 2 * kTileRows, a += 2 * steps * kTileFloats) {
     const int64_t left = std::min(2 * kTileRows, rows - r);
     float* to = c + r * NQ * W;
-    const bool direct = !scale && left % kTileRows == 0;
+    float* into = scale || left % kTileRows ? apart : to;  // tiles are written whole
     if (left > kTileRows)
-      multiply_tiles_step<2, NQ>(a, steps, b, direct ? to : apart);
+      multiply_tiles_step<2, NQ>(a, steps, b, into);
     else
-      multiply_tiles_step<1, NQ>(a, steps, b, direct ? to : apart);
-    for (int64_t i = 0; !direct && i < left; ++i)
-      for (int q = 0; q < NQ; ++q) {
-        const F x = load(apart + (i * NQ + q) * W);
-        store(to + (i * NQ + q) * W, scale ? x * scale[q] : x);
-      }
+      multiply_tiles_step<1, NQ>(a, steps, b, into);
+    if (into != to)
+      for (int64_t i = 0; i < left; ++i)
+        for (int q = 0; q < NQ; ++q) store(to + (i * NQ + q) * W, load(into + (i * NQ + q) * W) * factor[q]);
     between();
   }
 }
