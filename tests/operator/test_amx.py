@@ -149,6 +149,12 @@ def test_a_token_of_all_weight_gives_its_value_exactly(amx: str) -> None:
     assert torch.equal(run(problem, amx), problem.value[:, :, 20:].expand_as(problem.query))
 
 
+def test_what_pads_the_last_tile_is_zero_not_a_copy(amx: str) -> None:
+    problem = plain(make_problem(keys=21, dtype=torch.bfloat16))
+    problem.value[:, :, 20, 5] = torch.inf  # of weight above 0 for every query; times 0 it would be NaN
+    assert (run(problem, amx)[..., 5] == torch.inf).all()
+
+
 def test_queries_of_nan_stay_alone(amx: str) -> None:
     problem = make_problem(dtype=torch.bfloat16, rule="protore")
     expected = run(problem, amx)
