@@ -3,8 +3,8 @@
 //
 // Lanes are queries. A tile is up to 2 W queries of one batch row; scores, features and outputs of
 // a tile are held transposed, [key or channel][query], so that a softmax, an inner product or a gate
-// is a plain loop without reductions across lanes, no head dimension or key count is padded, and
-// every query is computed by the same sequence of operations wherever it lies.
+// is a plain loop without reductions across lanes, no head dimension or key count is padded (but for tile
+// registers, with zeros), and every query is computed by the same sequence of operations wherever it lies.
 #pragma once
 
 #include <cstdint>

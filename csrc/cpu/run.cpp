@@ -58,11 +58,11 @@ struct Level {
 // because they do not fit into the signal stacks of old programs, grants them to this process. Children inherit that.
 bool have_tiles() {
   unsigned a, b, c, d;
-  constexpr unsigned kSavesMore = 1u << 27, kProducts = 1u << 22, kTiles = 1u << 24;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSavesMore)) return false;
+  constexpr unsigned kXgetbv = 1u << 27, kProducts = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXgetbv)) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kProducts) || !(d & kTiles)) return false;
   constexpr unsigned kTileState = 3u << 17;  // configuration and data
-  __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
   if ((a & kTileState) != kTileState) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

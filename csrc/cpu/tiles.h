@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tile registers (Intel AMX): eight of 16 rows of 64 bytes. A product takes 16 rows of 32 bfloat16 and 16 rows of 16
 // words of two bfloat16, and adds 16 x 16 sums of 32 products in float32. Like vec.h, included once per instruction
-// set, in that set's namespace; only a build with FASTNEGATE_TILES uses them.
+// set, in that set's namespace; only a build with FASTNEGATE_TILES uses them, and only for bfloat16: as operands of
+// these products the other types would lose bits that the accuracy budget counts.
 //
 // Two forms of the same operations: the processor's, and with FASTNEGATE_TILES_EMULATED one in vectors, for tests on
 // machines that have no tiles.
