@@ -129,19 +129,26 @@ FN_INLINE void softmax(float* s, int64_t n, float scale, F* top, F* mass) {
 
 // Logits scale s[n][lane] -> out[d][lane], the mean of n packed values with the softmax of the logits.
 // `exact`: divided by the mass at the end, with one rounding, though weights may be fewer than channels.
-template <int NQ, class Between = Nothing>
+// Tiles take weights rounded to bfloat16; the mass is of those before, as that of any segment is that it may be weighed
+// against. Roundings of many tokens cancel, and a token that has all the weight has it exactly.
+template <class Storage, int NQ, class Between = Nothing>
 FN_INLINE void mean_value(const float* values, int64_t n, int64_t dim, bool exact, float scale, float* s,
                           float* out, F* top, F* mass, Between between = {}) {
   softmax<NQ>(s, n, scale, top, mass);
   F inverse[NQ];
   for (int q = 0; q < NQ; ++q) inverse[q] = divide(splat(1.f), mass[q]);
-  if (exact || n >= dim) return multiply<Product, NQ>(dim, values, n, s, inverse, out, between);
-  for (int64_t j = 0; j < n; ++j)
-    for (int q = 0; q < NQ; ++q) {
-      float* at = s + (j * NQ + q) * W;
-      store(at, load(at) * inverse[q]);
-    }
-  multiply<Product, NQ>(dim, values, n, s, nullptr, out, between);
+  const bool at_end = exact || n >= dim;
+  if constexpr (Scored<Storage>::tiled) {
+    pack_weights<NQ>(s, n, at_end ? nullptr : inverse);
+    multiply_tiles<NQ>(dim, values, ceil_div(n, kTileDepth), s, at_end ? inverse : nullptr, out, between);
+  } else {
+    for (int64_t j = 0; !at_end && j < n; ++j)
+      for (int q = 0; q < NQ; ++q) {
+        float* at = s + (j * NQ + q) * W;
+        store(at, load(at) * inverse[q]);
+      }
+    multiply<Product, NQ>(dim, values, n, s, at_end ? inverse : nullptr, out, between);
+  }
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
@@ -167,8 +174,8 @@ int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
     at = base + used;
     used += vectors * kTile;
   };
-  take(s->query, p.dim);
-  take(s->scores, (p.keys > p.longest ? p.keys : p.longest) + 1);
+  take(s->query, whole_blocks(p.dim));
+  take(s->scores, whole_blocks(std::max(p.keys, p.longest)) + 1);
   take(s->feature, p.dim);
   take(s->z, g * p.dim);
   take(s->y, g * p.dim);
@@ -328,9 +335,13 @@ class Tile {
   void attend(const Pack& pack, int64_t g, int64_t segment, AddBias add_bias, float* out, Between between = {}) {
     using Keys = Scored<Storage>;
     F top_[NQ], mass_[NQ];
-    multiply<typename Keys::Op, NQ>(pack.count, pack.key, Keys::depth(p.dim), s.query, nullptr, s.scores, between);
+    if constexpr (Keys::tiled)
+      multiply_tiles<NQ>(whole_blocks(pack.count), pack.key, ceil_div(p.dim, kTileDepth), s.query, nullptr, s.scores,
+                         between);
+    else
+      multiply<typename Keys::Op, NQ>(pack.count, pack.key, Keys::depth(p.dim), s.query, nullptr, s.scores, between);
     const float scale = add_bias(p.scale * kLog2e);
-    mean_value<NQ>(pack.value, pack.count, p.dim, segment == 0, scale, s.scores, out, top_, mass_, between);
+    mean_value<Storage, NQ>(pack.value, pack.count, p.dim, segment == 0, scale, s.scores, out, top_, mass_, between);
     for (int q = 0; q < NQ; ++q) keep(g, segment, q, {top_[q], F{}, mass_[q]});
   }
 
@@ -340,7 +351,7 @@ class Tile {
     const float inverse = rule.temperature > 0.f ? 1.f / rule.temperature : p.scale;
     multiply<Product, NQ>(pack.count, pack.memory, p.dim, z(g), nullptr, s.scores);
     const float scale = add_token_bias(pack, inverse * kLog2e);
-    mean_value<NQ>(pack.value, pack.count, p.dim, true, scale, s.scores, out, top_, mass_);
+    mean_value<Storage, NQ>(pack.value, pack.count, p.dim, true, scale, s.scores, out, top_, mass_);
   }
 
   float add_token_bias(const Pack& pack, float scale) {
@@ -386,6 +397,8 @@ class Tile {
     using Keys = Scored<Storage>;
     load_tile<typename Keys::Elements, NQ>(p.query, task, task.first_head + g, count, sizeof(typename Storage::T),
                                            Keys::depth(p.dim), s.query);
+    const int64_t depth = Keys::depth(p.dim);
+    std::memset(s.query + depth * L, 0, sizeof(float) * (Keys::padded(p.dim) - depth) * L);
   }
 
   void attend_prompt(int64_t g) {
@@ -752,6 +765,7 @@ void run(const Plan& plan, const Task& task, const Task* next, float* memory) {
   const int64_t count = std::min<int64_t>(plan.problem->queries - task.first_query, kTile);
   with_storage(plan.problem->dtype, [&](auto storage) {
     using Storage = decltype(storage);
+    [[maybe_unused]] const TilesInUse<Scored<Storage>::tiled> tiles;
     if (count > W)
       Tile<Storage, 2>(plan, task, next, count, memory).run();
     else

@@ -3,8 +3,8 @@
 //
 // Lanes are queries. A tile is up to 2 W queries of one batch row; scores, features and outputs of
 // a tile are held transposed, [key or channel][query], so that a softmax, an inner product or a gate
-// is a plain loop without reductions across lanes, no head dimension or key count is padded, and
-// every query is computed by the same sequence of operations wherever it lies.
+// is a plain loop without reductions across lanes, no head dimension or key count is padded (but for tile
+// registers, with zeros), and every query is computed by the same sequence of operations wherever it lies.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,15 @@
 namespace fastnegate {
 
 constexpr int64_t kRows = 16;      // keys or channels per block of a Pack: the widest vector, a multiple of all steps
+constexpr int64_t whole_blocks(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
 constexpr int64_t kMostKeys = 1024;  // of the prompt, and of one concept
 constexpr int kEntryColumns = 6;   // partial statistics: max g, sum g, count, sum mass, max r, sum of shares
 constexpr int kRowColumns = 5;     // sum |O-Z|^2, sum |Z|^2, count limited, count not finite, sum of shares
 constexpr float kLowest = -3e38f;  // stands for the top of an empty or fully masked softmax
 
 // Keys and values of one segment and head, masked tokens left out, in the layout of the products:
-// keys [ceil(n/16)][D][16], values [ceil(D/16)][n][16], bias [n] times log2(e).
+// keys [ceil(n/16)][D][16], values [ceil(D/16)][n][16], bias [n] times log2(e). Or keys and values in tiles
+// (pack_rows_as_tiles), which take no more room than whole blocks of 16 tokens and 16 channels.
 struct Pack {
   float *key, *value, *bias;  // bias: null if there is none
   float* memory;              // `retrieve` only: unweighted values, laid out like keys

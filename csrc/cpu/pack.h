@@ -18,13 +18,17 @@ namespace fastnegate::FASTNEGATE_ISA {
 namespace {
 
 // How queries and keys are held for Q K^T: as floats, or as words of two bfloat16, which pass through
-// as if each were a float.
+// as if each were a float. `tiled`: both products of attention are made of tiles, and queries padded to them.
 template <class Storage>
 struct Scored {
   static constexpr bool pairs = kPairs && std::is_same_v<Storage, BFloat16>;
+  static constexpr bool tiled = kTiles && pairs;
   using Op = std::conditional_t<pairs, PairProduct, Product>;
   using Elements = std::conditional_t<pairs, Float32, Storage>;
   static constexpr int64_t depth(int64_t dim) { return pairs ? dim / 2 : dim; }
+  static constexpr int64_t padded(int64_t dim) {
+    return tiled ? ceil_div(dim, kTileDepth) * kTileRows : depth(dim);
+  }
 };
 
 // Rows `rows` of data in blocks [dim][kRows].
@@ -58,14 +62,66 @@ void pack_channels(const char* data, int64_t row_bytes, const int64_t* rows, int
   }
 }
 
+// The same rows as tiles [ceil(count / kTileRows)][ceil(dim / kTileDepth)] for multiply_tiles, padded with zeros.
+inline void pack_rows_as_tiles(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
+                               float* tiles) {
+  const int64_t steps = ceil_div(dim, kTileDepth);
+  std::memset(tiles, 0, ceil_div(count, kTileRows) * steps * kTileFloats * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = data + rows[i] * row_bytes;
+    char* to = reinterpret_cast<char*>(tiles + i / kTileRows * steps * kTileFloats) + i % kTileRows * kTileBytes;
+    for (int64_t at = 0; at < 2 * dim; at += kTileBytes, to += kTileRows * kTileBytes)
+      std::memcpy(to, row + at, std::min(kTileBytes, 2 * dim - at));
+  }
+}
+
+// Channels of the same rows, times weight, as tiles [ceil(dim / kTileRows)][ceil(count / kTileDepth)]: a channel of 32
+// tokens is a row, words of an even token and an odd one. Weighted values are rounded to bfloat16, as operands may be.
+inline void pack_channels_as_tiles(const char* data, int64_t row_bytes, const int64_t* rows, int64_t count, int64_t dim,
+                                   const float* weight, float* tiles) {
+  const int64_t steps = ceil_div(count, kTileDepth);
+  std::memset(tiles, 0, ceil_div(dim, kTileRows) * steps * kTileFloats * sizeof(float));
+  for (int64_t k = 0; k < steps; ++k) {
+    const char* row[2][W];
+    F w[2];
+    I absent[2] = {};
+    for (int i = 0; i < 2 * W; ++i) {
+      const int64_t token = k * kTileDepth + i, from = rows[std::min(token, count - 1)];
+      row[i % 2][i / 2] = data + from * row_bytes;
+      w[i % 2][i / 2] = weight ? weight[from] : 1.f;
+      absent[i % 2][i / 2] = token < count ? 0 : -1;
+    }
+    for (int64_t d = 0; d < dim; d += 8) {
+      U words[2][4];  // two channels each, of even and of odd tokens
+      for (int i = 0; i < 2; ++i) load_words(row[i], 2 * d, words[i]);
+      for (int i = 0; i < 4; ++i) {
+        F even[2], odd[2];
+        BFloat16::unpack(words[0][i], even);
+        BFloat16::unpack(words[1][i], odd);
+        for (int c = 0; c < 2; ++c) {
+          const int64_t channel = d + 2 * i + c;
+          const F both[2] = {select(absent[0], F{}, even[c] * w[0]), select(absent[1], F{}, odd[c] * w[1])};
+          store(tiles + (channel / kTileRows * steps + k) * kTileFloats + channel % kTileRows * kTileRows,
+                (F)BFloat16::pack(both));
+        }
+      }
+    }
+  }
+}
+
 // Keys of one head for Q K^T, values of one head for P V, values as keys for `retrieve`.
 template <class Storage>
 void pack_tokens(const Strided& key, const Strided& value, int64_t dim, const int64_t* rows, int64_t count,
                  const float* weight, Pack& pack) {
   constexpr int64_t kSize = sizeof(typename Storage::T);
   using Keys = Scored<Storage>;
-  pack_blocks<typename Keys::Elements>(key.data, key.row * kSize, rows, count, Keys::depth(dim), pack.key);
-  pack_channels<Storage>(value.data, value.row * kSize, rows, count, dim, weight, pack.value);
+  if constexpr (Keys::tiled) {
+    pack_rows_as_tiles(key.data, key.row * kSize, rows, count, dim, pack.key);
+    pack_channels_as_tiles(value.data, value.row * kSize, rows, count, dim, weight, pack.value);
+  } else {
+    pack_blocks<typename Keys::Elements>(key.data, key.row * kSize, rows, count, Keys::depth(dim), pack.key);
+    pack_channels<Storage>(value.data, value.row * kSize, rows, count, dim, weight, pack.value);
+  }
   if (pack.memory) pack_blocks<Storage>(value.data, value.row * kSize, rows, count, dim, pack.memory);
 }
 

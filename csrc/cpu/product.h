@@ -4,9 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
+#include "fastnegate/tile.h"
 #include "kernel.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace fastnegate::FASTNEGATE_ISA {
@@ -86,6 +89,83 @@ void multiply(int64_t rows, const float* a, int64_t depth, const float* b, const
       multiply_rest<Op, NQ>(rows - r, from, depth, b, scale, to);
     between();
   }
+}
+
+// ---- products of tiles --------------------------------------------------------------------------
+
+// c = a b for BLOCKS tiles of rows of a, `steps` tiles deep. Tiles 0 to 3 sum, 4 and 5 hold rows of a, 6 and 7 queries
+// of b: each that is loaded serves two products.
+template <int BLOCKS, int NQ>
+FN_INLINE void multiply_tiles_step(const float* a, int64_t steps, const float* b, float* c) {
+  constexpr int64_t kStride = NQ * W * sizeof(float);
+  const float* below = a + steps * kTileFloats;
+  tile_zero(0);
+  if constexpr (NQ == 2) tile_zero(1);
+  if constexpr (BLOCKS == 2) tile_zero(2);
+  if constexpr (BLOCKS == 2 && NQ == 2) tile_zero(3);
+  for (int64_t k = 0; k < steps; ++k, a += kTileFloats, below += kTileFloats, b += kTileRows * NQ * W) {
+    tile_load(4, a, kTileBytes);
+    tile_load(6, b, kStride);
+    tile_add_product(0, 4, 6);
+    if constexpr (NQ == 2) {
+      tile_load(7, b + W, kStride);
+      tile_add_product(1, 4, 7);
+    }
+    if constexpr (BLOCKS == 2) {
+      tile_load(5, below, kTileBytes);
+      tile_add_product(2, 5, 6);
+      if constexpr (NQ == 2) tile_add_product(3, 5, 7);
+    }
+  }
+  float* under = c + kTileRows * NQ * W;
+  tile_store(0, c, kStride);
+  if constexpr (NQ == 2) tile_store(1, c + W, kStride);
+  if constexpr (BLOCKS == 2) tile_store(2, under, kStride);
+  if constexpr (BLOCKS == 2 && NQ == 2) tile_store(3, under + W, kStride);
+}
+
+// c[r][q] = scale[q] * sum_k a[r][k] b[k][q] for `rows` rows: a in tiles [ceil(rows / kTileRows)][steps], b in words
+// [steps * kTileRows][NQ W]. Without scale, 1.
+template <int NQ, class Between = Nothing>
+void multiply_tiles(int64_t rows, const float* a, int64_t steps, const float* b, const F* scale, float* c,
+                    Between between = {}) {
+  static_assert(NQ * W == NQ * kTileRows, "a vector of queries is as wide as a tile");
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // g++ 12 does not know that loading a tile reads memory
+  alignas(64) float apart[2 * kTileRows * NQ * W];
+  F factor[NQ];
+  for (int q = 0; q < NQ; ++q) factor[q] = scale ? scale[q] : splat(1.f);
+  for (int64_t r = 0; r < rows; r += 2 * kTileRows, a += 2 * steps * kTileFloats) {
+    const int64_t left = std::min(2 * kTileRows, rows - r);
+    float* to = c + r * NQ * W;
+    float* into = scale || left % kTileRows ? apart : to;  // tiles are written whole
+    if (left > kTileRows)
+      multiply_tiles_step<2, NQ>(a, steps, b, into);
+    else
+      multiply_tiles_step<1, NQ>(a, steps, b, into);
+    if (into != to)
+      for (int64_t i = 0; i < left; ++i)
+        for (int q = 0; q < NQ; ++q) store(to + (i * NQ + q) * W, load(into + (i * NQ + q) * W) * factor[q]);
+    between();
+  }
+}
+
+// Weights s[n][lane], times `scale` if there is one, become words of two tokens, s[ceil(n / 2)][lane], and zeros
+// up to whole tiles. In place: a word is written where weights have been read.
+template <int NQ>
+FN_INLINE void pack_weights(float* s, int64_t n, const F* scale) {
+  const auto weight = [&](int64_t j, int q) {
+    const F w = load(s + (j * NQ + q) * W);
+    return scale ? w * scale[q] : w;
+  };
+  const auto put = [&](int64_t j, int q, F even, F odd) {
+    const F both[2] = {even, odd};
+    store(s + (j * NQ + q) * W, (F)BFloat16::pack(both));
+  };
+  for (int64_t j = 0; j < n / 2; ++j)
+    for (int q = 0; q < NQ; ++q) put(j, q, weight(2 * j, q), weight(2 * j + 1, q));
+  for (int q = 0; n % 2 && q < NQ; ++q) put(n / 2, q, weight(n - 1, q), F{});
+  const int64_t words = (n + 1) / 2, padded = ceil_div(n, kTileDepth) * kTileRows;
+  std::memset(s + words * NQ * W, 0, sizeof(float) * (padded - words) * NQ * W);
 }
 
 // ---- rows in memory <-> [channel][lane] ---------------------------------------------------------

@@ -5,6 +5,11 @@
 
 #include <omp.h>
 #include <pthread.h>
+#if defined(FASTNEGATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -37,6 +42,9 @@ FASTNEGATE_DECLARE(avx512)
 #if defined(FASTNEGATE_AVX512BF16)
 FASTNEGATE_DECLARE(avx512bf16)
 #endif
+#if defined(FASTNEGATE_AMX)
+FASTNEGATE_DECLARE(amx)
+#endif
 
 namespace {
 
@@ -44,6 +52,22 @@ struct Level {
   const Isa* isa;
   bool usable;
 };
+
+#if defined(FASTNEGATE_AMX)
+// Tile registers: the processor multiplies bfloat16 in them, the system saves them, and Linux, which must be asked
+// because they do not fit into the signal stacks of old programs, grants them to this process. Children inherit that.
+bool have_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kXgetbv = 1u << 27, kProducts = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXgetbv)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kProducts) || !(d & kTiles)) return false;
+  constexpr unsigned kTileState = 3u << 17;  // configuration and data
+  __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  if ((a & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 std::vector<Level> find_levels() {
   std::vector<Level> all;
@@ -54,7 +78,11 @@ std::vector<Level> find_levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(FASTNEGATE_AVX512BF16)
-  all.push_back({&avx512bf16::isa, avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(FASTNEGATE_AMX)
+  all.push_back({&amx::isa, avx512bf16 && have_tiles()});
+#endif
+  all.push_back({&avx512bf16::isa, avx512bf16});
 #endif
   all.push_back({&avx512::isa, avx512});
   all.push_back({&avx2::isa, avx2});
@@ -182,27 +210,27 @@ void lay_out_packs(const Problem& p, Workspace& w) {
   const int64_t rows = p.prompt.out.data ? 0 : shared ? std::min<int64_t>(p.batch, 1) : p.batch;
   w.prompts.resize(rows * p.heads);
   w.concepts.resize(w.plan.reads.tokens && !p.slots ? w.spans.size() * p.heads : 0);
-  const auto blocks = [&](int64_t n) { return ceil_div(n, kRows) * kRows * p.dim; };
-  const auto channels = [&](int64_t n) { return ceil_div(p.dim, kRows) * kRows * n; };
+  // Room for any layout of n keys or values, and each array at the begin of a cache line.
+  const auto blocks = [&](int64_t n) { return whole_blocks(n) * whole_blocks(p.dim); };
   const bool bias = p.key_bias && p.bias_query == 0;
   const bool retrieve = p.rule.direction == Direction::retrieve;
   const int64_t m = p.keys, t = p.longest;
-  const int64_t prompt = blocks(m) + channels(m) + (bias ? m : 0);
-  const int64_t concept_size = blocks(t) * (retrieve ? 2 : 1) + channels(t) + (p.token_bias ? t : 0);
+  const int64_t prompt = 2 * blocks(m) + (bias ? whole_blocks(m) : 0);
+  const int64_t concept_size = blocks(t) * (retrieve ? 3 : 2) + (p.token_bias ? whole_blocks(t) : 0);
   w.packed = allocate(static_cast<int64_t>(w.prompts.size()) * prompt +
                       static_cast<int64_t>(w.concepts.size()) * concept_size);
   float* at = w.packed.get();
   const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
   for (Pack& pack : w.prompts) {
     pack.key = take(blocks(m));
-    pack.value = take(channels(m));
-    pack.bias = bias ? take(m) : nullptr;
+    pack.value = take(blocks(m));
+    pack.bias = bias ? take(whole_blocks(m)) : nullptr;
     pack.memory = nullptr;
   }
   for (Pack& pack : w.concepts) {
     pack.key = take(blocks(t));
-    pack.value = take(channels(t));
-    pack.bias = p.token_bias ? take(t) : nullptr;
+    pack.value = take(blocks(t));
+    pack.bias = p.token_bias ? take(whole_blocks(t)) : nullptr;
     pack.memory = retrieve ? take(blocks(t)) : nullptr;
   }
 }

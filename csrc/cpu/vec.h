@@ -176,6 +176,16 @@ struct BFloat16 {
     x[0] = (F)(words << 16);
     x[1] = (F)(words & 0xffff0000u);
   }
+#if defined(FASTNEGATE_TILES)
+  // Two instructions in the place of fourteen. They take denormal numbers for zeros, as products of tiles do.
+  static FN_INLINE U pack(const F* x) {
+    const __m512i in_turn = _mm512_setr_epi32(  // 16 halves of x[0], 16 of x[1] -> one of each
+        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009, 0x1a000a,
+        0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    return (U)_mm512_permutexvar_epi16(in_turn, both);
+  }
+#else
   static FN_INLINE U pack(const F* x) { return round(x[0]) >> 16 | (round(x[1]) & 0xffff0000u); }
 
  private:
@@ -183,6 +193,7 @@ struct BFloat16 {
     const U bits = (U)x;
     return (x != x) ? (U{} + 0x7fc00000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
+#endif
 };
 
 struct Float16 {

@@ -11,7 +11,7 @@ from fastnegate.operator.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="built without CPU kernels")
 ISA = cpu._C.usable_isas()[-1] if cpu._C is not None else ""  # the narrowest: 4 lanes
-LANES = {"portable": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
+LANES = {"portable": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16, "amx": 16}
 
 
 @given(
