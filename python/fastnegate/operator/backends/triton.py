@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan import partial, planned, require, unknown_word
+from ..plan import planned, require, unknown_word
 from ..problem import Partial, Problem, Slots
-from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
+from ..rule import DIRECTIONS, GATES, NORMS, SHARED, SIMILARITIES, Rule
 from ..statistics import Tables, Trace
 from ..tokens import TENSORS, ConceptTokens
 
@@ -95,12 +95,12 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    return unknown_word(WORDS, problem.rule) or partial(problem)
+    return unknown_word(WORDS, problem.rule)
 
 
 def plan(problem: Problem, statistics: bool, tuned: Any = None) -> TritonPlan:
     """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
-    require(NAME, unknown_word(WORDS, problem.rule) or partial(problem))
+    require(NAME, unknown_word(WORDS, problem.rule))
     return TritonPlan(problem, statistics, tuned)
 
 
@@ -129,7 +129,7 @@ class Launch(NamedTuple):
     table: str  # that has these tiles; empty: none has
     grid: tuple[int, int, int]
     goals: tuple[str, ...]  # one kernel each
-    scalars: tuple[int | float, ...]
+    scalars: tuple[int | float | None, ...]
     constants: dict[str, Any]  # but GOAL
     text: tuple[bool, ...]  # which of `_tensors` are read
     compiled: dict[str, Any]  # by goal, from the first call on
@@ -144,15 +144,22 @@ def launch_of(problem: Problem, tuned: Any = None) -> Launch:
         tokens = None  # no entry exists
     strides = [s for x in (problem.query, problem.key, problem.value) for s in x.stride()[:3]]
     strides += [queries * heads * dim, dim, heads * dim]  # of the output
-    bias, text, sizes = [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]
+    bias, sizes = [0, 0, 0], [0, 0, 0, 0]
+    text: list[int | None] = [None, 0, 0] * 2
+    shared, prompt = _strides(problem.shared), _strides(problem.prompt)
     if problem.key_bias is not None:
         bias = [problem.key_bias.expand(batch, heads, 1, keys).stride(i) for i in (0, 1, 3)]
     if tokens is not None:
-        text = [x.stride(i) for x in (tokens.key, tokens.value) for i in (1, 0)]
+        text = [
+            step
+            for x in (tokens.key, tokens.value)
+            for step in (x.stride(0) if x.dim() == 4 else None, x.stride(-2), x.stride(-3))
+        ]
         sizes = [tokens.entries, tokens.concepts, tokens.tokens, tokens.longest]
     # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
     unit = 16 // itemsize
-    aligned = unit if all(s % unit == 0 for s in strides + text) else 1
+    of_rows = [*strides, *(s for s in text if s is not None), *shared[:3], *prompt[:3]]
+    aligned = unit if all(s % unit == 0 for s in of_rows) else 1
     shared_memory, columns, multiprocessors = _device_facts(problem.query)
     work = sizing.Work(batch, heads, queries, keys, dim, sizes[3], itemsize)
     path, table = ("", {}) if tuned is not None else _table(_device(problem.query))
@@ -165,7 +172,9 @@ def launch_of(problem: Problem, tuned: Any = None) -> Launch:
         grid=(sizing.programs(work, t.rows, multiprocessors, resident), 1, 1),
         goals=(*(rule.sums_over_heads if tokens is not None else ()), "output"),
         scalars=(
-            *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
+            *(s // aligned for s in strides), *bias, *(s and s // aligned for s in text),
+            *(s // aligned for s in shared[:3]), *shared[3:],
+            *(s // aligned for s in prompt[:3]), *prompt[3:],
             batch, heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
         ),
         constants={
@@ -180,6 +189,11 @@ def launch_of(problem: Problem, tuned: Any = None) -> Launch:
     )  # fmt: skip
 
 
+def _strides(partial: Partial | None) -> tuple[int, ...]:
+    """Of the rows of its output, then of its log-sum-exp."""
+    return (0,) * 6 if partial is None else (*partial.out.stride()[:3], *partial.lse.stride())
+
+
 def _numbers(rule: Rule) -> tuple[float, ...]:
     """`Rule` of the kernel, whose words are in `WORDS`. Floats: Triton would compile an integer 0, 1 or 16 in
     as a constant."""
@@ -191,6 +205,7 @@ def _numbers(rule: Rule) -> tuple[float, ...]:
         float(rule.select == "max"),
         float(NORMS.index(rule.norm)),
         float(rule.norm_order),
+        float(SHARED.index(rule.shared)),
         float(rule.reads.tokens),
         rule.norm_limit,
         rule.blend,
@@ -268,6 +283,7 @@ class TritonPlan:
         goals, entries = self.launch.goals, problem.entries
         self._moments = (5, entries, heads, queries) if "moments" in goals else None
         self._norms = (2, batch, heads, queries) if "norms" in goals else None
+        self._heat_of_shares = problem.shared is not None and problem.rule.similarity == "one"
         self._trace = (entries, batch, heads, queries) if statistics else None
 
     def __repr__(self) -> str:
@@ -299,22 +315,23 @@ class TritonPlan:
         """`start` each kernel of the launch."""
         launch, start = self.launch, start or _start
         out = query.new_empty_strided(self._shape, self._strides)
-        trace = None if self._trace is None else Trace.empty(self._trace, query.device)
+        trace = None if self._trace is None else Trace.empty(self._trace, query.device, shared is not None)
         if out.numel():
             text = [x if read else None for x, read in zip(tensors_of(concepts), launch.text)]
             text[2:] = [None if x is None else x.contiguous() for x in text[2:]]
             moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
             norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
+            partials = (*(shared or (None, None)), *(prompt or (None, None)))
             entries, rows = trace if trace is not None else (None, None)
             for goal in launch.goals:
                 writes_output = goal == "output"
                 start(launch, goal, (
-                    query, key, value, out, key_bias, *text,
+                    query, key, value, out, key_bias, *text, *partials,
                     moments, norms if goal != "moments" else None,
                     entries if writes_output and text[0] is not None else None,
                     rows if writes_output else None,
                 ))  # fmt: skip
-        return out, None if trace is None else trace.tables()
+        return out, None if trace is None else trace.tables(self._heat_of_shares)
 
 
 def _kernel() -> Any:
