@@ -57,6 +57,7 @@ from .segment import (
     TINY,
     Attended,
     Partial,
+    empty,
     finite_top,
     load_partial,
     merge,
@@ -141,14 +142,6 @@ def deep(p):
 
 
 @triton.jit
-def no_tokens(ROWS: tl.constexpr, FEATURES: tl.constexpr):
-    out = ()
-    for i in tl.static_range(pieces(FEATURES)):
-        out = out + (tl.zeros([ROWS, width(FEATURES, i)], tl.float32),)
-    return Attended(out, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))
-
-
-@triton.jit
 def product(x, y):
     # In float32 sums of more than 64 products in one chain miss the accuracy budget (head_dim 256: 1.43 of
     # it). A number here, which means something for float8 only, keeps the compiler from chaining them.
@@ -205,7 +198,7 @@ def attended(sums, factor):
 @triton.jit
 def attend_once(q, tokens, factor, FEATURES: tl.constexpr):
     """Attention to tokens that fit one tile."""
-    return attended(attend(q, tokens, no_tokens(q[0].shape[0], FEATURES), factor, True), factor)
+    return attended(attend(q, tokens, empty(q[0].shape[0], FEATURES), factor, True), factor)
 
 
 @triton.jit
@@ -213,7 +206,7 @@ def attend_by_tiles(q, key, value, bias, bias_stride, weight, b, h, begin, count
                     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, FEATURES: tl.constexpr,
                     ALIGNED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Attention to any number of tokens, with a running top."""
-    sums = no_tokens(q[0].shape[0], FEATURES)
+    sums = empty(q[0].shape[0], FEATURES)
     for done in tl.range(0, count, TILE, disable_licm=True):
         tokens = load_tokens(
             key, value, bias, bias_stride, weight, b, h, begin + done, count - done, factor,
@@ -474,7 +467,7 @@ def attention(
                 nothing = tl.zeros([ROWS], tl.float32)
                 lowest = tl.full([ROWS], float("-inf"), tl.float32)
                 mix = Mix(
-                    no_tokens(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
+                    empty(ROWS, FEATURES).out, nothing, nothing, tl.where(joint == 1, lowest, nothing),
                     lowest, lowest, tl.zeros([ROWS], tl.int32), False,
                 )  # fmt: skip
                 # As another value q lies in shared memory until an entry wants it, not in registers: without

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import View, load_rows, rows_at, sum_of
+from .rows import View, load_rows, pieces, rows_at, sum_of, width
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-30)
@@ -26,6 +26,15 @@ class Attended(NamedTuple):
     out: Any
     top: Any
     mass: Any
+
+
+@triton.jit
+def empty(ROWS: tl.constexpr, FEATURES: tl.constexpr):
+    """A segment without tokens."""
+    out = ()
+    for i in tl.static_range(pieces(FEATURES)):
+        out = out + (tl.zeros([ROWS, width(FEATURES, i)], tl.float32),)
+    return Attended(out, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32))
 
 
 @triton.jit
@@ -63,15 +72,21 @@ def load_mass(partial, at, keep):
 
 
 @triton.jit
+def load_output(partial, at, keep, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr, ALIGNED: tl.constexpr):
+    """The output of a partial's rows, 0 where `keep` is false."""
+    stored = load_rows(partial.out, at.b, at.h, at.first, at.row, keep, HEAD_DIM, FEATURES, ALIGNED)
+    out = ()
+    for i in tl.static_range(len(stored)):
+        out = out + (stored[i].to(tl.float32),)
+    return out
+
+
+@triton.jit
 def load_partial(partial, at, keep, HEAD_DIM: tl.constexpr, FEATURES: tl.constexpr, ALIGNED: tl.constexpr):
     """A partial's rows, as if without keys where `keep` is false. There its output is not even read: it may
     hold NaN."""
     top, mass = load_mass(partial, at, keep)
-    stored = load_rows(partial.out, at.b, at.h, at.first, at.row, mass != 0, HEAD_DIM, FEATURES, ALIGNED)
-    out = ()
-    for i in tl.static_range(len(stored)):
-        out = out + (stored[i].to(tl.float32),)
-    return Attended(out, top, mass)
+    return Attended(load_output(partial, at, mass != 0, HEAD_DIM, FEATURES, ALIGNED), top, mass)
 
 
 @triton.jit
