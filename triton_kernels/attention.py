@@ -235,7 +235,8 @@ def find_entry(concepts, rule, e, there, TOKENS: tl.constexpr, STREAMED: tl.cons
     begin = tl.minimum(tl.maximum(begin, 0), concepts.tokens)
     length = tl.load(concepts.index + concepts.entries + concepts.concepts + c)
     length = tl.minimum(length, tl.minimum(concepts.longest, concepts.tokens - begin))
-    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE, mask=there, other=0.0) > 0
+    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE, mask=there, other=0.0)
+    active = ~(active <= 0)  # NaN stands for 1
     length = tl.where(active & (rule.reads_tokens == 1), length, 0)
     present = length
     if concepts.token_bias is not None:
@@ -284,11 +285,9 @@ def consider(mix, entry, f, z, zz, concepts, shared, rule, moments, trace, at,
     if shared is not None:
         if trace is not None:
             trace_share(trace + 3 * plane + row, shared, f, at)
-        out = f.out
         if (rule.shared == INSIDE) & (rule.reads_tokens == 1):
             p = load_partial(shared, at, at.inside, HEAD_DIM, FEATURES, ALIGNED)
-            out = merged(p, f, out)
-        f = Attended(out, f.top, f.mass)
+            f = Attended(merged(p, f, f.out), f.top, f.mass)
     m, entry_top, share = measure(entry, f, z, zz, concepts, rule, trace, at, 1, HEAD_DIM, FEATURES)
     products = reads_products(rule)
     reads_mass = rule.similarity == MASS
@@ -500,10 +499,11 @@ def attention(
             bare = z.out
             around = None
             if shared is not None and GOAL != "moments":
-                joins = inside & (rule.shared == OUTSIDE)
-                around = load_partial(shared, at, joins, HEAD_DIM, FEATURES, ALIGNED)
-                bare = merged(around, z, bare)
-                zz = inner(bare, bare)
+                around = empty(ROWS, FEATURES)
+                if rule.shared == OUTSIDE:
+                    around = load_partial(shared, at, inside, HEAD_DIM, FEATURES, ALIGNED)
+                    bare = merged(around, z, bare)
+                    zz = inner(bare, bare)
             o = bare
             if concept_key is not None:
                 if GOAL != "moments":

@@ -117,7 +117,8 @@ def combine(
         if trace_rows is not None:
             of_row = trace_rows + (4 * batch + b).to(tl.int64) * at.size + at.own + n
             tl.store(of_row, mass_share(common.top, common.mass, z.top, z.mass), mask=inside)
-        z = merge(kept_if(common, rule.shared != OUTSIDE), z)
+        if rule.shared != OUTSIDE:
+            z = merge(common, z)
     zz = over_tile(inner(z.out, z.out), HEADS)
 
     nothing = tl.zeros([QUERIES * HEADS], tl.float32)
@@ -148,8 +149,8 @@ def combine(
                 if trace_entries is not None:
                     of_entry = trace_entries + (3 * entries + e).to(tl.int64) * at.size + at.own + n
                     tl.store(of_entry, mass_share(common.top, common.mass, f.top, f.mass), mask=inside)
-                within = kept_if(common, rule.shared == INSIDE)
-                f = Attended(merged(within, f, f.out), f.top, f.mass)
+                if (rule.shared == INSIDE) & (reads_tokens == 1):
+                    f = Attended(merged(common, f, f.out), f.top, f.mass)
             entry = Entry(e, c, 0, 0, True)
             m, entry_top, share = measure(
                 entry, f, z, zz, table, rule, trace_entries, at, HEADS, HEAD_DIM, FEATURES
@@ -164,8 +165,9 @@ def combine(
     bare = z.out
     around = None
     if shared_out is not None:
-        around = kept_if(common, rule.shared == OUTSIDE)
-        bare = merged(around, z, bare)
+        around = common
+        if rule.shared == OUTSIDE:
+            bare = merged(common, z, bare)
     zz = inner(bare, bare)
     o, limited = finish(mix, z, bare, zz, around, rule, None, at, HEADS, GOAL)
     kept = ()

@@ -156,7 +156,8 @@ def gate(rule, numbers, e, r):
         psi = tl.minimum(tl.maximum(divide(above, width), 0.0), 1.0)
     if rule.gate == SIGMOID:
         psi = 1 / (1 + tl.exp2(tl.minimum(above * width * -LOG2E, 126.0)))
-    return tl.load(numbers + e * STRIDE + ACTIVE) * tl.minimum(psi, entry_number(numbers, e, CAP, rule.cap))
+    active = entry_number(numbers, e, ACTIVE, 1.0)
+    return active * tl.minimum(psi, entry_number(numbers, e, CAP, rule.cap))
 
 
 @triton.jit
@@ -317,7 +318,7 @@ def norm_factor(rule, sum_y, sum_z):
 @triton.jit
 def finish(mix, z, bare, zz, around, rule, norms, at, HEADS: tl.constexpr, GOAL: tl.constexpr):
     """O, and where `limit` acted. `bare` is what O would be without entries and zz <bare, bare>; `around` the
-    shared keys that join Z only now, or None."""
+    shared keys, which may join Y only now, or None."""
     keep = 1 + mix.moved
     taken = tl.full(keep.shape, 1.0, tl.float32)
     if rule.joint == 1:
@@ -329,7 +330,8 @@ def finish(mix, z, bare, zz, around, rule, norms, at, HEADS: tl.constexpr, GOAL:
         taken = divide(taken, total)
     y = sum_of(keep, z.out, taken, mix.removed)
     if around is not None:
-        y = merged(around, z, y)
+        if rule.shared == OUTSIDE:
+            y = merged(around, z, y)
     sum_y = over_tile(norm_sum(rule, y, inner(y, y)), HEADS)
     sum_z = over_tile(norm_sum(rule, bare, zz), HEADS)
     if norms is not None:
