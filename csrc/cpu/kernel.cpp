@@ -34,10 +34,16 @@ FN_INLINE void load_tile(const Strided& t, const Task& task, int64_t h, int64_t 
   }
 }
 
-// Mass of a segment relative to 2^top, the highest of its logits to the base of 2 or near it.
+// The mass of a segment: mass 2^(top + low). The top is the highest of its logits to the base of 2. Of a partial it is
+// the log-sum-exp, and `low` what its conversion to that base has rounded away, or two partials with like masses would
+// be merged less exactly than by natural logarithms.
 struct Mass {
-  F top, mass;
+  F top, low, mass;
 };
+FN_INLINE F gap(const Mass& from, const Mass& to) { return (to.top - from.top) + (to.low - from.low); }
+FN_INLINE F share_of(const Mass& first, const Mass& second) {
+  return mass_share(gap(first, second), first.mass, second.mass);
+}
 
 // The mass of a partial: of its log-sum-exp itself, so 1, or 0 without keys.
 FN_INLINE Mass mass_of(const Partial& partial, const Task& task, int64_t h, int64_t count, int v) {
@@ -46,7 +52,11 @@ FN_INLINE Mass mass_of(const Partial& partial, const Task& task, int64_t h, int6
   for (int i = 0; i < W; ++i)
     x[i] = lse[(task.first_query + std::min<int64_t>(v * W + i, count - 1)) * partial.lse_query];
   const I empty = x == -INFINITY;
-  return {select(empty, splat(kLowest), x * kLog2e), select(empty, F{}, splat(1.f))};  // NaN shows
+  // Both factors in halves of 12 bits, whose first product is exact also where there is no fused multiply-add.
+  constexpr float kHigh = 2955.f / 2048, kLow = static_cast<float>(1.4426950408889634 - kHigh);
+  const F top = x * kLog2e, high = as_float(as_int(x) & ~0xfff), rest = x - high;
+  const F low = (high * kHigh - top) + (high * kLow + rest * kHigh + rest * kLow);
+  return {select(empty, splat(kLowest), top), select(empty, F{}, low), select(empty, F{}, splat(1.f))};  // NaN shows
 }
 
 // Fetches rows of one head into the cache, some at a time between steps of other work: they lie too far
@@ -140,10 +150,10 @@ struct Scratch {
   float *query, *scores, *feature;
   float *z, *y;       // [group][D]
   float* x;           // [group][entries][D]: what an entry adds, F or the retrieved value
-  float *top, *mass;  // [group][1 + entries], the prompt first
+  float *top, *low, *mass;  // [group][1 + entries], the prompt first: see Mass
   float* entry;       // [entries][kEntryRows]
   float* zz;          // <Z,Z>
-  float *shared, *shared_top, *shared_mass;  // [group][D], [group], [group]: the keys of prompt and concepts alike
+  float *shared, *shared_top, *shared_low, *shared_mass;  // [group][D], [group]: keys of prompt and concepts alike
 };
 // kShare: of shared keys and concept; kThere: partials of it that have keys; kB: coefficient of X.
 enum EntryRow { kZf, kFf, kAlong, kMass, kShare, kThere, kR, kG, kB, kEntryRows };
@@ -163,12 +173,14 @@ int64_t lay_out(const Plan& plan, Scratch* s, float* base) {
   take(s->y, g * p.dim);
   take(s->x, p.rule.direction == Direction::fixed ? 0 : g * e * p.dim);
   take(s->top, g * (1 + e));
+  take(s->low, g * (1 + e));
   take(s->mass, g * (1 + e));
   take(s->entry, e * kEntryRows);
   take(s->zz, 1);
   const int64_t shared = p.shared.out.data ? g : 0;
   take(s->shared, shared * p.dim);
   take(s->shared_top, shared);
+  take(s->shared_low, shared);
   take(s->shared_mass, shared);
   return used;
 }
@@ -235,17 +247,23 @@ class Tile {
     return vec(s.mass, g * (1 + entries) + segment, q);
   }
 
+  float* low(int64_t g, int64_t segment, int q) {
+    return vec(s.low, g * (1 + entries) + segment, q);
+  }
   Mass mass_of_segment(int64_t g, int64_t segment, int q) {
-    return {load(top(g, segment, q)), load(mass(g, segment, q))};
+    return {load(top(g, segment, q)), load(low(g, segment, q)), load(mass(g, segment, q))};
   }
   void keep(int64_t g, int64_t segment, int q, Mass m) {
     store(top(g, segment, q), m.top);
+    store(low(g, segment, q), m.low);
     store(mass(g, segment, q), m.mass);
   }
 
   // ---- partials
 
-  Mass shared(int64_t g, int q) { return {load(vec(s.shared_top, g, q)), load(vec(s.shared_mass, g, q))}; }
+  Mass shared(int64_t g, int q) {
+    return {load(vec(s.shared_top, g, q)), load(vec(s.shared_low, g, q)), load(vec(s.shared_mass, g, q))};
+  }
 
   // A partial in place of attention to tokens: out[d][lane], 0 without keys, its top and mass.
   void take(const Partial& partial, int64_t g, int64_t segment, float* out) {
@@ -266,6 +284,7 @@ class Tile {
     for (int q = 0; q < NQ; ++q) {
       const Mass m = mass_of(p.shared, task, h, count, q);
       store(vec(s.shared_top, g, q), m.top);
+      store(vec(s.shared_low, g, q), m.low);
       store(vec(s.shared_mass, g, q), m.mass);
     }
   }
@@ -276,7 +295,7 @@ class Tile {
     const float* from = s.shared + g * p.dim * L;
     for (int q = 0; q < NQ; ++q) {
       const Mass first = shared(g, q), m = mass_of_segment(g, segment, q);
-      const F part = mass_share(first.top, first.mass, m.top, m.mass), rest = 1.f - part;
+      const F part = share_of(first, m), rest = 1.f - part;
       const I alone = first.mass == 0.f, absent = m.mass == 0.f;
       for (int64_t d = 0; d < p.dim; ++d) {
         const F own = load(vec(x, d, q)), other = load(from + (d * NQ + q) * W);
@@ -290,9 +309,10 @@ class Tile {
     for (int q = 0; q < NQ; ++q) {
       const Mass first = shared(g, q), m = mass_of_segment(g, 0, q);
       const F highest = max(first.top, m.top);
-      const F both = first.mass * exp2(first.top - highest) + m.mass * exp2(m.top - highest);
+      const auto part = [&](const Mass& x) { return x.mass * exp2((x.top - highest) + x.low); };
+      const F both = part(first) + part(m);
       const I alone = first.mass == 0.f;
-      keep(g, 0, q, {select(alone, m.top, highest), select(alone, m.mass, both)});
+      keep(g, 0, q, {select(alone, m.top, highest), select(alone, m.low, F{}), select(alone, m.mass, both)});
     }
   }
 
@@ -309,7 +329,7 @@ class Tile {
     multiply<typename Keys::Op, NQ>(pack.count, pack.key, Keys::depth(p.dim), s.query, nullptr, s.scores, between);
     const float scale = add_bias(p.scale * kLog2e);
     mean_value<NQ>(pack.value, pack.count, p.dim, segment == 0, scale, s.scores, out, top_, mass_, between);
-    for (int q = 0; q < NQ; ++q) keep(g, segment, q, {top_[q], mass_[q]});
+    for (int q = 0; q < NQ; ++q) keep(g, segment, q, {top_[q], F{}, mass_[q]});
   }
 
   // Attention of Z to the values of a pack, for `retrieve`.
@@ -344,7 +364,7 @@ class Tile {
         for (int q = 0; q < NQ; ++q) {
           const Mass first = shared(g, q), m = mass_of_segment(g, 0, q);
           plan.row_partials[task.index * kRowColumns + 4] +=
-              sum(present(q, mass_share(first.top, first.mass, m.top, m.mass))) / static_cast<double>(plan.group);
+              sum(present(q, share_of(first, m))) / static_cast<double>(plan.group);
         }
       if (!outside()) {
         merge_shared(g, 0, z(g));
@@ -455,7 +475,7 @@ class Tile {
       if (p.shared.out.data) {
         for (int q = 0; plan.entry_partials && q < NQ; ++q) {
           const Mass first = shared(g, q), m = mass_of_segment(g, 1 + e, q);
-          add(entry(e, kShare, q), mass_share(first.top, first.mass, m.top, m.mass));
+          add(entry(e, kShare, q), share_of(first, m));
         }
         if (rule.shared == Shared::inside) merge_shared(g, 1 + e, f);
       }
@@ -476,12 +496,13 @@ class Tile {
     }
   }
 
+  Mass biased(const Mass& m, int64_t e) { return {m.top - live[e].numbers.logit_bias * kLog2e, m.low, m.mass}; }
+
   // The entries' shares of mass, all in one loop: each is one long chain of latencies.
   void weigh(int64_t g) {
     for (int64_t e = 0; e < entries; ++e)
       for (int q = 0; q < NQ; ++q)
-        add(entry(e, kMass, q), mass_share(load(top(g, 0, q)), load(mass(g, 0, q)), load(top(g, 1 + e, q)),
-                                           load(mass(g, 1 + e, q)), live[e].numbers));
+        add(entry(e, kMass, q), share_of(mass_of_segment(g, 0, q), biased(mass_of_segment(g, 1 + e, q), e)));
   }
 
   Moments moments(int64_t e, int q) {
@@ -561,15 +582,23 @@ class Tile {
       const F full = load(vec(y(g), d, q)) * factor[q];
       return rest == 0.f ? full : fma(splat(rule.blend), full, rest * load(vec(z(g), d, q)));
     };
-    if (!p.slots) {
+    if (!p.slots && !outside()) {
       for (int64_t g = 0; g < plan.group; ++g) write(g, [&](int64_t d, int q) { return output(g, d, q); });
     } else {
-      I some[NQ] = {};  // queries that have an entry: the others are left as they are
-      for (int64_t e = 0; e < entries; ++e)
-        for (int q = 0; q < NQ; ++q) some[q] |= load(entry(e, kThere, q)) != 0.f;
-      for (int q = 0; q < NQ; ++q) limited[q] = select(some[q], limited[q], F{});
-      for (int64_t g = 0; g < plan.group; ++g)
-        write(g, [&](int64_t d, int q) { return select(some[q], output(g, d, q), load(vec(z(g), d, q))); });
+      I some[NQ];  // queries that have an entry: the others are left as they are
+      for (int q = 0; q < NQ; ++q) {
+        some[q] = p.slots ? I{} : I{} - 1;
+        for (int64_t e = 0; p.slots && e < entries; ++e) some[q] |= load(entry(e, kThere, q)) != 0.f;
+        limited[q] = select(some[q], limited[q], F{});
+      }
+      for (int64_t g = 0; g < plan.group; ++g) {
+        I acts[NQ];  // and, outside, a prompt to remove something from
+        for (int q = 0; q < NQ; ++q) {
+          const I text = load(mass(g, 0, q)) != 0.f;
+          acts[q] = outside() ? some[q] & (text | (shared(g, q).mass == 0.f)) : some[q];
+        }
+        write(g, [&](int64_t d, int q) { return select(acts[q], output(g, d, q), load(vec(z(g), d, q))); });
+      }
     }
     if (plan.row_partials)
       for (int q = 0; q < NQ; ++q)
@@ -604,7 +633,8 @@ class Tile {
         highest = max(highest, select(w(i) > 0.f, t(i) + exponent(w(i)), splat(kLowest)));
       F total = F{};
       const auto part = [&](int64_t i) {
-        return select(w(i) == 0.f, F{}, w(i) * exp2(min(t(i) - highest, splat(127.f))));
+        const F gap = (t(i) - highest) + load(low(g, i, q));
+        return select(w(i) == 0.f, F{}, w(i) * exp2(min(gap, splat(127.f))));
       };
       for (int64_t i = 0; i <= entries; ++i) total = total + part(i);
       const F inverse = select(total == 0.f, F{}, 1.f / total);

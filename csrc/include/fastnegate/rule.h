@@ -59,16 +59,15 @@ FN_INLINE Pull pull(const Rule& rule, const Moments& m) {
   }
 }
 
-// Share of the second of two segments in the mass of both; tops are base-2 logits.
-FN_INLINE F mass_share(F top, F mass, F second_top, F second_mass) {
-  const F gap = second_top - top;
+// Share of the second of two segments in the mass of both; the top of the second, a base-2 logit, is `gap` higher.
+FN_INLINE F mass_share(F gap, F mass, F second_mass) {
   const F less = exp2(min(gap, splat(0.f) - gap)), one = splat(1.f);  // the higher of both weighs 1
   const F ours = second_mass * select(gap < 0.f, less, one);
   return divide(ours, fma(mass, select(gap < 0.f, one, less), ours));
 }
 // Of the prompt and an entry.
 FN_INLINE F mass_share(F top, F mass, F entry_top, F entry_mass, const Numbers& n) {
-  return mass_share(top, mass, entry_top - n.logit_bias * kLog2e, entry_mass);
+  return mass_share(entry_top - n.logit_bias * kLog2e - top, mass, entry_mass);
 }
 
 // Factor on Y from the norms of Y and Z over the scope; `limited` is 1 where `limit` acted.

@@ -171,6 +171,9 @@ def mix(
     if around is not None:
         kept = (rule.blend * factor + 1 - rule.blend).abs().unsqueeze(-1)
         magnitude = merged(around._replace(output=kept * around.output.abs()), prompt, magnitude)
+    if around is not None:  # without a prompt nothing is removed
+        alone = ((prompt.mass == 0) & (around.mass > 0)).unsqueeze(-1)
+        output = torch.where(alone, z, output)
     if all(e.present is not None for e in entries):
         some = torch.stack(torch.broadcast_tensors(*[e.present for e in entries])).any(0).unsqueeze(-1)
         output, magnitude = torch.where(some, output, z), torch.where(some, magnitude, z.abs())
@@ -252,11 +255,12 @@ def near_jump(rule: Rule, entries: list[Entry], delta: float) -> Tensor:
     near = torch.zeros_like(entries[0].r, dtype=torch.bool)
     for e in entries:
         threshold, width = e.numbers["threshold"], e.numbers["width"]
+        there = near | True if e.present is None else e.present
         if rule.gate == "step":
-            near = near | ((e.r - threshold).abs() <= delta)
+            near = near | (there & ((e.r - threshold).abs() <= delta))
         elif rule.gate == "ramp":
             inside = (e.r >= threshold - delta) & (e.r <= threshold + width + delta)
-            near = near | (inside & (width < 16 * delta))
+            near = near | (there & inside & (width < 16 * delta))
     if rule.select == "max" and len(entries) > 1:
         best = torch.stack(torch.broadcast_tensors(*[e.g for e in entries])).topk(2, dim=0).values
         near = near | ((best[0] > 0) & (best[0] - best[1] <= delta))

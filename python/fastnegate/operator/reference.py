@@ -123,6 +123,16 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
     return output, tables
 
 
+def partial(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float) -> Partial:
+    """Attention to some keys, in the dtype of the query: `out` and `lse` with gradients."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    bias = None if key_bias is None else key_bias.to(exact)
+    top, mass, output = attend(query, key, value, scale, bias)
+    some = mass > 0
+    lse = torch.where(some, top + torch.where(some, mass, 1.0).log(), -torch.inf)
+    return Partial(output.to(query.dtype), lse)
+
+
 def evaluate(problem: Problem, *, dtype: torch.dtype = torch.float64, nudge: Nudge = NO_NUDGE) -> Evaluation:
     """Evaluate the operator in `dtype`.
 

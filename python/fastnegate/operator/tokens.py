@@ -37,6 +37,11 @@ _LIMITS: dict[str, dict[str, float]] = {
 Row = Sequence["int | Mapping[str, Any]"]
 
 
+def _number(name: str) -> Any:
+    """A column of `ConceptTokens.numbers`, [E]."""
+    return property(lambda tokens: tokens.numbers[:, NUMBERS.index(name)])
+
+
 class Located(NamedTuple):
     """What a call needs to know of `ConceptTokens`, found once for each: see `ConceptTokens.located`."""
 
@@ -248,29 +253,12 @@ class ConceptTokens:
         """Keys and values in `dtype`; numbers stay float32."""
         return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
-    @property
-    def strength(self) -> Tensor:
-        return self.numbers[:, 0]
-
-    @property
-    def logit_bias(self) -> Tensor:
-        return self.numbers[:, 1]
-
-    @property
-    def threshold(self) -> Tensor:
-        return self.numbers[:, 2]
-
-    @property
-    def width(self) -> Tensor:
-        return self.numbers[:, 3]
-
-    @property
-    def cap(self) -> Tensor:
-        return self.numbers[:, 4]
-
-    @property
-    def active(self) -> Tensor:
-        return self.numbers[:, 5]
+    strength = _number("strength")
+    logit_bias = _number("logit_bias")
+    threshold = _number("threshold")
+    width = _number("width")
+    cap = _number("cap")
+    active = _number("active")
 
 
 _data_ptr = Tensor.data_ptr

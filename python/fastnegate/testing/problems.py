@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..operator import reference
 from ..operator.problem import Partial, Problem
 from ..operator.rule import Rule
 from ..operator.tokens import ConceptTokens
@@ -28,6 +29,7 @@ Holder = TypeVar("Holder", bound="DataclassInstance")
 
 LAYOUTS = ("contiguous", "bnhd", "broadcast", "odd")
 MASKS = ("none", "padding", "additive", "per_query", "per_head_and_query")
+PARTIALS = ("shared", "prompt", "both", "combine")
 ROWS = ("none", "same", "mixed", "zero_tokens", "inactive")
 
 
@@ -128,6 +130,57 @@ def make_problem(
         concepts = replace(concepts, key=_odd(concepts.key), value=_odd(concepts.value))
     key_bias = _key_bias(mask, batch, heads, queries, keys, uniform)
     return Problem(query, key, value, key_bias, concepts, rule, dim**-0.5 if dim else 1.0)
+
+
+def with_partials(problem: Problem, which: str, *, image: int = 30, seed: int = 0) -> Problem:
+    """The problem with attention that is done already, as docs/semantics.md, section 9, has it.
+
+    Args:
+        problem: of `make_problem`.
+        which: one of PARTIALS: `shared` keys, the `prompt` as a partial, `both`, or `combine`, where every
+            segment is one.
+        image: number of shared keys.
+
+    Partials are float64 attention, rounded to storage. Some queries have no keys in one of them; what it
+    holds there is NaN.
+    """
+    batch, heads, queries, _, dim = problem.sizes
+    generator = torch.Generator().manual_seed(seed)
+    dtype, tokens, query = problem.query.dtype, problem.concepts, problem.query.double()
+
+    def partial(key: Tensor, value: Tensor, bias: Tensor | None, empty: int) -> Partial:
+        """Without keys where the row and the query are `empty` modulo 3 and 5."""
+        done = reference.partial(query, key.double(), value.double(), bias, problem.scale)
+        row, column = torch.arange(batch) % 3 == empty, torch.arange(queries) % 5 == empty
+        away = (row[:, None] & column)[:, None]
+        lse = done.lse.float().masked_fill(away, -torch.inf)
+        return Partial(done.out.to(dtype).masked_fill(lse.isneginf()[..., None], torch.nan), lse)
+
+    def normal() -> Tensor:
+        return 1.5 * torch.randn(batch, heads, image, dim, generator=generator, dtype=torch.float64)
+
+    if which in ("shared", "both", "combine"):
+        problem = replace(problem, shared=partial(normal(), normal(), None, 0))
+    if which in ("prompt", "both", "combine"):
+        prompt = partial(problem.key, problem.value, problem.key_bias, 1)
+        none = problem.query[:, :, :0]
+        problem = replace(problem, key=none, value=none, key_bias=None, prompt=prompt)
+    if which == "combine" and tokens is not None:
+        index, entries, slots = tokens.index.tolist(), tokens.entries, []
+        for c in range(tokens.concepts):
+            begin, length = index[entries + c], index[entries + tokens.concepts + c]
+            span = slice(begin, begin + length)
+            key, value = (
+                t[span].double().transpose(0, 1).expand(batch, -1, -1, -1) for t in (tokens.key, tokens.value)
+            )
+            if tokens.token_weight is not None:
+                value = value * tokens.token_weight[span, None].double()
+            bias = None if tokens.token_bias is None else tokens.token_bias[None, None, None, span]
+            slots.append(partial(key, value, bias, 2 - c % 3))
+        none = tokens.key[:0]
+        tokens = replace(tokens, key=none, value=none, token_bias=None, token_weight=None, longest=0)
+        problem = replace(problem, slots=tuple(slots), concepts=tokens)
+    return problem
 
 
 def _rows(kind: str, batch: int, count: int) -> list[list[Any]]:

@@ -113,7 +113,9 @@ class CpuPlan:
             out.data_ptr(),
             0 if key_bias is None else key_bias.data_ptr(),
             text,
-            native.partial_addresses(shared, prompt, slots) if self._partials else (),
+            native.partial_addresses(shared, prompt, slots if self._negates else None)
+            if self._partials
+            else (),
             *((0, 0, 0) if tables is None else native.addresses(tables)),
             instruction_set(),
             torch.get_num_threads(),

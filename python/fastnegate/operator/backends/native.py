@@ -108,7 +108,11 @@ def layout(problem: Problem) -> Layout:
         codes(problem.rule),
         problem.rule.numbers,
         problem.rule.reads,
-        (_strides(problem.shared), _strides(problem.prompt), [*map(_strides, problem.slots or ())]),
+        (
+            _strides(problem.shared),
+            _strides(problem.prompt),
+            [*map(_strides, problem.slots or ())] if negates else [],
+        ),
     )
     return Layout(arguments, shape, strides, bias, negates, copied)
 
