@@ -235,8 +235,8 @@ def find_entry(concepts, rule, e, there, TOKENS: tl.constexpr, STREAMED: tl.cons
     begin = tl.minimum(tl.maximum(begin, 0), concepts.tokens)
     length = tl.load(concepts.index + concepts.entries + concepts.concepts + c)
     length = tl.minimum(length, tl.minimum(concepts.longest, concepts.tokens - begin))
-    active = tl.load(concepts.numbers + e * STRIDE + ACTIVE, mask=there, other=0.0)
-    active = ~(active <= 0)  # NaN stands for 1
+    schedule = tl.load(concepts.numbers + e * STRIDE + ACTIVE, mask=there, other=0.0)
+    active = there & ((schedule > 0) | (schedule != schedule))  # NaN stands for 1
     length = tl.where(active & (rule.reads_tokens == 1), length, 0)
     present = length
     if concepts.token_bias is not None:

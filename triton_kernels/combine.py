@@ -15,7 +15,7 @@ Their number is compiled in; their strides are alike.
 import triton
 import triton.language as tl
 
-from .rows import View, inner, over_tile, write
+from .rows import View, chosen, inner, over_tile, write
 from .rule import (
     ACTIVE,
     INSIDE,
@@ -49,10 +49,10 @@ from .segment import (
 @triton.jit
 def of_slot(tensors, c):
     """The c-th of a tuple."""
-    chosen = tensors[0]
+    tensor = tensors[0]
     for i in tl.static_range(1, len(tensors)):
-        chosen = tl.where(c == i, tensors[i], chosen)
-    return chosen
+        tensor = tl.where(c == i, tensors[i], tensor)
+    return tensor
 
 
 # As in attention.py: sizes change from call to call, and do not compile.
@@ -131,7 +131,7 @@ def combine(
     of_row = index + entries + 2 * concepts + b
     last = tl.minimum(tl.load(of_row + 1), entries)
     for e in tl.range(tl.minimum(tl.maximum(tl.load(of_row), 0), entries), last, disable_licm=True):
-        if ~(entry_number(numbers, e, ACTIVE, 1.0) <= 0):
+        if entry_number(numbers, e, ACTIVE, 1.0) > 0:
             c = concept_of(table, e, True)
             there = inside
             f = empty(QUERIES * HEADS, FEATURES)
@@ -141,7 +141,7 @@ def combine(
                     View(of_slot(slot_lses, c), slot_lse_batch, slot_lse_head, slot_lse_row),
                 )
                 top, mass = load_mass(slot, at, inside)
-                there = over_tile(mass, HEADS) > 0
+                there = over_tile(mass, HEADS) != 0
                 f = kept_if(Attended(f.out, top, mass), reads_tokens == 1)
                 features = load_output(slot, at, f.mass != 0, HEAD_DIM, FEATURES, ALIGNED)
                 f = Attended(features, f.top, f.mass)
@@ -170,13 +170,11 @@ def combine(
             bare = merged(common, z, bare)
     zz = inner(bare, bare)
     o, limited = finish(mix, z, bare, zz, around, rule, None, at, HEADS, GOAL)
-    kept = ()
-    for i in tl.static_range(len(o)):  # without an entry O = Z to the last bit
-        kept = kept + (tl.where(mix.found[:, None], o[i], bare[i]),)
+    o = chosen(mix.found, o, bare)  # without an entry O = Z to the last bit
     if trace_entries is not None:
         # With `max` only the winner has a gate, and only now is it known.
         to = trace_entries + mix.best.to(tl.int64) * at.size + at.own + n
         tl.store(to, mix.best_g, mask=inside & mix.found & (largest == 1))
     if trace_rows is not None:
-        trace_row(trace_rows, kept, bare, zz, limited & mix.found, out.dtype.element_ty, at)
-    write(View(out, out_batch, out_head, out_row), kept, at, HEAD_DIM, FEATURES, ALIGNED)
+        trace_row(trace_rows, o, bare, zz, limited & mix.found, out.dtype.element_ty, at)
+    write(View(out, out_batch, out_head, out_row), o, at, HEAD_DIM, FEATURES, ALIGNED)

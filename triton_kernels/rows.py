@@ -73,6 +73,15 @@ def sum_of(a, x, b, y):
 
 
 @triton.jit
+def chosen(first, x, y):
+    """x in the rows of `first`, else y."""
+    out = ()
+    for i in tl.static_range(len(x)):
+        out = out + (tl.where(first[:, None], x[i], y[i]),)
+    return out
+
+
+@triton.jit
 def over_tile(x, HEADS: tl.constexpr):
     """x [ROWS] summed over the heads of each query, of which the tile has HEADS, in the place of each."""
     if HEADS == 1:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..operator.rule import DIRECTIONS, GATES, NORMS, SHARED, SIMILARITIES
 from ..operator.tokens import COLUMNS, NUMBERS
-from .rows import View, inner, load_vector, over_tile, sum_of
+from .rows import View, chosen, inner, load_vector, over_tile, sum_of
 from .segment import LOG2E, TINY, divide, finite_top, load_mass, mass_share, merged
 
 
@@ -345,7 +345,11 @@ def finish(mix, z, bare, zz, around, rule, norms, at, HEADS: tl.constexpr, GOAL:
             sum_z = over_heads(table + plane + at.n, at.inside, at.heads, at.queries)
     scaling, limited = norm_factor(rule, sum_y, sum_z)
     rest = tl.full(keep.shape, 1.0, tl.float32) - rule.blend
-    return sum_of(rule.blend * scaling, y, rest, bare), limited
+    o = sum_of(rule.blend * scaling, y, rest, bare)
+    if around is not None:
+        if rule.shared == OUTSIDE:  # without a prompt nothing is removed
+            o = chosen((z.mass == 0) & (around.mass != 0), bare, o)
+    return o, limited
 
 
 @triton.jit

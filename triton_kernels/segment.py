@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import View, load_rows, pieces, rows_at, sum_of, width
+from .rows import View, chosen, load_rows, pieces, rows_at, sum_of, width
 
 LOG2E = tl.constexpr(1.4426950408889634)
+HIGH = tl.constexpr(2955 / 2048)  # the first 12 bits of it
+LOW = tl.constexpr(1.4426950408889634 - 2955 / 2048)
+LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1e-30)
 LOWEST = tl.constexpr(-3e38)
 
@@ -63,12 +66,16 @@ def mass_share(top, mass, entry_top, entry_mass):
 
 @triton.jit
 def load_mass(partial, at, keep):
-    """Top and mass of a partial's rows: its log-sum-exp and 1, or -inf and 0 where it has no keys
-    or `keep` is false. NaN is no absence: it shows."""
+    """Top and mass of a partial's rows: its log-sum-exp to the base of 2, and what its conversion has rounded
+    away, which is close to 1; -inf and 0 where it has no keys or `keep` is false. NaN shows."""
     lse = tl.load(rows_at(partial.lse, at.b, at.h, at.first, at.row, 1), mask=keep, other=float("-inf"))
     top = tl.maximum(lse * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     there = lse != float("-inf")
-    return tl.where(there, top, float("-inf")), tl.where(there, 1.0, 0.0)
+    # The rest of the product, by halves of 12 bits: without it, segments of like mass would be merged less
+    # exactly than by natural logarithms.
+    high = (lse.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    rest = (high * HIGH - top) + (high * LOW + (lse - high) * HIGH + (lse - high) * LOW)
+    return tl.where(there, top, float("-inf")), tl.where(there, 1 + rest * LN2, 0.0)
 
 
 @triton.jit
@@ -101,12 +108,8 @@ def merged(first, second, x):
     """x, the output of `second` or what has been made of it, as a part of one softmax over the tokens of
     both. Where one of them is empty the other stays, to the last bit."""
     share = mass_share(first.top, first.mass, second.top, second.mass)
-    mixed = sum_of(share, x, 1 - share, first.out)
-    out = ()
-    for i in tl.static_range(len(x)):
-        both = tl.where((second.mass == 0)[:, None], first.out[i], mixed[i])
-        out = out + (tl.where((first.mass == 0)[:, None], x[i], both),)
-    return out
+    both = sum_of(share, x, 1 - share, first.out)
+    return chosen(first.mass == 0, x, chosen(second.mass == 0, first.out, both))
 
 
 @triton.jit
