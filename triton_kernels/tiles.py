@@ -38,6 +38,12 @@ class Tiles(NamedTuple):
     warps: int
     held: int = 0  # entries of a batch row whose tokens are loaded once, not once per tile of queries
 
+    def describe(self) -> str:
+        return (
+            f"tiles of {self.rows} queries, {self.keys} keys{'' if self.kept else ' at a time'} and "
+            f"{self.tokens} concept tokens"
+        )
+
 
 def split(size: int) -> tuple[int, ...]:
     """`size` as a sum of powers of two: what Triton can hold of it.
@@ -127,6 +133,30 @@ def _float32(work: Work) -> Tiles:
         features=size,
         warps=4 if size <= 64 else 8,
     )
+
+
+class Combined(NamedTuple):
+    """Sizes of a program of `combine`."""
+
+    queries: int
+    heads: int  # a power of two
+    features: int  # as in Tiles
+    warps: int
+
+    def describe(self) -> str:
+        return f"tiles of {self.queries} queries and {self.heads} heads"
+
+
+def combined(heads: int, dim: int, feature: bool) -> Combined:
+    """For a rule with scope `feature`, whose programs have all heads of a query, or `head`.
+
+    32 rows at least, and 8 warps for them: each thread has an eighth of a row of every matrix, so that with
+    the few that are alive two programs fit a multiprocessor; and no piece of 8 columns has fewer numbers than
+    there are threads, which would read some twice.
+    """
+    together = 1 << (heads - 1).bit_length() if feature and heads > 1 else 1
+    rows = max(together, 32)
+    return Combined(rows // together, together, up(dim, 8), min(rows // 4, 16))
 
 
 def resident(work: Work, tile: Tiles, shared_memory: int) -> int:

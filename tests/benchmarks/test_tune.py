@@ -378,7 +378,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[Tiles, Any]:
             raise done
         launch.compiled["moments"] = SimpleNamespace(n_spills=0)
         launch.compiled["output"] = SimpleNamespace(n_spills=done)
-        return reference.run(Problem(*operands, METHODS["protore"], 0.25)), None
+        return reference.run(Problem(*operands[:5], METHODS["protore"], 0.25)), None
 
     monkeypatch.setattr(backend.TritonPlan, "run", run)
     return does

@@ -15,11 +15,13 @@ import interpreter
 import pytest
 import torch
 from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
+from torch import Tensor
 
 import fastnegate as fn
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import COMBINES, GATES, SELECTS, Rule
+from fastnegate.testing.problems import PARTIALS, with_partials
 
 torch.set_num_threads(1)
 FEATURE_MAX = Rule(
@@ -247,6 +249,175 @@ def test_indices_are_clamped(dtype: torch.dtype, begin: int, end: int) -> None:
         padded[name] = room[32:-32].copy_(tensor)
     corrupt = with_concepts(problem, index=index, **padded)
     Judge(corrupt).check(backend.run(corrupt), "triton")
+
+
+@pytest.mark.parametrize("rule", ("protore", FEATURE_MAX), ids=("head", "feature"))
+def test_active_that_is_nan_stands_for_one(rule: Rule | str) -> None:
+    problem = make_problem(1, 2, 5, rule=rule, rows=[[0, 1]])
+    nan, one = (with_concepts(problem, numbers=problem.concepts.numbers.clone()) for _ in range(2))
+    nan.concepts.active.fill_(torch.nan)
+    one.concepts.active.fill_(1.0)
+    assert torch.equal(backend.run(nan), backend.run(one))
+
+
+# ---- partials ---------------------------------------------------------------------------------------
+
+MERGED = {
+    "protore": Rule.preset("protore"),
+    "nag": Rule.preset("nag"),
+    "nag-outside": Rule.preset("nag", shared="outside", scope="head"),
+    "vsf": Rule.preset("vsf"),
+    "casteer": Rule.preset("casteer"),
+    "mass-preserve": RULES["mass-preserve"],
+    "feature-outside": dataclasses.replace(FEATURE_MAX, shared="outside"),
+    "joint-max": RULES["joint-max"],
+}
+GRID_OF_PARTIALS = list(
+    pairwise(
+        {
+            "rule": tuple(MERGED),
+            "which": PARTIALS,
+            "dtype": DTYPES,
+            "heads": (1, 2, 3),
+            "dim": (16, 40, 80),
+            "keys": (0, 7, 77),
+            "layout": ("bnhd", "odd"),
+            "statistics": (False, True),
+        }
+    )
+)
+
+
+@pytest.mark.parametrize("case", GRID_OF_PARTIALS, ids=lambda case: "-".join(map(str, case.values())))
+def test_grid_of_partials(case: dict, memory: interpreter.Memory) -> None:
+    case = dict(case)
+    rule, which, statistics = MERGED[case.pop("rule")], case.pop("which"), case.pop("statistics")
+    judge = fair(
+        with_partials(make_problem(2, queries=18, rule=rule, **case, seed=s), which) for s in range(5)
+    )
+    problem = judge.problem
+    assert supports(problem) is None
+    if statistics:
+        output, tables = backend.run_with_statistics(problem)
+        judge.check_statistics(tables.named, "triton")
+    else:
+        output = backend.run(problem)
+    judge.check(output, f"triton {which}")
+    if which == "combine":
+        check_bytes(problem, memory)
+
+
+def check_bytes(problem: Problem, memory: interpreter.Memory) -> None:
+    """What `combine` reads and writes are the rows that there are, once."""
+    batch, heads, _, _, dim = problem.sizes
+    concepts, size = problem.concepts, problem.query.element_size()
+    index, rows = concepts.index.tolist(), concepts.index[-batch - 1 :].tolist()
+    partials = {"shared_out": problem.shared, "prompt_out": problem.prompt}
+    slots = {f"slot_outs.{i}": slot for i, slot in enumerate(problem.slots)}
+    has = torch.zeros(len(slots), batch, dtype=torch.bool)
+    for b in range(batch):
+        for e in range(rows[b], rows[b + 1]):
+            has[index[e], b] = concepts.active[e] > 0
+    for name, partial in (partials | slots).items():
+        there, of_lse = partial.lse != -torch.inf, partial.lse.numel()
+        if name in slots:
+            listed = has[int(name[10:])]
+            of_lse = int(listed.sum()) * heads * partial.lse.shape[2]
+            there = there & listed[:, None, None] & problem.rule.reads.tokens
+        assert memory.read[name] == there.sum() * dim * size, name
+        assert memory.read[name.replace("out", "lse")] == 4 * of_lse, name
+    assert memory.written["out"] == problem.query.numel() * size
+
+
+def without_keys(problem: Problem, *names: str) -> Problem:
+    changes = {}
+    for name in names:
+        partial = getattr(problem, name)
+        nothing = torch.full_like(partial.lse, -torch.inf)
+        changes[name] = partial._replace(out=torch.full_like(partial.out, torch.nan), lse=nothing)
+    return dataclasses.replace(problem, **changes)
+
+
+@pytest.mark.parametrize("rule", MERGED)
+def test_shared_without_keys_changes_no_bit(rule: str) -> None:
+    problem = make_problem(2, queries=5, rule=MERGED[rule], mask="padding")
+    nothing = without_keys(with_partials(problem, "shared"), "shared")
+    assert torch.equal(backend.run(nothing), backend.run(problem))
+
+
+@pytest.mark.parametrize("rule", ("nag", "nag-outside", "vsf"))
+@pytest.mark.parametrize("which", PARTIALS)
+def test_without_an_entry_it_is_the_merge(which: str, rule: str) -> None:
+    """Of a row, and with `combine` of a query, as without concepts, where another kernel merges."""
+    problem = with_partials(make_problem(2, queries=10, rule=MERGED[rule], rows=[[0], []]), which)
+    gone = torch.zeros(10, dtype=torch.bool)
+    if which == "combine":
+        gone[2:9] = True
+        problem.slots[0].lse[:, :, gone] = -torch.inf
+    expected = backend.run(dataclasses.replace(plain(problem), slots=None))
+    output = backend.run(problem)
+    assert torch.equal(output[1], expected[1]) and torch.equal(output[0][:, gone], expected[0][:, gone])
+    assert not torch.equal(output[0], expected[0])
+
+
+@pytest.mark.parametrize("rule", ("protore", "nag", "nag-outside"))
+@pytest.mark.parametrize("which", ("shared", "both"))
+def test_without_a_prompt_outside_is_what_is_shared(which: str, rule: str) -> None:
+    problem = with_partials(make_problem(rule=MERGED[rule], rows=[[0], [0], []], keys=0, queries=5), which)
+    problem.shared.lse.nan_to_num_(neginf=1.0)
+    problem.shared.out.nan_to_num_(nan=0.5)
+    output, left = backend.run(problem), 3 if problem.rule.shared == "outside" else 1
+    assert torch.equal(output[-left:], problem.shared.out[-left:])
+
+
+@pytest.mark.parametrize("which", PARTIALS)
+def test_partial_that_is_nan_shows(which: str) -> None:
+    """In the queries that have it: a log-sum-exp that is NaN is no missing partial."""
+    problem = with_partials(make_problem(2, queries=10, rule="nag", rows=[[0], [1]]), which)
+    for part in range(1 if which == "prompt" else 2):  # of the only segment nobody reads the mass
+        for name, partial in problem.partials:
+            kept = partial[part].clone()
+            partial[part][:, :, 8] = torch.nan  # a query that has keys everywhere
+            output = backend.run(problem)
+            shows = {"concepts[0]": [True, False], "concepts[1]": [False, True], "concepts[2]": [False] * 2}
+            assert output[:, :, 8].isnan().any(-1).all(-1).tolist() == shows.get(name, [True] * 2)
+            assert output[:, :, torch.arange(10) != 8].isfinite().all()
+            partial[part].copy_(kept)
+
+
+def test_concept_tokens_of_each_rows_own() -> None:
+    problem = make_problem(2, rows=[[0, 1], [1]], concept_lengths=(8, 3), queries=20)
+    tokens = problem.concepts
+    other = make_problem(2, rows="same", concept_lengths=(8, 3), seed=5).concepts
+    key, value = torch.stack([tokens.key, other.key]), torch.stack([tokens.value, other.value])
+    own = with_concepts(problem, key=key, value=value)
+    output = backend.run(own)
+    Judge(own).check(output, "triton own tokens")
+    second = backend.run(with_concepts(problem, key=other.key, value=other.value))
+    assert torch.equal(output[0], backend.run(problem)[0]) and torch.equal(output[1], second[1])
+
+
+def test_slots_of_any_strides() -> None:
+    problem = with_partials(make_problem(rule="nag", rows="same", queries=20), "combine")
+
+    def apart(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    first, *others = problem.slots
+    moved = dataclasses.replace(problem, slots=(fn.Partial(apart(first.out), apart(first.lse)), *others))
+    assert torch.equal(backend.run(moved), backend.run(problem))
+
+
+def test_combine_without_slots() -> None:
+    """For a rule that reads no tokens."""
+    problem = with_partials(make_problem(rule="casteer", rows="same", queries=20), "both")
+    alone = dataclasses.replace(problem, slots=())
+    output = backend.run(alone)
+    Judge(alone).check(output, "triton")
+    assert (
+        backend.plan(alone, False).describe()
+        == "tiles of 16 queries and 2 heads, 8 warps, 6 programs, 1 launch"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ all, in hours."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import linecache
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem, Statistics
 from fastnegate.operator.rule import Rule
+from fastnegate.testing.problems import with_partials
 
 triton = pytest.importorskip("triton")
 from executed import (  # noqa: E402
@@ -43,7 +45,7 @@ from executed import (  # noqa: E402
     pointing_nowhere,
     ties,
 )
-from fastnegate.triton_kernels import attention, tiles  # noqa: E402
+from fastnegate.triton_kernels import attention, rows, rule, segment, tiles  # noqa: E402
 from fastnegate.triton_kernels.tiles import split  # noqa: E402
 from ptxsim.device import A100, Launched, SimulatedDevice  # noqa: E402
 from ptxsim.mutations import Mutation, mutations  # noqa: E402
@@ -307,6 +309,56 @@ def test_tiles_of_a_program(options: dict) -> None:
     check_work(problem, many)
 
 
+# ---- partials ---------------------------------------------------------------------------------------
+
+PARTIALS = {
+    "shared, inside": ("shared", {**SMALL, "rule": "nag", "heads": 2, "dim": 64, "dtype": BFLOAT16}),
+    "shared, outside": ("shared", {**SMALL, "keys": 77}),
+    "both, joint": ("both", {**SMALL, "rule": "vsf", "layout": "bnhd"}),
+    "combine, feature": ("combine", {**SMALL, "rule": "nag", "heads": 5, "dim": 72, "layout": "bnhd"}),
+    "combine, head": ("combine", {**SMALL, "dim": 128, "dtype": BFLOAT16}),
+    "combine, float32": ("combine", {**SMALL, "rule": "ong", "heads": 3, "dtype": FLOAT32}),
+}
+
+
+@pytest.mark.parametrize("name", PARTIALS)
+def test_partials(name: str) -> None:
+    which, options = PARTIALS[name]
+    judge = Judge(with_partials(make_problem(**options), which))
+    simulated = simulate(judge.problem, True)
+    judge.check(simulated.output, f"ptx {which}")
+    judge.check_statistics(simulated.statistics, f"ptx {which}")
+    for launch in simulated.launches:
+        check_rows(judge.problem, launch)
+
+
+def check_rows(problem: Problem, launch: Launched) -> None:
+    """Every row of a partial that has keys is read once; of shared keys beside attention, once for each
+    segment that holds them."""
+    dim, size = problem.sizes[4], problem.query.element_size()
+    goal, total = launch.constants["GOAL"], launch.result.total
+    negating = torch.tensor([sum(entry.exists for entry in row) for row in entries_of(problem)])
+    expected = {}
+    if problem.prompt is not None:
+        expected["prompt_out"] = problem.prompt, 1
+    if problem.shared is not None:
+        times = 1 + negating if problem.slots is None and problem.rule.shared == "inside" else 1
+        expected["shared_out"] = problem.shared, times
+    if problem.slots is not None:
+        concepts = problem.concepts
+        rows = concepts.index[-len(negating) - 1 :].tolist()
+        for i, slot in enumerate(problem.slots):
+            listed = [(concepts.index[a:b] == i).sum() for a, b in itertools.pairwise(rows)]
+            expected[f"slot_outs.{i}"] = slot, torch.stack(listed)
+    for name, (partial, times) in expected.items():
+        count = ((partial.lse != -torch.inf).sum((1, 2)) * times).sum()
+        assert (total.read[name].bytes if name in total.read else 0) == count * dim * size, name
+    if goal == "output":
+        assert total.written["out"].bytes == problem.query.numel() * size
+    if problem.slots is not None:
+        assert not {"query", "key", "value", "moments", "norms"} & {*total.read, *total.written}
+
+
 # ---- mutations --------------------------------------------------------------------------------------
 
 # All problems of one compiled kernel: prompts of 73 to 80 keys, concepts of 9 to 16 tokens, any rule.
@@ -455,7 +507,8 @@ def why_harmless(mutation: Mutation, line: str) -> str:
 def line_of(instruction: Instruction) -> str:
     """The text of the kernel, or of Triton's library, that it was compiled from; some are from none."""
     name, _, number = instruction.source.partition(":")
-    module = {"attention.py": attention, "standard.py": triton.language.standard}.get(name)
+    ours = {f"{module.__name__.rpartition('.')[2]}.py": module for module in (attention, rows, rule, segment)}
+    module = {**ours, "standard.py": triton.language.standard}.get(name)
     return linecache.getline(module.__file__, int(number)).strip() if module else ""
 
 

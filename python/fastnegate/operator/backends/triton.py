@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel (triton_kernels/attention.py), on NVIDIA and AMD GPUs.
+"""The Triton kernels (triton_kernels/attention.py and combine.py), on NVIDIA and AMD GPUs.
 
-With TRITON_INTERPRET=1 in the environment Triton's interpreter runs it, slowly, on CPU tensors.
+With TRITON_INTERPRET=1 in the environment Triton's interpreter runs them, slowly, on CPU tensors.
 FASTNEGATE_TRITON_TILES names a table of tiles, measured on this GPU by `python -m benchmarks.tune`.
 Triton is imported on first use.
 """
@@ -11,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..plan import partial, planned, require, unknown_word
+from ..plan import planned, require, unknown_word
 from ..problem import Partial, Problem, Slots
-from ..rule import DIRECTIONS, GATES, NORMS, SIMILARITIES, Rule
 from ..statistics import Tables, Trace
 from ..tokens import TENSORS, ConceptTokens
 
@@ -95,12 +93,12 @@ def supports(problem: Problem) -> str | None:
         return "key_bias differs between queries"
     if problem.scale <= 0:
         return f"scale={problem.scale:g} is not positive"
-    return unknown_word(WORDS, problem.rule) or partial(problem)
+    return unknown_word(WORDS, problem.rule)
 
 
 def plan(problem: Problem, statistics: bool, tuned: Any = None) -> TritonPlan:
     """`tuned`: the tiles, if neither a table nor `tiles` shall choose them."""
-    require(NAME, unknown_word(WORDS, problem.rule) or partial(problem))
+    require(NAME, unknown_word(WORDS, problem.rule))
     return TritonPlan(problem, statistics, tuned)
 
 
@@ -122,84 +120,22 @@ def prepare(problem: Problem, with_statistics: bool = False) -> None:
 # ---- a launch without its tensors -------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """What stays while shapes, strides and rule stay."""
-
-    tiles: Any
-    table: str  # that has these tiles; empty: none has
-    grid: tuple[int, int, int]
-    goals: tuple[str, ...]  # one kernel each
-    scalars: tuple[int | float, ...]
-    constants: dict[str, Any]  # but GOAL
-    text: tuple[bool, ...]  # which of `_tensors` are read
-    compiled: dict[str, Any]  # by goal, from the first call on
-
-
-def launch_of(problem: Problem, tuned: Any = None) -> Launch:
-    """`tuned` as for `plan`."""
+def launch_of(problem: Problem, tuned: Any = None) -> Any:
+    """The `Launch` of triton_kernels/launch.py; `tuned` as for `plan`."""
+    made: Any = importlib.import_module(f"{_KERNELS}.launch")
+    if problem.slots is not None and made.existing(problem) is not None:
+        return made.of_combine(problem)
     sizing: Any = importlib.import_module(f"{_KERNELS}.tiles")
-    batch, heads, queries, keys, dim = problem.sizes
-    tokens, rule, itemsize = problem.concepts, problem.rule, problem.query.element_size()
-    if tokens is not None and (tokens.concepts == 0 or (rule.reads.direction and tokens.direction is None)):
-        tokens = None  # no entry exists
-    strides = [s for x in (problem.query, problem.key, problem.value) for s in x.stride()[:3]]
-    strides += [queries * heads * dim, dim, heads * dim]  # of the output
-    bias, text, sizes = [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]
-    if problem.key_bias is not None:
-        bias = [problem.key_bias.expand(batch, heads, 1, keys).stride(i) for i in (0, 1, 3)]
-    if tokens is not None:
-        text = [x.stride(i) for x in (tokens.key, tokens.value) for i in (1, 0)]
-        sizes = [tokens.entries, tokens.concepts, tokens.tokens, tokens.longest]
-    # In units of 16 bytes the compiler knows where rows begin, and reads 16 bytes at a time.
-    unit = 16 // itemsize
-    aligned = unit if all(s % unit == 0 for s in strides + text) else 1
+    tokens = made.existing(problem)
+    longest = 0 if tokens is None else tokens.longest
     shared_memory, columns, multiprocessors = _device_facts(problem.query)
-    work = sizing.Work(batch, heads, queries, keys, dim, sizes[3], itemsize)
+    work = sizing.Work(*problem.sizes, longest, problem.query.element_size())
     path, table = ("", {}) if tuned is not None else _table(_device(problem.query))
     tuned = tuned or table.get(sizing.key_of(work))
     t = tuned.tiles if tuned else sizing.tiles(work, shared_memory, columns, multiprocessors)
     resident = tuned.resident if tuned else sizing.resident(work, t, shared_memory)
-    return Launch(
-        tiles=t,
-        table=path if tuned else "",
-        grid=(sizing.programs(work, t.rows, multiprocessors, resident), 1, 1),
-        goals=(*(rule.sums_over_heads if tokens is not None else ()), "output"),
-        scalars=(
-            *(s // aligned for s in strides), *bias, *(s // aligned for s in text),
-            batch, heads, queries, keys, *sizes, *_numbers(rule), problem.scale * math.log2(math.e),
-        ),
-        constants={
-            "HEAD_DIM": dim, "CHANNELS": t.channels, "FEATURES": t.features, "ALIGNED": aligned,
-            "ROWS": t.rows, "KEYS": t.keys, "KEPT": t.kept, "TOKENS": t.tokens, "STREAMED": t.streamed,
-            "HELD": t.held if tokens is not None else 0,
-        },
-        text=tuple(tokens is not None and read for read in (
-            *[True] * 6, rule.reads.direction, rule.direction == "fixed", rule.reads.direction,
-        )),
-        compiled={},
-    )  # fmt: skip
-
-
-def _numbers(rule: Rule) -> tuple[float, ...]:
-    """`Rule` of the kernel, whose words are in `WORDS`. Floats: Triton would compile an integer 0, 1 or 16 in
-    as a constant."""
-    return (
-        float(SIMILARITIES.index(rule.similarity)),
-        float(GATES.index(rule.gate)),
-        float(DIRECTIONS.index(rule.direction)),
-        float(rule.combine == "joint"),
-        float(rule.select == "max"),
-        float(NORMS.index(rule.norm)),
-        float(rule.norm_order),
-        float(rule.reads.tokens),
-        rule.norm_limit,
-        rule.blend,
-        rule.strength,
-        rule.logit_bias,
-        rule.threshold,
-        rule.width or 0.0,
-        rule.cap,
-    )
+    programs = sizing.programs(work, t.rows, multiprocessors, resident)
+    return made.of_attention(problem, t, path if tuned else "", programs)
 
 
 def _device(query: Tensor) -> Any:
@@ -268,6 +204,7 @@ class TritonPlan:
         goals, entries = self.launch.goals, problem.entries
         self._moments = (5, entries, heads, queries) if "moments" in goals else None
         self._norms = (2, batch, heads, queries) if "norms" in goals else None
+        self._heat_of_shares = problem.shared is not None and problem.rule.similarity == "one"
         self._trace = (entries, batch, heads, queries) if statistics else None
 
     def __repr__(self) -> str:
@@ -275,12 +212,11 @@ class TritonPlan:
 
     def describe(self) -> str:
         launch = self.launch
-        t, launches = launch.tiles, len(launch.goals)
+        launches = len(launch.goals)
         table = f", from the table {launch.table}" if launch.table else ""
         return (
-            f"tiles of {t.rows} queries, {t.keys} keys{'' if t.kept else ' at a time'} and {t.tokens} "
-            f"concept tokens, {t.warps} warps, {launch.grid[0]} programs, {launches} "
-            f"launch{'es' * (launches > 1)}{table}"
+            f"{launch.tiles.describe()}, {launch.tiles.warps} warps, {launch.grid[0]} programs, "
+            f"{launches} launch{'es' * (launches > 1)}{table}"
         )
 
     def run(
@@ -299,44 +235,59 @@ class TritonPlan:
         """`start` each kernel of the launch."""
         launch, start = self.launch, start or _start
         out = query.new_empty_strided(self._shape, self._strides)
-        trace = None if self._trace is None else Trace.empty(self._trace, query.device)
+        trace = None if self._trace is None else Trace.empty(self._trace, query.device, shared is not None)
         if out.numel():
             text = [x if read else None for x, read in zip(tensors_of(concepts), launch.text)]
             text[2:] = [None if x is None else x.contiguous() for x in text[2:]]
             moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
             norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
+            partials = (*(shared or (None, None)), *(prompt or (None, None)))
             entries, rows = trace if trace is not None else (None, None)
-            for goal in launch.goals:
+            if text[0] is None:
+                entries = None
+            for goal in launch.goals if launch.kernel == "attention" else ():
                 writes_output = goal == "output"
                 start(launch, goal, (
-                    query, key, value, out, key_bias, *text,
+                    query, key, value, out, key_bias, *text, *partials,
                     moments, norms if goal != "moments" else None,
-                    entries if writes_output and text[0] is not None else None,
+                    entries if writes_output else None,
                     rows if writes_output else None,
                 ))  # fmt: skip
-        return out, None if trace is None else trace.tables()
+            if launch.kernel == "combine":
+                outs, lses = _parts(slots or (), launch.copied)
+                start(launch, "output", (
+                    *partials, outs, lses, out, *text[2:4], *text[6:], entries, rows,
+                ))  # fmt: skip
+        return out, None if trace is None else trace.tables(self._heat_of_shares)
 
 
-def _kernel() -> Any:
-    return importlib.import_module(f"{_KERNELS}.attention").attention
+def _parts(slots: Slots, copied: bool) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """Outputs and log-sum-exps, or None without slots."""
+    if not slots:
+        return None, None
+    parts = zip(*slots)
+    outs, lses = (tuple(x.contiguous() for x in part) if copied else part for part in parts)
+    return outs, lses
 
 
-def _start(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
-    query = tensors[0]
-    assert query is not None
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+def _kernel(name: str = "attention") -> Any:
+    return getattr(importlib.import_module(f"{_KERNELS}.{name}"), name)
+
+
+def _start(launch: Any, goal: str, tensors: tuple[Any, ...]) -> None:
+    with torch.cuda.device(launch.device) if launch.device.type == "cuda" else contextlib.nullcontext():
         compiled = launch.compiled.get(goal)
         if compiled is not None:
             # Triton need not look at the arguments again: what it specialises on is in the key of `launch`.
             compiled[launch.grid](*tensors, *launch.scalars, goal, *launch.constants.values())
             return
-        launch.compiled[goal] = _kernel()[launch.grid](
+        launch.compiled[goal] = _kernel(launch.kernel)[launch.grid](
             *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, **OPTIONS
         )
 
 
-def _compile(launch: Launch, goal: str, tensors: tuple[Tensor | None, ...]) -> None:
-    _kernel().warmup(
+def _compile(launch: Any, goal: str, tensors: tuple[Any, ...]) -> None:
+    _kernel(launch.kernel).warmup(
         *tensors, *launch.scalars, GOAL=goal, **launch.constants, num_warps=launch.tiles.warps, **OPTIONS,
         grid=launch.grid,
     )  # fmt: skip
