@@ -187,14 +187,13 @@ class ConceptTokens:
 
     @classmethod
     def from_activations(cls, key: Tensor, value: Tensor, layout: ConceptTokens) -> ConceptTokens:
-        """The concepts of `layout` with tokens of this call alone, as in joint attention, where they are a part
-        of the sequence.
+        """The concepts of `layout` with tokens of this call alone: in joint attention they are a part of it.
 
         Args:
             key, value: [B, T, H, D], or [T, H, D] for all rows; any strides with D contiguous. The operator
                 checks the rest of their shape; nothing is copied or read here.
-            layout: made once by `pack`: which tokens a concept owns, which rows negate it, with which numbers,
-                biases and directions.
+            layout: made once by `pack`: which tokens a concept owns, which rows negate it, with which
+                numbers, biases and directions.
 
         Raises:
             ValueError: more or fewer tokens than the layout's.
