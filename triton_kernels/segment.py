@@ -14,6 +14,7 @@ LOW = tl.constexpr(1.4426950408889634 - 2955 / 2048)
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1e-30)
 LOWEST = tl.constexpr(-3e38)
+LOWEST_LSE = tl.constexpr(-2e38)  # times log2(e) still a number
 
 
 class Partial(NamedTuple):
@@ -69,8 +70,9 @@ def load_mass(partial, at, keep):
     """Top and mass of a partial's rows: its log-sum-exp to the base of 2, and what its conversion has rounded
     away, which is close to 1; -inf and 0 where it has no keys or `keep` is false. NaN shows."""
     lse = tl.load(rows_at(partial.lse, at.b, at.h, at.first, at.row, 1), mask=keep, other=float("-inf"))
-    top = tl.maximum(lse * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     there = lse != float("-inf")
+    lse = tl.maximum(lse, LOWEST_LSE, propagate_nan=tl.PropagateNan.ALL)
+    top = lse * LOG2E
     # The rest of the product, by halves of 12 bits: without it, segments of like mass would be merged less
     # exactly than by natural logarithms.
     high = (lse.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
@@ -107,8 +109,10 @@ def kept_if(segment, keep):
 def merged(first, second, x):
     """x, the output of `second` or what has been made of it, as a part of one softmax over the tokens of
     both. Where one of them is empty the other stays, to the last bit."""
+    # Both shares as they are: 1 - share would have no more than absolute accuracy, beside large values.
     share = mass_share(first.top, first.mass, second.top, second.mass)
-    both = sum_of(share, x, 1 - share, first.out)
+    rest = mass_share(second.top, second.mass, first.top, first.mass)
+    both = sum_of(share, x, rest, first.out)
     return chosen(first.mass == 0, x, chosen(second.mass == 0, first.out, both))
 
 

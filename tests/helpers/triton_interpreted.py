@@ -18,6 +18,7 @@ from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, w
 from torch import Tensor
 
 import fastnegate as fn
+from fastnegate.operator import reference
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import COMBINES, GATES, SELECTS, Rule
@@ -383,6 +384,30 @@ def test_partial_that_is_nan_shows(which: str) -> None:
             assert output[:, :, 8].isnan().any(-1).all(-1).tolist() == shows.get(name, [True] * 2)
             assert output[:, :, torch.arange(10) != 8].isfinite().all()
             partial[part].copy_(kept)
+
+
+def test_lowest_log_sum_exp_is_a_number() -> None:
+    problem = with_partials(make_problem(2, queries=10, rule="nag", rows="same"), "combine")
+    for name in ("shared", "prompt"):
+        out, lse = (t.clone() for t in getattr(problem, name))
+        lse[:, :, 2:6] = torch.finfo(torch.float32).min
+        low = dataclasses.replace(problem, **{name: fn.Partial(out.nan_to_num(), lse)})
+        output = backend.run(low)
+        assert output.isfinite().all()
+        torch.testing.assert_close(output, reference.run(low), rtol=1e-4, atol=1e-5)
+
+
+def test_merge_is_exact_beside_large_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(1, 2, 40, 40, generator=generator)
+    large, lse = 1e4 * small.flip(2), torch.rand(1, 2, 40, generator=generator)
+    none = small[:, :, :0]
+    shared, prompt = fn.Partial(large, lse), fn.Partial(small, lse + 10)
+    problem = Problem(small, none, none, None, None, Rule(), 1.0, shared, prompt)
+    share = torch.sigmoid(lse.double() - prompt.lse.double())[..., None]
+    truth, size = share * large + (1 - share) * small, share * large.abs() + (1 - share) * small.abs()
+    error = (backend.run(problem) - truth).abs() / size.amax(-1, keepdim=True)
+    assert error.max() <= 8 * torch.finfo(torch.float32).eps
 
 
 def test_concept_tokens_of_each_rows_own() -> None:
