@@ -21,7 +21,7 @@ from support import DTYPES, MASKS, RULES, Judge, make_problem, pairwise, run, ru
 from fastnegate.operator.backends import cpu
 from fastnegate.operator.plan import plans
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
 FLAGS += [
     "-DFASTNEGATE_NEON",
@@ -66,7 +66,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         pytest.skip("running AArch64 code needs qemu-aarch64 (or -static) and aarch64-linux-gnu-g++ on PATH")
     program = tmp_path_factory.mktemp("cross") / "cross_main"
     sources = [
-        ROOT / "tests/operator/cross_main.cpp",
+        ROOT / "tests/operator/cpu_kernel/cross_main.cpp",
         ROOT / "csrc/cpu/run.cpp",
         ROOT / "csrc/cpu/kernel.cpp",
     ]

@@ -22,7 +22,7 @@ from support import MASKS, RULES, fair, make_problem, pairwise, plain, run, run_
 from fastnegate.operator.backends import cpu
 from fastnegate.operator.plan import plans
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GXX = shutil.which("g++")
 KERNEL = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"]
 KERNEL += ["-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-Wno-uninitialized"]
