@@ -22,7 +22,7 @@ from torch import nn
 from ...engine.errors import DisplacedProcessorError
 from .around import put_around, take_away
 from .contract import InProgress, bare, denoiser, in_progress
-from .places import Places
+from .layers.places import Places
 
 # The pipeline call that a watched model is called in.
 PROGRESS: ContextVar[InProgress | None] = ContextVar("fastnegate_by_hand", default=None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...engine.errors import UnsupportedModelError
 from .around import base_class
+from .layers.kinds import text_layers
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,7 @@ def bare(model: Any) -> Any:
 
 def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
     """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
-    from diffusers.models.attention_processor import Attention
-
-    return {
-        name: module
-        for name, module in bare(model).named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention
-    }
+    return text_layers(bare(model))
 
 
 def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, cross_attention_layers, denoiser, family, in_progress, project_context
-from .places import Places
+from .layers.places import Places
 from .processor import NegationAttnProcessor
 
 log = logging.getLogger("fastnegate")
