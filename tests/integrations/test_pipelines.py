@@ -34,7 +34,7 @@ from pipelines import SUPPORTED, generate, one_thread  # noqa: F401
 import fastnegate as fn
 from fastnegate.integrations.diffusers.contract import denoiser
 from fastnegate.integrations.diffusers.install import engine_of
-from fastnegate.integrations.diffusers.layers.kinds import Classic
+from fastnegate.integrations.diffusers.layers.classic import Classic
 
 CONCEPTS = {"dog": ["dog", "a red dog"], "cat": "cat"}
 DOG, CAT, BOTH = Policy({"dog": 1.0}), Policy({"cat": 1.0}), Policy({"dog": 0.5, "cat": 1.0})

@@ -39,7 +39,7 @@ def bank_of(pipe: Any) -> ConceptBank:
 def compiled(pipe: Any, backend: str = "eager") -> CompileCounterWithBackend:
     """Compile the denoiser of the pipeline in one graph; the counter knows how often."""
     counter = CompileCounterWithBackend(backend)
-    setattr(pipe, family(pipe).denoiser, torch.compile(denoiser(pipe), fullgraph=True, backend=counter))
+    setattr(pipe, family(pipe).denoisers[0], torch.compile(denoiser(pipe), fullgraph=True, backend=counter))
     return counter
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ...engine.errors import DisplacedProcessorError
 from .around import put_around, take_away
-from .contract import InProgress, bare, denoiser, in_progress
+from .contract import InProgress, bare, denoisers, in_progress
 from .layers.places import Places
 
 # The pipeline call that a watched model is called in.
@@ -115,9 +115,9 @@ def model_of(attn: nn.Module, pipe: Any) -> Any:
     """The model of a layer: where its processor was set, or the denoiser of `pipe`; else None."""
     known = _of_layer.get(attn)
     if known is None and pipe is not None:
-        model = bare(denoiser(pipe))
-        if any(module is attn for module in model.modules()):
-            return model
+        for model in map(bare, denoisers(pipe).values()):
+            if any(module is attn for module in model.modules()):
+                return model
     return None if known is None else known()
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import diffusers
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from ...engine.errors import UnsupportedModelError
 from .around import base_class
-from .layers.kinds import text_layers
+from .layers.known import text_layers
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,17 @@ class Family:
     """One pipeline class.
 
     Attributes:
-        denoiser: attribute of the pipeline that holds the model.
+        denoisers: attributes of the pipeline that hold models, which share its steps; they may be None.
         encoders: (tokenizer, text encoder) attributes, in the order of their use.
         constants: which published constants presets take (`Rule.preset(family=...)`).
         masked_padding: whether the model masks padding tokens (else it attends to them).
-        projection: attribute of the denoiser: the module between text encoder and attention, or None.
+        projection: modules of the denoiser between text encoder and attention, in the order of their calls.
+        encoding: arguments of the pipeline's `encode_prompt` besides texts, device and guidance.
+        cleaned: what the pipeline makes of a text before it tokenizes it.
         guided: name of what says whether rows are [unconditional, conditional] halves: a local variable of
             the pipeline's call, or else an attribute of the pipeline.
+        texts: where unconditional rows get a call of their own, local variables with the text of the
+            conditional and of the unconditional call.
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
@@ -40,12 +45,15 @@ class Family:
             above are then not used.
     """
 
-    denoiser: str
+    denoisers: tuple[str, ...]
     encoders: tuple[tuple[str, str], ...]
     constants: Callable[[Any], str]
     masked_padding: bool = False
-    projection: str | None = None
+    projection: tuple[str, ...] = ()
+    encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1})
+    cleaned: Callable[[str], str] = str
     guided: str = "do_classifier_free_guidance"
+    texts: tuple[str, str] | None = None
     prompts: str = "batch_size"
     timesteps: str = "timesteps"
     index: str = "i"
@@ -54,20 +62,45 @@ class Family:
 
 
 _SD = Family(
-    "unet",
+    ("unet",),
     (("tokenizer", "text_encoder"),),
     # Stable Diffusion 2 is the one with OpenCLIP's width.
     lambda pipe: "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd15",
 )
 _SDXL = Family(
-    "unet", (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
+    ("unet",), (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
 )
 _PIXART = Family(
-    "transformer",
+    ("transformer",),
     (("tokenizer", "text_encoder"),),
     lambda pipe: "pixart",
     masked_padding=True,
-    projection="caption_projection",
+    projection=("caption_projection",),
+)
+_WAN = Family(
+    ("transformer", "transformer_2"),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "wan",
+    projection=("condition_embedder.text_embedder",),
+    # Zeros up to the length that the models were trained with: all tokens are attended to.
+    encoding={"max_sequence_length": 512},
+    cleaned=prompt_clean,
+    texts=("prompt_embeds", "negative_prompt_embeds"),
+)
+_LTX = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "wan",  # nothing is published for it: those of another video model
+    masked_padding=True,
+    projection=("caption_projection",),
+    encoding={},
+)
+_SANA = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "sana",
+    masked_padding=True,
+    projection=("caption_projection", "caption_norm"),
 )
 
 _TABLE: dict[str, Family] = {
@@ -80,6 +113,10 @@ _TABLE: dict[str, Family] = {
     "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
+    "SanaPipeline": _SANA,
+    "LTXPipeline": _LTX,
+    "WanPipeline": _WAN,
+    "WanImageToVideoPipeline": _WAN,
 }
 
 
@@ -118,10 +155,15 @@ def encoder_of(pipe: Any) -> Any:
     return whole
 
 
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The models that the pipeline calls at its steps, as it holds them (perhaps compiled), by attribute."""
+    models = {name: getattr(pipe, name, None) for name in family(pipe).denoisers}
+    return {name: model for name, model in models.items() if model is not None}
+
+
 def denoiser(pipe: Any) -> nn.Module:
-    """The model that the pipeline calls at each step, as the pipeline holds it (perhaps compiled)."""
-    model: nn.Module = getattr(pipe, family(pipe).denoiser)
-    return model
+    """The first of them."""
+    return next(iter(denoisers(pipe).values()))
 
 
 def bare(model: Any) -> Any:
@@ -136,18 +178,26 @@ def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
 
 def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:
     """Text embeddings [1, T, C] as the cross-attention layers of `model` receive them."""
-    if entry.projection is None:
-        return embeddings
-    projected: Tensor = getattr(bare(model), entry.projection)(embeddings)
-    return projected
+    for path in entry.projection:
+        embeddings = _part(bare(model), path)(embeddings)
+    return embeddings
 
 
 def project_for(model: Any, embeddings: Tensor) -> Tensor:
     """`project_context` for a model whose pipeline is not known; None: for none."""
+    found: Family | None = None
     for entry in _TABLE.values() if model is not None else ():
-        if entry.projection is not None and getattr(model, entry.projection, None) is not None:
-            return project_context(entry, model, embeddings)
-    return embeddings
+        # By names: processors by hand are not told their pipeline, and PixArt has a part of Sana's.
+        if entry.projection and all(_part(model, path) is not None for path in entry.projection):
+            found = entry if found is None or len(entry.projection) > len(found.projection) else found
+    return embeddings if found is None else project_context(found, model, embeddings)
+
+
+def _part(model: Any, path: str) -> Any:
+    """A module of a model, or None."""
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
 
 
 _GUIDED = "guider_state_batch"  # local variable of loops that ask a guider
@@ -165,7 +215,7 @@ class InProgress(NamedTuple):
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
         part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
-        unconditional: whether a guider has all rows unconditional.
+        unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
     """
 
     pipe: Any
@@ -176,11 +226,12 @@ class InProgress(NamedTuple):
     at: int
     callback: bool
     part: int = 0
-    unconditional: bool = False
+    unconditional: bool | None = False
 
 
-def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
-    """The pipeline call around a frame that calls `model` or runs within it; None if there is none.
+def in_progress(model: Any, frame: FrameType | None, text: Any = None) -> InProgress | None:
+    """The pipeline call around a frame that calls `model`, with that text, or runs within it; None if there
+    is none.
 
     What a pipeline remembers of its last call says nothing about rows that somebody else sends to the
     denoiser, so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but
@@ -199,13 +250,15 @@ def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
         if entry is not None and facts is not None and _has(pipe, entry, model):
             if entry.guider:
                 return _by_guider(pipe, facts, frame, frame is first)
-            return _by_call(pipe, entry, facts, frame is first)
+            return _by_call(pipe, entry, facts, frame is first, text)
         frame = frame.f_back
     return None
 
 
 def _has(pipe: Any, entry: Family, model: Any) -> bool:
-    return pipe is not None and (model is None or bare(getattr(pipe, entry.denoiser, None)) is bare(model))
+    if pipe is None or model is None:
+        return pipe is not None
+    return any(bare(getattr(pipe, name, None)) is bare(model) for name in entry.denoisers)
 
 
 def _guider_family(pipe: Any) -> Family | None:
@@ -217,16 +270,25 @@ def _guider_family(pipe: Any) -> Family | None:
     return entry if entry.guider else None
 
 
-def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> InProgress:
-    guided = facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided)
+def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text: Any) -> InProgress:
+    guided = False
+    unconditional: bool | None = False
+    if entry.texts is None:
+        guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
+    elif own:
+        # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
+        is_prompt, is_negative = (facts.get(name) is text for name in entry.texts)
+        unconditional = is_negative if is_prompt != is_negative else None
     return InProgress(
         pipe=pipe,
         own=own,
         prompts=facts[entry.prompts],
-        guided=bool(guided),
+        guided=guided,
         timesteps=facts[entry.timesteps],
         at=facts[entry.index],
         callback=any(facts.get(name) is not None for name in entry.callbacks),
+        part=int(unconditional is True),
+        unconditional=unconditional,
     )
 
 

@@ -26,8 +26,9 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from . import by_hand, recompute
 from .contract import family, in_progress, project_for
+from .layers.classic import CLASSIC
 from .layers.kept import Kept
-from .layers.kinds import CLASSIC, kind_of
+from .layers.known import kind_of
 
 
 class NegationAttnProcessor:
