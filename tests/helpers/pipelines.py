@@ -33,6 +33,8 @@ SUPPORTED = ("sd15", "sd2", "sdxl", "pixart_alpha", "pixart_sigma")
 UNET = SUPPORTED[:3]
 # Those whose layers are not diffusers' `Attention` with its usual processor.
 FAMILIES = ("wan", "wan22", "wan_i2v", "ltx", "sana")
+# Further pipelines around UNets.
+OTHERS = ("sd15_controlnet", "sdxl_controlnet", "lcm", "sdxl_refiner")
 IMAGE_TOKENS = 5  # before the text, where a video begins with an image
 WORDS = ("a", "and", "cat", "dog", "in", "it", "of", "painting", "photo", "picture", "red", "with")
 
@@ -47,11 +49,11 @@ def one_thread() -> Iterator[None]:
 
 
 def build(kind: str, seed: int = 0) -> Any:
-    """A pipeline with random weights: one of SUPPORTED or FAMILIES, or `sd3` or `flux`, which are neither."""
+    """A pipeline with random weights: one of SUPPORTED, FAMILIES or OTHERS, or else `sd3` or `flux`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe = _BUILDERS[kind]()
-    for attn in attentions(pipe).values() if kind in SUPPORTED + FAMILIES else ():
+    for attn in attentions(pipe).values() if kind in SUPPORTED + FAMILIES + OTHERS else ():
         with torch.no_grad():
             attn.to_v.weight *= 4  # random models hardly look at their text
     pipe.set_progress_bar_config(disable=True)
@@ -60,7 +62,7 @@ def build(kind: str, seed: int = 0) -> Any:
 
 def generate(
     pipe: Any,
-    prompts: str | Sequence[str] = "a cat",
+    prompts: str | Sequence[str] | None = "a cat",
     *,
     seeds: Sequence[int] | None = None,
     steps: int = 3,
@@ -68,10 +70,12 @@ def generate(
     images: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Latents, one per image; `seeds` are those of the initial noise."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = range(len(prompts) * images) if seeds is None else seeds
-    options = {"negative_prompt": ["red"] * len(prompts), **options}  # SDXL's default is zeros
+    """Latents, one per image; `seeds` are those of the initial noise. Prompts may be embeddings in `options`
+    instead: then seeds tell how many."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    seeds = range(len(prompts or ()) * images) if seeds is None else seeds
+    if "LatentConsistency" not in type(pipe).__name__:
+        options = {"negative_prompt": ["red"] * len(prompts or ()), **options}  # SDXL's default is zeros
     kind = next((kind for name, kind in _CALLS.items() if name in type(pipe).__name__), {})
     of_video = "num_frames" in kind
     made = pipe(
@@ -189,6 +193,39 @@ def _sdxl() -> Any:
     return diffusers.StableDiffusionXLPipeline(
         unet=unet, vae=_vae(), text_encoder=_clip(), tokenizer=clip_tokenizer(),
         text_encoder_2=_clip(CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+    )  # fmt: skip
+
+
+def _around(pipe: Any, pipeline: Any, **components: Any) -> Any:
+    """Another pipeline around the same parts."""
+    of_sd = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
+    return pipeline(**{**pipe.components, **components}, **of_sd)
+
+
+def _controlled(pipe: Any, pipeline: Any) -> Any:
+    net = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8)
+    )
+    for block in net.controlnet_down_blocks:
+        nn.init.normal_(block.weight, std=0.1)  # else it does nothing yet
+    return _around(pipe, pipeline, controlnet=net.eval())
+
+
+def _lcm() -> Any:
+    pipe, scheduler = _sd(time_cond_proj_dim=8), diffusers.LCMScheduler()
+    return _around(pipe, diffusers.LatentConsistencyModelPipeline, scheduler=scheduler)
+
+
+def _refiner() -> Any:
+    """SDXL with its second text encoder alone, and a score where the first has sizes."""
+    unet = _unet(
+        32, transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=5 * 8 + 32,
+    )  # fmt: skip
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        unet=unet, vae=_vae(), text_encoder=None, tokenizer=None, tokenizer_2=clip_tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection), requires_aesthetics_score=True,
         scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
     )  # fmt: skip
 
@@ -312,6 +349,8 @@ def _flux() -> Any:
 # What calls of pipelines are given besides, by a part of their names.
 _CALLS: dict[str, dict[str, Any]] = {
     "PixArt": {"use_resolution_binning": False, "clean_caption": False},
+    "ControlNet": {"image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)},
+    "XLImg2Img": {"image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32), "strength": 1.0},
     "Sana": {"use_resolution_binning": False, "complex_human_instruction": None},
     "WanImage": {
         "num_frames": 5,
@@ -321,6 +360,14 @@ _CALLS: dict[str, dict[str, Any]] = {
     "LTX": {"num_frames": 9},
 }
 _BUILDERS = {
+    "sd15_controlnet": lambda: _controlled(_sd(), diffusers.StableDiffusionControlNetPipeline),
+    "sdxl_controlnet": lambda: _controlled(_sdxl(), diffusers.StableDiffusionXLControlNetPipeline),
+    "lcm": lambda: _around(
+        _sd(time_cond_proj_dim=8),
+        diffusers.LatentConsistencyModelPipeline,
+        scheduler=diffusers.LCMScheduler(),
+    ),
+    "sdxl_refiner": _refiner,
     "wan": _wan,
     "wan22": lambda: _wan(seconds=True),
     "wan_i2v": _wan_i2v,

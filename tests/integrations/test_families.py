@@ -4,6 +4,7 @@ equations of NAG written out in torch inside diffusers' own processors."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fastnegate import Policy, Rule
+from fastnegate.engine.engine import Record
+from fastnegate.engine.errors import NegationNotAppliedError
 
 pytest.importorskip("diffusers")
 
 import pipelines
-from pipelines import FAMILIES, generate, one_thread  # noqa: F401
+from pipelines import FAMILIES, OTHERS, generate, one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate.integrations.diffusers.contract import denoisers
@@ -141,3 +144,156 @@ def test_rows_with_other_negative_prompts_are_literal_nag(kind: str) -> None:
     changed = [error(a, b) > 1e-3 for a, b in zip(actual, untouched)]
     assert changed == [text is not None for text in NEGATIVES]
     assert error(actual[1], untouched[1]) <= 5e-6
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_further_pipelines_around_unets(kind: str) -> None:
+    """ControlNets, distilled models and refiners: rows are those of the pipelines that they come from."""
+    pipe, records = pipelines.build(kind), list[Record]()
+    prompts = ["a cat", "a photo"]
+    untouched = generate(pipe, prompts)
+    with installed(pipe) as engine:
+        assert torch.equal(generate(pipe, prompts), untouched)
+        engine.observer = records.append
+        actual = negated(pipe, [None, Policy({"dog": 1.0}, stop=0.5)], prompts)
+        assert engine.call == 1
+    unguided = () if kind == "lcm" else (None, None)
+    assert {record.requests for record in records} == {(*unguided, 0, 1)}
+    assert {row for record in records for _, row, _ in record.entries} == {len(unguided) + 1}
+    assert {record.step for record in records} == {0, 1}  # of three
+    assert {record.layer for record in records} == {*pipelines.attentions(pipe)}
+    assert error(actual[1], untouched[1]) > 1e-3
+    torch.testing.assert_close(actual[0], untouched[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_refiner_has_one_text_encoder() -> None:
+    pipe = pipelines.build("sdxl_refiner")
+    bank = fn.ConceptBank.from_prompts(pipe, {"dog": "dog"})
+    assert bank.width == pipe.text_encoder_2.config.hidden_size
+    with pytest.raises(fn.BankMismatchError):
+        fn.install(pipelines.build("sdxl"), bank)
+
+
+@pytest.mark.parametrize("kind", ["wan22", "ltx", "sana"])
+def test_windows_mates_and_audits(kind: str) -> None:
+    """Wan 2.2's first denoiser runs the noisier steps, the second the others: the schedule is one."""
+    pipe, layers = pipelines.build(kind), []
+    call = {"prompts": PROMPTS[:2], "steps": 4}
+    models = list(denoisers(pipe).values())
+    handles = [
+        attn.register_forward_hook(lambda attn, *_: layers.append(attn))
+        for attn in pipelines.attentions(pipe).values()
+    ]
+    with installed(pipe) as engine:
+        dog, late = Policy({"dog": 1.0}, stop=0.5), Policy({"cat": 1.0}, start=0.75)
+        with fn.audit(pipe) as audit:
+            both = negated(pipe, [dog, late], **call)
+        assert engine.call == 1
+        audit.verify()
+        counts = {line["concept"]: line["calls"] for line in audit.report()}
+        per_model = len(engine.layers) // len(models)
+        assert counts == {"dog": 2 * per_model, "cat": per_model}
+        assert audit.heatmap("dog").array(32, 32).shape == (32, 32)
+        for policies, row in (([dog, None], 0), ([Policy({"cat": 1.0}), late], 1)):
+            assert error(negated(pipe, policies, **call)[row], both[row]) <= 5e-6
+        if kind == "wan22":
+            assert {attn in set(models[1].modules()) for attn in layers} == {False, True}
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_displaces_is_noticed_in_every_denoiser(kind: str) -> None:
+    pipe = pipelines.build(kind)
+    for model in denoisers(pipe).values():
+        with installed(pipe):
+            attn = [m for name, m in model.named_modules() if name.endswith("attn2")][-1]
+            attn.set_processor(type(attn.processor.inner)())
+            with pytest.raises(fn.DisplacedProcessorError, match="1 of 2 processors"):
+                negated(pipe, [Policy({"dog": 1.0})], steps=4)
+    for name in denoisers(pipe):
+        with installed(pipe) as engine:
+            held = getattr(pipe, name)
+            setattr(pipe, name, copy.deepcopy(held))
+            with pytest.raises(fn.DisplacedProcessorError, match=f"pipeline's {name} is another"):
+                with engine.batch([Policy({"dog": 1.0})]):
+                    generate(pipe)
+            setattr(pipe, name, held)
+
+
+def test_wan_tells_its_unconditional_calls_by_their_text() -> None:
+    """Also where both texts are equal, but not where they are one tensor."""
+    pipe, records = pipelines.build("wan"), list[Record]()
+    text, _ = pipe.encode_prompt("red", None, False, max_sequence_length=512)
+
+    def run(negative: Tensor, **options: Any) -> Tensor:
+        embeddings = {"prompt_embeds": text, "negative_prompt_embeds": negative, "negative_prompt": None}
+        return generate(pipe, None, seeds=[0], steps=2, **embeddings, **options)
+
+    untouched = run(text)
+    with installed(pipe) as engine:
+        engine.observer = records.append
+        assert torch.equal(run(text), untouched)
+        with engine.batch([Policy({"dog": 1.0})]):
+            twin = run(text.clone())
+            assert len(records) == 2 * 2  # steps x layers of the conditional calls
+            with pytest.raises(fn.UnsupportedModelError, match="WanPipeline is conditional"):
+                run(text)
+            assert not torch.equal(run(text, guidance=1.0), untouched)
+    assert error(twin, untouched) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan_i2v"])
+def test_fused_projections(kind: str) -> None:
+    pipe = pipelines.build(kind)
+    with installed(pipe):
+        expected = negated(pipe, POLICIES[:1], steps=2)
+        for attn in pipelines.attentions(pipe).values():
+            attn.fuse_projections()
+            attn.to_k = attn.to_v = None  # not called any longer
+        assert error(negated(pipe, POLICIES[:1], steps=2), expected) <= 5e-6
+
+
+def test_a_chosen_attention_backend_runs_what_is_not_negated() -> None:
+    pipe = pipelines.build("ltx")
+    pipe.transformer.set_attention_backend("_native_math")
+    untouched = generate(pipe)
+    pipe.transformer.set_attention_backend("native")
+    with installed(pipe):
+        pipe.transformer.set_attention_backend("_native_math")
+        assert torch.equal(generate(pipe), untouched)
+    chosen = {attn.processor._attention_backend.value for attn in pipelines.attentions(pipe).values()}
+    assert chosen == {"_native_math"}
+
+
+def test_context_parallelism_is_refused_by_name() -> None:
+    pipe = pipelines.build("ltx")
+    with installed(pipe):
+        for attn in pipelines.attentions(pipe).values():
+            attn.processor._parallel_config = object()  # as enable_parallelism does on every processor
+        with pytest.raises(fn.UnsupportedModelError, match="LTXAttention: context parallelism"):
+            negated(pipe, [Policy({"dog": 1.0})])
+
+
+@pytest.mark.parametrize("kind", ["wan", "ltx", "sana"])
+def test_processors_by_hand_are_refused_by_name(kind: str) -> None:
+    pipe = pipelines.build(kind)
+    processor = fn.NegationAttnProcessor(fn.ConceptBank.from_prompts(pipe, {"dog": "dog"}), "nag")
+    with pytest.raises(fn.UnsupportedModelError, match="by hand"):
+        pipe.transformer.set_attn_processor(processor)
+        generate(pipe)
+
+
+@pytest.mark.parametrize("kind", ["wan_i2v"])
+def test_image_tokens_without_an_image_are_an_unknown_call(kind: str) -> None:
+    pipe = pipelines.build(kind)
+    pipe.encode_image = lambda _image, _device: torch.zeros(1, 0, 8)
+    with installed(pipe), pytest.raises(NegationNotAppliedError, match="512 tokens of image and text"):
+        negated(pipe, [Policy({"dog": 1.0})])
+
+
+def test_a_text_is_tokenized_as_its_pipeline_cleans_it() -> None:
+    pipe = pipelines.build("wan")
+    bank = fn.ConceptBank.from_prompts(pipe, {"a": "red &amp; dog", "b": "red & dog"})
+    assert torch.equal(bank["a"].prompt, bank["b"].prompt)
+    assert all(torch.equal(x, y) for x, y in zip(bank["a"].prototypes, bank["b"].prototypes))

@@ -16,10 +16,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from torch import nn
 
-from ...engine.errors import DisplacedProcessorError
+from ...engine.errors import DisplacedProcessorError, UnsupportedModelError
 from .around import put_around, take_away
 from .contract import InProgress, bare, denoisers, in_progress
 from .layers.places import Places
@@ -143,6 +143,11 @@ def watch_processors() -> None:
     @functools.wraps(set_processor)
     def told(attn: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
         before = getattr(attn, "processor", None)
+        if getattr(processor, "by_hand", False) and isinstance(before, SanaLinearAttnProcessor2_0):
+            raise UnsupportedModelError(
+                "a NegationAttnProcessor set by hand would take the place of linear attention: use "
+                "fastnegate.install or fastnegate.negate"
+            )
         set_processor(attn, processor, *args, **kwargs)
         _was_set(attn, processor, before)
 

@@ -1,123 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each pipeline class, as data: where its denoiser and text are, and how to read, from a
-call of it that is in progress, which step this is and how classifier-free guidance lays out the rows. What is
-not in the table is refused.
+"""What the table of families says, read from pipelines: their models and layers, and, from a call that is in
+progress, which step this is and how classifier-free guidance lays out the rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import diffusers
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from ...engine.errors import UnsupportedModelError
 from .around import base_class
+from .families import TABLE, Family
 from .layers.known import text_layers
-
-
-@dataclass(frozen=True)
-class Family:
-    """One pipeline class.
-
-    Attributes:
-        denoisers: attributes of the pipeline that hold models, which share its steps; they may be None.
-        encoders: (tokenizer, text encoder) attributes, in the order of their use.
-        constants: which published constants presets take (`Rule.preset(family=...)`).
-        masked_padding: whether the model masks padding tokens (else it attends to them).
-        projection: modules of the denoiser between text encoder and attention, in the order of their calls.
-        encoding: arguments of the pipeline's `encode_prompt` besides texts, device and guidance.
-        cleaned: what the pipeline makes of a text before it tokenizes it.
-        guided: name of what says whether rows are [unconditional, conditional] halves: a local variable of
-            the pipeline's call, or else an attribute of the pipeline.
-        texts: where unconditional rows get a call of their own, local variables with the text of the
-            conditional and of the unconditional call.
-        prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
-            and which of them is at hand.
-        callbacks: local variables of its call that may hold the user's code, which runs between steps.
-        guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
-            above are then not used.
-    """
-
-    denoisers: tuple[str, ...]
-    encoders: tuple[tuple[str, str], ...]
-    constants: Callable[[Any], str]
-    masked_padding: bool = False
-    projection: tuple[str, ...] = ()
-    encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1})
-    cleaned: Callable[[str], str] = str
-    guided: str = "do_classifier_free_guidance"
-    texts: tuple[str, str] | None = None
-    prompts: str = "batch_size"
-    timesteps: str = "timesteps"
-    index: str = "i"
-    callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
-    guider: bool = False
-
-
-_SD = Family(
-    ("unet",),
-    (("tokenizer", "text_encoder"),),
-    # Stable Diffusion 2 is the one with OpenCLIP's width.
-    lambda pipe: "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd15",
-)
-_SDXL = Family(
-    ("unet",), (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
-)
-_PIXART = Family(
-    ("transformer",),
-    (("tokenizer", "text_encoder"),),
-    lambda pipe: "pixart",
-    masked_padding=True,
-    projection=("caption_projection",),
-)
-_WAN = Family(
-    ("transformer", "transformer_2"),
-    (("tokenizer", "text_encoder"),),
-    lambda pipe: "wan",
-    projection=("condition_embedder.text_embedder",),
-    # Zeros up to the length that the models were trained with: all tokens are attended to.
-    encoding={"max_sequence_length": 512},
-    cleaned=prompt_clean,
-    texts=("prompt_embeds", "negative_prompt_embeds"),
-)
-_LTX = Family(
-    ("transformer",),
-    (("tokenizer", "text_encoder"),),
-    lambda pipe: "wan",  # nothing is published for it: those of another video model
-    masked_padding=True,
-    projection=("caption_projection",),
-    encoding={},
-)
-_SANA = Family(
-    ("transformer",),
-    (("tokenizer", "text_encoder"),),
-    lambda pipe: "sana",
-    masked_padding=True,
-    projection=("caption_projection", "caption_norm"),
-)
-
-_TABLE: dict[str, Family] = {
-    "StableDiffusionPipeline": _SD,
-    "StableDiffusionImg2ImgPipeline": _SD,
-    "StableDiffusionInpaintPipeline": _SD,
-    "StableDiffusionXLPipeline": _SDXL,
-    "StableDiffusionXLImg2ImgPipeline": _SDXL,
-    "StableDiffusionXLInpaintPipeline": _SDXL,
-    "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
-    "PixArtAlphaPipeline": _PIXART,
-    "PixArtSigmaPipeline": _PIXART,
-    "SanaPipeline": _SANA,
-    "LTXPipeline": _LTX,
-    "WanPipeline": _WAN,
-    "WanImageToVideoPipeline": _WAN,
-}
 
 
 def _code(pipeline: type) -> CodeType:
@@ -126,7 +25,7 @@ def _code(pipeline: type) -> CodeType:
     return code
 
 
-_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in _TABLE.items() if not entry.guider}
+_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in TABLE.items() if not entry.guider}
 
 
 def family(pipe: Any) -> Family:
@@ -136,12 +35,14 @@ def family(pipe: Any) -> Family:
         UnsupportedModelError: not in the table, or a subclass that changes `__call__`, whose batch
             layout is therefore unknown.
     """
-    for name, entry in _TABLE.items():
+    for name, entry in TABLE.items():
         known = getattr(diffusers, name)
         if isinstance(pipe, known) and base_class(pipe).__call__ is known.__call__:
+            if entry.variant is not None and pipe.config.get(entry.variant[0]):
+                return entry.variant[1]
             return entry
     raise UnsupportedModelError(
-        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(_TABLE)}"
+        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(TABLE)}"
     )
 
 
@@ -186,7 +87,7 @@ def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:
 def project_for(model: Any, embeddings: Tensor) -> Tensor:
     """`project_context` for a model whose pipeline is not known; None: for none."""
     found: Family | None = None
-    for entry in _TABLE.values() if model is not None else ():
+    for entry in TABLE.values() if model is not None else ():
         # By names: processors by hand are not told their pipeline, and PixArt has a part of Sana's.
         if entry.projection and all(_part(model, path) is not None for path in entry.projection):
             found = entry if found is None or len(entry.projection) > len(found.projection) else found
@@ -271,19 +172,18 @@ def _guider_family(pipe: Any) -> Family | None:
 
 
 def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text: Any) -> InProgress:
-    guided = False
+    guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
     unconditional: bool | None = False
-    if entry.texts is None:
-        guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
-    elif own:
+    if entry.texts is not None and own:
         # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
         is_prompt, is_negative = (facts.get(name) is text for name in entry.texts)
+        is_negative &= guided  # else it is there, and not used
         unconditional = is_negative if is_prompt != is_negative else None
     return InProgress(
         pipe=pipe,
         own=own,
         prompts=facts[entry.prompts],
-        guided=guided,
+        guided=guided and entry.texts is None,
         timesteps=facts[entry.timesteps],
         at=facts[entry.index],
         callback=any(facts.get(name) is not None for name in entry.callbacks),

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from ...engine.bank import ConceptBank
 from ...engine.engine import Engine
-from ...engine.errors import NegationNotAppliedError
+from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.session.call import RUNNING, Running
 from ...engine.session.slots import Slots
 from ...operator.attention import negated_attention, negated_attention_with_statistics
@@ -50,7 +50,8 @@ class NegationAttnProcessor:
         backend: as for `negated_attention`.
 
     Raises:
-        UnsupportedModelError: `inner` does something besides plain attention.
+        UnsupportedModelError: `inner` does something besides plain attention; or, when it is called, the
+            layer is none of diffusers' `Attention`, for which there is `install`.
         ValueError: unknown rule, concept or strength.
     """
 
@@ -106,6 +107,11 @@ class NegationAttnProcessor:
         **kwargs: Any,
     ) -> Tensor:
         engine, compiling = self.engine, torch.compiler.is_compiling()
+        if engine is None and not isinstance(attn, Attention):
+            raise UnsupportedModelError(
+                f"{type(attn).__name__} has processors of its own, so a NegationAttnProcessor cannot be set "
+                "by hand: use fastnegate.install or fastnegate.negate"
+            )
         running = None if engine is None or compiling else RUNNING.get()
         if engine is not None and (running is None or running.engine is not engine):
             running = self._unprepared(encoder_hidden_states)
@@ -130,6 +136,25 @@ class NegationAttnProcessor:
         if running is not None and running.gradients:
             recompute.hold(output, running)
         return output
+
+    @property
+    def _attention_backend(self) -> Any:
+        """What runs while nothing is negated, as `set_attention_backend` chooses it where the wrapped
+        processor has that choice."""
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.inner._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        """As `enable_parallelism` sets it where the wrapped processor has it."""
+        return self.inner._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.inner._parallel_config = config
 
     @property
     def by_hand(self) -> bool:

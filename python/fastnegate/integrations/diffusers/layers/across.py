@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ....engine.errors import NegationNotAppliedError
+from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from .kind import Attend, mask_of
 
 
@@ -28,7 +28,12 @@ class Across:
     ) -> Tensor:  # fmt: skip
         if any(given is not None for given in rest):
             raise NegationNotAppliedError(
-                f"{type(attn).__name__}: its text came with rotary embeddings, which no text layer has"
+                f"{type(attn).__name__} was called with more than text and its mask"
+            )
+        if getattr(inner, "_parallel_config", None) is not None:
+            raise UnsupportedModelError(
+                f"{type(attn).__name__}: context parallelism (enable_parallelism) splits the text over "
+                "devices, so concepts cannot be negated"
             )
         query = self._split(attn, attn.to_q(hidden), attn.norm_q)
         output = attend(query, *self.project(attn, text), mask if mask is None else mask_of(attn, mask, text))
