@@ -33,8 +33,8 @@ SUPPORTED = ("sd15", "sd2", "sdxl", "pixart_alpha", "pixart_sigma")
 UNET = SUPPORTED[:3]
 # Those whose layers are not diffusers' `Attention` with its usual processor.
 FAMILIES = ("wan", "wan22", "wan_i2v", "ltx", "sana")
-# Further pipelines around UNets.
-OTHERS = ("sd15_controlnet", "sdxl_controlnet", "lcm", "sdxl_refiner")
+# Further pipelines around the same denoisers.
+OTHERS = ("sd15_controlnet", "sdxl_controlnet", "lcm", "sdxl_refiner", "ltx_i2v")
 IMAGE_TOKENS = 5  # before the text, where a video begins with an image
 WORDS = ("a", "and", "cat", "dog", "in", "it", "of", "painting", "photo", "picture", "red", "with")
 
@@ -357,6 +357,7 @@ _CALLS: dict[str, dict[str, Any]] = {
         "image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32),
     },
     "Wan": {"num_frames": 5},
+    "LTXImage": {"num_frames": 9, "image": torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)},
     "LTX": {"num_frames": 9},
 }
 _BUILDERS = {
@@ -372,6 +373,7 @@ _BUILDERS = {
     "wan22": lambda: _wan(seconds=True),
     "wan_i2v": _wan_i2v,
     "ltx": _ltx,
+    "ltx_i2v": lambda: _around(_ltx(), diffusers.LTXImageToVideoPipeline),
     "sana": _sana,
     "sd15": _sd,
     "sd2": lambda: _sd(1024, "v_prediction", use_linear_projection=True),  # the width tells it from 1.5

@@ -5,7 +5,7 @@ equations of NAG written out in torch inside diffusers' own processors."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from fastnegate.engine.errors import NegationNotAppliedError
 
 pytest.importorskip("diffusers")
 
+import diffusers
 import pipelines
 from pipelines import FAMILIES, OTHERS, generate, one_thread  # noqa: F401
 
@@ -30,6 +31,10 @@ from fastnegate.integrations.diffusers.install import engine_of
 PROMPTS = ["a cat", "a photo of a dog", "red"]
 NEGATIVES = ["red dog", None, "a painting"]  # one for each
 POLICIES = [None if text is None else Policy(negative_prompt=text) for text in NEGATIVES]
+
+
+def _only_in_full(*kinds: str) -> list[Any]:
+    return [pytest.param(kind, marks=pytest.mark.full) for kind in kinds]
 
 
 @contextmanager
@@ -147,8 +152,8 @@ def test_rows_with_other_negative_prompts_are_literal_nag(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_further_pipelines_around_unets(kind: str) -> None:
-    """ControlNets, distilled models and refiners: rows are those of the pipelines that they come from."""
+def test_further_pipelines_around_known_denoisers(kind: str) -> None:
+    """ControlNets, distilled models, refiners, videos from images: rows are those of the usual pipelines."""
     pipe, records = pipelines.build(kind), list[Record]()
     prompts = ["a cat", "a photo"]
     untouched = generate(pipe, prompts)
@@ -162,8 +167,7 @@ def test_further_pipelines_around_unets(kind: str) -> None:
     assert {row for record in records for _, row, _ in record.entries} == {len(unguided) + 1}
     assert {record.step for record in records} == {0, 1}  # of three
     assert {record.layer for record in records} == {*pipelines.attentions(pipe)}
-    assert error(actual[1], untouched[1]) > 1e-3
-    torch.testing.assert_close(actual[0], untouched[0], rtol=1e-3, atol=1e-4)
+    assert error(actual[1], untouched[1]) > 1e-3 and error(actual[0], untouched[0]) < 1e-4
 
 
 def test_a_refiner_has_one_text_encoder() -> None:
@@ -202,7 +206,7 @@ def test_windows_mates_and_audits(kind: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ["wan22", "ltx", "sana", *_only_in_full("wan", "wan_i2v")])
 def test_what_displaces_is_noticed_in_every_denoiser(kind: str) -> None:
     pipe = pipelines.build(kind)
     for model in denoisers(pipe).values():
@@ -254,6 +258,41 @@ def test_fused_projections(kind: str) -> None:
         assert error(negated(pipe, POLICIES[:1], steps=2), expected) <= 5e-6
 
 
+def _group_offload(model: Any) -> None:
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def _casting(model: Any) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def _first_block_cache(model: Any) -> None:
+    model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+
+
+def _compiled_blocks(model: Any) -> None:
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [_group_offload, _casting, _first_block_cache, pytest.param(_compiled_blocks, marks=pytest.mark.full)],
+)
+@pytest.mark.parametrize("kind", ["ltx", *_only_in_full("wan", "wan22", "wan_i2v")])
+def test_features_of_diffusers(kind: str, feature: Callable[[Any], None]) -> None:
+    """What they do to the weights they do to both: what is negated stays as it was, within that."""
+    pipe = pipelines.build(kind)
+    with installed(pipe):
+        untouched, expected = generate(pipe, steps=2), negated(pipe, POLICIES[:1], steps=2)
+    for model in denoisers(pipe).values():
+        feature(model)
+    with installed(pipe):
+        drift = error(generate(pipe, steps=2), untouched)
+        assert error(negated(pipe, POLICIES[:1], steps=2), expected) <= 5e-6 + 2 * drift
+        assert error(expected, untouched) > 4 * drift
+
+
 def test_a_chosen_attention_backend_runs_what_is_not_negated() -> None:
     pipe = pipelines.build("ltx")
     pipe.transformer.set_attention_backend("_native_math")
@@ -271,7 +310,7 @@ def test_context_parallelism_is_refused_by_name() -> None:
     with installed(pipe):
         for attn in pipelines.attentions(pipe).values():
             attn.processor._parallel_config = object()  # as enable_parallelism does on every processor
-        with pytest.raises(fn.UnsupportedModelError, match="LTXAttention: context parallelism"):
+        with pytest.raises(fn.UnsupportedModelError, match="LTXAttention: .* context parallelism"):
             negated(pipe, [Policy({"dog": 1.0})])
 
 
@@ -284,9 +323,8 @@ def test_processors_by_hand_are_refused_by_name(kind: str) -> None:
         generate(pipe)
 
 
-@pytest.mark.parametrize("kind", ["wan_i2v"])
-def test_image_tokens_without_an_image_are_an_unknown_call(kind: str) -> None:
-    pipe = pipelines.build(kind)
+def test_image_tokens_without_an_image_are_an_unknown_call() -> None:
+    pipe = pipelines.build("wan_i2v")
     pipe.encode_image = lambda _image, _device: torch.zeros(1, 0, 8)
     with installed(pipe), pytest.raises(NegationNotAppliedError, match="512 tokens of image and text"):
         negated(pipe, [Policy({"dog": 1.0})])

@@ -120,6 +120,7 @@ TABLE: dict[str, Family] = {
     "PixArtSigmaPipeline": _PIXART,
     "SanaPipeline": _SANA,
     "LTXPipeline": _LTX,
+    "LTXImageToVideoPipeline": _LTX,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
 }

@@ -213,7 +213,7 @@ class Hook:
 
     def _watch(self, held: Held, model: nn.Module) -> None:
         """Notice what has replaced our processors, or the modules that have them."""
-        message = held.displaced(model)
+        layers, message = held.layers, held.displaced(model)
         if message is not None:
             if self._on_displaced == "raise":
                 raise DisplacedProcessorError(message + "; negation would not be applied")
@@ -221,7 +221,8 @@ class Hook:
             if self._on_displaced == "reinstall":
                 held.look(model)
                 held.put()
-        self._name_layers()
+        if held.layers is not layers:
+            self._name_layers()
 
 
 def _guided(progress: InProgress | None) -> bool:

@@ -27,23 +27,17 @@ class Across:
         *rest: Any,
     ) -> Tensor:  # fmt: skip
         if any(given is not None for given in rest):
-            raise NegationNotAppliedError(
-                f"{type(attn).__name__} was called with more than text and its mask"
-            )
+            raise NegationNotAppliedError(f"{type(attn).__name__} was given more than text and its mask")
         if getattr(inner, "_parallel_config", None) is not None:
             raise UnsupportedModelError(
-                f"{type(attn).__name__}: context parallelism (enable_parallelism) splits the text over "
-                "devices, so concepts cannot be negated"
+                f"{type(attn).__name__}: concepts cannot be negated with context parallelism "
+                "(enable_parallelism)"
             )
         query = self._split(attn, attn.to_q(hidden), attn.norm_q)
         output = attend(query, *self.project(attn, text), mask if mask is None else mask_of(attn, mask, text))
-        output = self._finish(inner, attn, hidden, query, output.transpose(1, 2).flatten(2))
+        output = output.transpose(1, 2).flatten(2)
         for module in attn.to_out:  # linear, dropout
             output = module(output)
-        return output
-
-    def _finish(self, inner: Any, attn: Any, hidden: Tensor, query: Tensor, output: Tensor) -> Tensor:
-        """What happens to the attention's output [B, N, H * D] before it is projected."""
         return output
 
     @staticmethod
