@@ -310,7 +310,7 @@ def test_context_parallelism_is_refused_by_name() -> None:
     with installed(pipe):
         for attn in pipelines.attentions(pipe).values():
             attn.processor._parallel_config = object()  # as enable_parallelism does on every processor
-        with pytest.raises(fn.UnsupportedModelError, match="LTXAttention: .* context parallelism"):
+        with pytest.raises(fn.UnsupportedModelError, match=r"LTXAttention: .* context parallelism"):
             negated(pipe, [Policy({"dog": 1.0})])
 
 
