@@ -197,7 +197,8 @@ def test_windows_mates_and_audits(kind: str) -> None:
         counts = {line["concept"]: line["calls"] for line in audit.report()}
         per_model = len(engine.layers) // len(models)
         assert counts == {"dog": 2 * per_model, "cat": per_model}
-        assert audit.heatmap("dog").array(32, 32).shape == (32, 32)
+        frames = audit.heatmap("dog").frames(1 if kind == "sana" else 2)
+        assert [frame.array(32, 32).shape for frame in frames] == [(32, 32)] * len(frames)
         for policies, row in (([dog, None], 0), ([Policy({"cat": 1.0}), late], 1)):
             assert error(negated(pipe, policies, **call)[row], both[row]) <= 5e-6
         if kind == "wan22":
@@ -335,3 +336,20 @@ def test_a_text_is_tokenized_as_its_pipeline_cleans_it() -> None:
     bank = fn.ConceptBank.from_prompts(pipe, {"a": "red &amp; dog", "b": "red & dog"})
     assert torch.equal(bank["a"].prompt, bank["b"].prompt)
     assert all(torch.equal(x, y) for x, y in zip(bank["a"].prototypes, bank["b"].prototypes))
+
+
+def test_a_pipeline_that_only_encodes_has_nothing_to_install_in() -> None:
+    """Denoisers are often left out where texts are encoded; one of Wan 2.2's may be left out, too."""
+    pipe = pipelines.build("wan22")
+    pipe.transformer, second = None, pipe.transformer
+    bank = fn.ConceptBank.from_prompts(pipe, {"dog": "dog"})
+    engine = fn.install(pipe, bank)
+    assert engine.layers == ("blocks.0.attn2", "blocks.1.attn2")
+    engine.remove()
+    pipe.transformer_2 = None
+    assert engine_of(pipe) is None
+    with pytest.raises(fn.UnsupportedModelError, match=r"pipe\.transformer is None"):
+        fn.install(pipe, bank)
+    fn.remove(pipe)
+    pipe.transformer = second
+    fn.install(pipe, bank).remove()

@@ -12,7 +12,7 @@ from ...engine import host
 from ...engine.bank import ConceptBank
 from ...engine.concepts import Concept, Templates
 from ...engine.engine import Engine
-from ...engine.errors import NegationNotAppliedError
+from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.policy import Policy
 from ...operator.choice import check_backend
 from ...operator.rule import Rule
@@ -74,7 +74,7 @@ def install(
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
 
     Raises:
-        UnsupportedModelError: unknown pipeline, or a processor that cannot be wrapped.
+        UnsupportedModelError: unknown pipeline, no denoiser in it, or a processor that cannot be wrapped.
         BankMismatchError: the bank belongs to another text encoder.
         ValueError: bad arguments, or an engine is installed already.
     """
@@ -86,6 +86,8 @@ def install(
     entry = family(pipe)
     if engine_of(pipe) is not None:
         raise ValueError("pipe has an engine already: call its remove() first, or fastnegate.remove(pipe)")
+    if not denoisers(pipe):
+        raise UnsupportedModelError(f"pipe.{entry.denoisers[0]} is None: there is nothing to install in")
     bank.check(pipe)
     if isinstance(rule, str):
         rule = Rule.preset(rule, family=entry.constants(pipe))
