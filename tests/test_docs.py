@@ -40,7 +40,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pipelines import build
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-    for kind in kinds:
+    of_few_steps = [*kinds]
+    kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana"}
+    for kind in of_few_steps:
         module = sys.modules[getattr(diffusers, kind).__module__]
         retrieve = module.retrieve_timesteps
 

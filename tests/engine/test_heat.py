@@ -91,3 +91,16 @@ def test_the_array_keeps_shape_and_place() -> None:
     heat[:, :2] = 1.0
     grid = HeatMap({32: heat.flatten()}).array(16, 32)
     assert grid.shape == (16, 32) and grid[:, :4].min() > 0.9 and grid[:, 16:].max() == 0
+
+
+def test_a_video_has_a_map_for_each_frame() -> None:
+    heat = torch.rand(3, 4, 8)
+    video = HeatMap({96: heat.flatten(), 24: torch.full((24,), 0.5)})
+    frames = video.frames(3)
+    for frame, wanted in zip(frames, heat):
+        assert torch.equal(frame.levels[32], wanted.flatten()) and frame.levels[8].tolist() == [0.5] * 8
+        torch.testing.assert_close(HeatMap({32: frame.levels[32]}).array(4, 8), wanted)
+    assert len(frames) == 3
+    for count in (0, 5):
+        with pytest.raises(ValueError, match=f"count={count}: must be the number of frames of 96 queries"):
+            video.frames(count)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import string
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.wan import pipeline_wan_i2v
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
@@ -17,15 +19,23 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from fastnegate.integrations.diffusers.contract import cross_attention_layers, denoiser
+from fastnegate.integrations.diffusers.contract import cross_attention_layers, denoiser, denoisers
 
 SUPPORTED = ("sd15", "sd2", "sdxl", "pixart_alpha", "pixart_sigma")
 UNET = SUPPORTED[:3]
+# Those whose layers are not diffusers' `Attention` with its usual processor.
+FAMILIES = ("wan", "wan22", "wan_i2v", "ltx", "sana")
+# Further pipelines around the same denoisers.
+OTHERS = ("sd15_controlnet", "sdxl_controlnet", "lcm", "sdxl_refiner", "ltx_i2v")
+IMAGE_TOKENS = 5  # before the text, where a video begins with an image
 WORDS = ("a", "and", "cat", "dog", "in", "it", "of", "painting", "photo", "picture", "red", "with")
 
 
@@ -39,11 +49,11 @@ def one_thread() -> Iterator[None]:
 
 
 def build(kind: str, seed: int = 0) -> Any:
-    """A pipeline with random weights: one of SUPPORTED, or `sd3` or `flux`, which are not."""
+    """A pipeline with random weights: one of SUPPORTED, FAMILIES or OTHERS, or else `sd3` or `flux`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe = _BUILDERS[kind]()
-    for attn in attentions(pipe).values() if kind in SUPPORTED else ():
+    for attn in attentions(pipe).values() if kind in SUPPORTED + FAMILIES + OTHERS else ():
         with torch.no_grad():
             attn.to_v.weight *= 4  # random models hardly look at their text
     pipe.set_progress_bar_config(disable=True)
@@ -52,7 +62,7 @@ def build(kind: str, seed: int = 0) -> Any:
 
 def generate(
     pipe: Any,
-    prompts: str | Sequence[str] = "a cat",
+    prompts: str | Sequence[str] | None = "a cat",
     *,
     seeds: Sequence[int] | None = None,
     steps: int = 3,
@@ -60,23 +70,24 @@ def generate(
     images: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Latents [images, 4, 16, 16]; `seeds` are those of the initial noise, one per image."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = range(len(prompts) * images) if seeds is None else seeds
-    options = {"negative_prompt": ["red"] * len(prompts), **options}  # SDXL's default is zeros
-    if "PixArt" in type(pipe).__name__:
-        options = {"use_resolution_binning": False, "clean_caption": False, **options}
-    return pipe(
-        prompts,
+    """Latents, one per image; `seeds` are those of the initial noise. Prompts may be embeddings in `options`
+    instead: then seeds tell how many."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    seeds = range(len(prompts or ()) * images) if seeds is None else seeds
+    if "LatentConsistency" not in type(pipe).__name__:
+        options = {"negative_prompt": ["red"] * len(prompts or ()), **options}  # SDXL's default is zeros
+    kind = next((kind for name, kind in _CALLS.items() if name in type(pipe).__name__), {})
+    of_video = "num_frames" in kind
+    made = pipe(
+        prompt=prompts,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        num_images_per_prompt=images,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        height=32,
-        width=32,
         output_type="latent",
-        **options,
-    ).images
+        **{"num_videos_per_prompt" if of_video else "num_images_per_prompt": images},
+        **{"height": 32, "width": 32, **kind, **options},
+    )
+    return made.frames if of_video else made.images
 
 
 def row_by_row(pipe: Any) -> None:
@@ -90,7 +101,12 @@ def row_by_row(pipe: Any) -> None:
 
 def attentions(pipe: Any) -> dict[str, Any]:
     """The text cross-attention modules of a supported pipeline."""
-    return cross_attention_layers(denoiser(pipe))
+    models = denoisers(pipe)
+    return {
+        name if model is denoiser(pipe) else f"{attribute}.{name}": attn
+        for attribute, model in models.items()
+        for name, attn in cross_attention_layers(model).items()
+    }
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -181,6 +197,39 @@ def _sdxl() -> Any:
     )  # fmt: skip
 
 
+def _around(pipe: Any, pipeline: Any, **components: Any) -> Any:
+    """Another pipeline around the same parts."""
+    of_sd = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
+    return pipeline(**{**pipe.components, **components}, **of_sd)
+
+
+def _controlled(pipe: Any, pipeline: Any) -> Any:
+    net = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 8)
+    )
+    for block in net.controlnet_down_blocks:
+        nn.init.normal_(block.weight, std=0.1)  # else it does nothing yet
+    return _around(pipe, pipeline, controlnet=net.eval())
+
+
+def _lcm() -> Any:
+    pipe, scheduler = _sd(time_cond_proj_dim=8), diffusers.LCMScheduler()
+    return _around(pipe, diffusers.LatentConsistencyModelPipeline, scheduler=scheduler)
+
+
+def _refiner() -> Any:
+    """SDXL with its second text encoder alone, and a score where the first has sizes."""
+    unet = _unet(
+        32, transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=5 * 8 + 32,
+    )  # fmt: skip
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        unet=unet, vae=_vae(), text_encoder=None, tokenizer=None, tokenizer_2=clip_tokenizer(),
+        text_encoder_2=_clip(CLIPTextModelWithProjection), requires_aesthetics_score=True,
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+    )  # fmt: skip
+
+
 def _pixart(pipeline: Any) -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=16, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
@@ -189,6 +238,85 @@ def _pixart(pipeline: Any) -> Any:
     return pipeline(
         transformer=transformer.eval(), vae=_vae(), scheduler=_ddim(), text_encoder=_t5(),
         tokenizer=t5_tokenizer(),
+    )  # fmt: skip
+
+
+def _wan_transformer(**options: Any) -> Any:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2,
+        rope_max_seq_len=32, **{"in_channels": 16, "out_channels": 16, **options},
+    ).eval()  # fmt: skip
+
+
+def _wan(pipeline: Any = diffusers.WanPipeline, seconds: bool = False, **options: Any) -> Any:
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    given = {"image_encoder": None, "image_processor": None} if pipeline is not diffusers.WanPipeline else {}
+    return pipeline(
+        transformer=_wan_transformer(**options), vae=vae.eval(), text_encoder=_t5(), tokenizer=t5_tokenizer(),
+        transformer_2=_wan_transformer(**options) if seconds else None,
+        boundary_ratio=0.875 if seconds else None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), **given,
+    )  # fmt: skip
+
+
+def _wan_i2v() -> Any:
+    pipeline_wan_i2v.ftfy = types.SimpleNamespace(fix_text=str)  # it cannot do without that package
+    pipe = _wan(diffusers.WanImageToVideoPipeline, in_channels=36, image_dim=8, added_kv_proj_dim=32)
+    pipe.encode_image = lambda _image, _device: torch.linspace(-1, 1, IMAGE_TOKENS * 8).view(1, -1, 8)
+    return pipe
+
+
+def _ltx() -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+    )  # fmt: skip
+    return diffusers.LTXPipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=_t5(), tokenizer=t5_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Letters, and each of WORDS is one token; a text begins with a special token, and none ends it."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.printable.strip()]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        for begin in ("▁" + word, word):
+            for end in range(2, len(begin) + 1):
+                merge = (begin[: end - 1], begin[end - 1])
+                merges += [] if merge in merges else [merge]
+                tokens.append("".join(merge))
+    return GemmaTokenizer(vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=merges)
+
+
+def _sana() -> Any:
+    config = Gemma2Config(
+        head_dim=8, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=1, vocab_size=300, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        encoder_block_types=("ResBlock", "ResBlock"), decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32,
+        sample_size=16, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    return diffusers.SanaPipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=Gemma2Model(config).eval(),
+        tokenizer=gemma_tokenizer(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
 
 
@@ -218,7 +346,35 @@ def _flux() -> Any:
     )  # fmt: skip
 
 
+# What calls of pipelines are given besides, by a part of their names.
+_CALLS: dict[str, dict[str, Any]] = {
+    "PixArt": {"use_resolution_binning": False, "clean_caption": False},
+    "ControlNet": {"image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)},
+    "XLImg2Img": {"image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32), "strength": 1.0},
+    "Sana": {"use_resolution_binning": False, "complex_human_instruction": None},
+    "WanImage": {
+        "num_frames": 5,
+        "image": torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32),
+    },
+    "Wan": {"num_frames": 5},
+    "LTXImage": {"num_frames": 9, "image": torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)},
+    "LTX": {"num_frames": 9},
+}
 _BUILDERS = {
+    "sd15_controlnet": lambda: _controlled(_sd(), diffusers.StableDiffusionControlNetPipeline),
+    "sdxl_controlnet": lambda: _controlled(_sdxl(), diffusers.StableDiffusionXLControlNetPipeline),
+    "lcm": lambda: _around(
+        _sd(time_cond_proj_dim=8),
+        diffusers.LatentConsistencyModelPipeline,
+        scheduler=diffusers.LCMScheduler(),
+    ),
+    "sdxl_refiner": _refiner,
+    "wan": _wan,
+    "wan22": lambda: _wan(seconds=True),
+    "wan_i2v": _wan_i2v,
+    "ltx": _ltx,
+    "ltx_i2v": lambda: _around(_ltx(), diffusers.LTXImageToVideoPipeline),
+    "sana": _sana,
     "sd15": _sd,
     "sd2": lambda: _sd(1024, "v_prediction", use_linear_projection=True),  # the width tells it from 1.5
     "sdxl": _sdxl,

@@ -34,6 +34,7 @@ from pipelines import SUPPORTED, generate, one_thread  # noqa: F401
 import fastnegate as fn
 from fastnegate.integrations.diffusers.contract import denoiser
 from fastnegate.integrations.diffusers.install import engine_of
+from fastnegate.integrations.diffusers.layers.classic import Classic
 
 CONCEPTS = {"dog": ["dog", "a red dog"], "cat": "cat"}
 DOG, CAT, BOTH = Policy({"dog": 1.0}), Policy({"cat": 1.0}), Policy({"dog": 0.5, "cat": 1.0})
@@ -405,13 +406,13 @@ def test_custom_timesteps(sd: Any) -> None:
 def projections() -> Iterator[list[Any]]:
     """The layers that project, whatever the text: prompts and concepts."""
     seen: list[Any] = []
-    project = fn.NegationAttnProcessor.project
+    project = Classic.project
 
     def note(self: Any, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(attn)
         return project(self, attn, context)
 
-    with mock.patch.object(fn.NegationAttnProcessor, "project", note):
+    with mock.patch.object(Classic, "project", note):
         yield seen
 
 

@@ -146,11 +146,13 @@ class Audit:
         for image, concept in sorted(self._asked - self._totals.keys()):
             raise AuditError(f"concept {concept!r} never acted on image {self._images().index(image)}")
         for (_, step), calls in self._calls.items():
-            for layer in self._engine.layers:
-                if calls[layer] != max(calls.values()):
-                    raise AuditError(
-                        f"layer {layer} ran {calls[layer]} times at step {step}, others more often"
-                    )
+            for layers in self._engine.models:
+                most = max((calls[layer] for layer in layers), default=0)  # 0: another model's step
+                for layer in layers:
+                    if calls[layer] != most:
+                        raise AuditError(
+                            f"layer {layer} ran {calls[layer]} times at step {step}, others more often"
+                        )
         if self._nonfinite:
             raise AuditError(f"{self._nonfinite} output values are not finite")
 

@@ -73,7 +73,7 @@ class Engine:
         if not len(bank) and encode is None:
             raise ValueError("bank is empty: there is nothing to negate")
         self.bank, self.rule, self.max_batch, self.unasked = bank, rule, max_batch, unasked
-        self.layers = tuple(layers)
+        self.name_layers(layers)
         self.observer: Callable[[Record], None] | None = None
         self._audits: tuple[Callable[[Record], None], ...] = ()
         self.call = 0  # pipeline calls that asked for negation
@@ -192,6 +192,11 @@ class Engine:
 
     # ---- what integrations use --------------------------------------------------------------
 
+    def name_layers(self, *models: Sequence[str]) -> None:
+        """The cross-attention layers, by the model that they are of: models may share the steps of a call."""
+        self.models = tuple(tuple(layers) for layers in models)
+        self.layers = tuple(layer for layers in self.models for layer in layers)
+
     def on_remove(self, remove: Callable[[], None]) -> None:
         self._remove = remove
 
@@ -301,7 +306,7 @@ class Engine:
         if of.pinned:
             of.slots = slots
         requests: tuple[int | None, ...] = (None,) * call.batch
-        if assignment is not None and not call.unconditional:
+        if assignment is not None and not call.unconditional():
             requests = assignment.requests(call.batch, call.guided)
         rows = self._rows = Rows.of(self._rows, assignment, requests, slots, self.rule)
         running = Running(self, call, asks, rows=rows, slots=slots)

@@ -48,6 +48,22 @@ class HeatMap:
             maps.append(F.interpolate(grid, (height, width), mode="bilinear", align_corners=False)[0, 0])
         return torch.stack(maps).mean(0).clamp(0, 1)
 
+    def frames(self, count: int) -> list[HeatMap]:
+        """The maps of a video's frames, in their order.
+
+        Args:
+            count: latent frames, as the denoiser sees them: of F frames, Wan has (F - 1) / 4 + 1, LTX
+                (F - 1) / 8 + 1.
+
+        Raises:
+            ValueError: the queries are not those of so many frames.
+        """
+        for queries in self.levels:
+            if count < 1 or queries % count:
+                raise ValueError(f"count={count!r}: must be the number of frames of {queries} queries")
+        parts = {queries: heat.chunk(count) for queries, heat in self.levels.items()}
+        return [HeatMap({len(p[i]): p[i] for p in parts.values()}) for i in range(count)]
+
     def overlay(self, image: Image) -> Image:
         """The picture in the colours of the map, and right of it the bar that says what they mean.
 

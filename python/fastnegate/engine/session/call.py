@@ -77,7 +77,7 @@ class Call:
     Attributes:
         batch, device, dtype: rows, and where and how text embeddings arrive.
         guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
-        unconditional: whether no row is conditional.
+        unconditional: whether no row is conditional; asked only when needed.
         of: the pipeline call it belongs to.
         step: None if unknown.
         prompts: of the pipeline call; None where there is none.
@@ -94,7 +94,7 @@ class Call:
     of: PipelineCall = field(default_factory=PipelineCall)
     step: Step | None = None
     prompts: int | None = None
-    unconditional: bool = False
+    unconditional: Callable[[], bool] = lambda: False
     keep: bool = False
     fixed: bool = False
     compiled: bool = False

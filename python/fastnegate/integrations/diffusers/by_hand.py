@@ -16,13 +16,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from torch import nn
 
-from ...engine.errors import DisplacedProcessorError
+from ...engine.errors import DisplacedProcessorError, UnsupportedModelError
 from .around import put_around, take_away
-from .contract import InProgress, bare, denoiser, in_progress
-from .places import Places
+from .contract import InProgress, bare, denoisers, in_progress
+from .layers.places import Places
 
 # The pipeline call that a watched model is called in.
 PROGRESS: ContextVar[InProgress | None] = ContextVar("fastnegate_by_hand", default=None)
@@ -115,9 +115,9 @@ def model_of(attn: nn.Module, pipe: Any) -> Any:
     """The model of a layer: where its processor was set, or the denoiser of `pipe`; else None."""
     known = _of_layer.get(attn)
     if known is None and pipe is not None:
-        model = bare(denoiser(pipe))
-        if any(module is attn for module in model.modules()):
-            return model
+        for model in map(bare, denoisers(pipe).values()):
+            if any(module is attn for module in model.modules()):
+                return model
     return None if known is None else known()
 
 
@@ -143,6 +143,11 @@ def watch_processors() -> None:
     @functools.wraps(set_processor)
     def told(attn: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
         before = getattr(attn, "processor", None)
+        if getattr(processor, "by_hand", False) and isinstance(before, SanaLinearAttnProcessor2_0):
+            raise UnsupportedModelError(
+                "a NegationAttnProcessor set by hand would take the place of linear attention: use "
+                "fastnegate.install or fastnegate.negate"
+            )
         set_processor(attn, processor, *args, **kwargs)
         _was_set(attn, processor, before)
 

@@ -16,7 +16,7 @@ from ...engine.engine import Engine
 from ...engine.session.call import PipelineCall, current_loop
 from ...engine.session.ledger import Ledger
 from ...engine.session.rows import Step
-from .contract import InProgress, bare, family
+from .contract import InProgress, bare, denoisers
 
 MOST_CALLS = 256  # pipeline calls in progress that are told apart
 
@@ -126,16 +126,19 @@ class Calls:
 
 def _unwatched(call: OwnCall, pipe: Any, engine: Engine) -> Callable[[], str | None]:
     """Of a pipeline that shares the denoiser and has no hook around it yet: whether it lost the denoiser."""
-    name = family(pipe).denoiser
-    model, owner = weakref.ref(bare(getattr(pipe, name))), weakref.ref(pipe)
+    models = {name: weakref.ref(bare(model)) for name, model in denoisers(pipe).items()}
+    owner = weakref.ref(pipe)
 
     def lost() -> str | None:
         living = owner()
         if living is None or not call.missing:
             return None
-        if not engine.removed and bare(getattr(living, name)) is model():
+        if not engine.removed and all(bare(getattr(living, n)) is model() for n, model in models.items()):
             return None
-        return f"{call.missing} steps ran without negation: the engine was removed, or the {name} exchanged"
+        return (
+            f"{call.missing} steps ran without negation: the engine was removed, or the "
+            f"{' or '.join(models)} exchanged"
+        )
 
     return lost
 

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each pipeline class, as data: where its denoiser and text are, and how to read, from a
-call of it that is in progress, which step this is and how classifier-free guidance lays out the rows. What is
-not in the table is refused.
+"""What the table of families says, read from pipelines: their models and layers, and, from a call that is in
+progress, which step this is and how classifier-free guidance lays out the rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -18,68 +15,8 @@ from torch import Tensor, nn
 
 from ...engine.errors import UnsupportedModelError
 from .around import base_class
-
-
-@dataclass(frozen=True)
-class Family:
-    """One pipeline class.
-
-    Attributes:
-        denoiser: attribute of the pipeline that holds the model.
-        encoders: (tokenizer, text encoder) attributes, in the order of their use.
-        constants: which published constants presets take (`Rule.preset(family=...)`).
-        masked_padding: whether the model masks padding tokens (else it attends to them).
-        projection: attribute of the denoiser: the module between text encoder and attention, or None.
-        guided: name of what says whether rows are [unconditional, conditional] halves: a local variable of
-            the pipeline's call, or else an attribute of the pipeline.
-        prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
-            and which of them is at hand.
-        callbacks: local variables of its call that may hold the user's code, which runs between steps.
-        guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
-            above are then not used.
-    """
-
-    denoiser: str
-    encoders: tuple[tuple[str, str], ...]
-    constants: Callable[[Any], str]
-    masked_padding: bool = False
-    projection: str | None = None
-    guided: str = "do_classifier_free_guidance"
-    prompts: str = "batch_size"
-    timesteps: str = "timesteps"
-    index: str = "i"
-    callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
-    guider: bool = False
-
-
-_SD = Family(
-    "unet",
-    (("tokenizer", "text_encoder"),),
-    # Stable Diffusion 2 is the one with OpenCLIP's width.
-    lambda pipe: "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd15",
-)
-_SDXL = Family(
-    "unet", (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")), lambda pipe: "sdxl"
-)
-_PIXART = Family(
-    "transformer",
-    (("tokenizer", "text_encoder"),),
-    lambda pipe: "pixart",
-    masked_padding=True,
-    projection="caption_projection",
-)
-
-_TABLE: dict[str, Family] = {
-    "StableDiffusionPipeline": _SD,
-    "StableDiffusionImg2ImgPipeline": _SD,
-    "StableDiffusionInpaintPipeline": _SD,
-    "StableDiffusionXLPipeline": _SDXL,
-    "StableDiffusionXLImg2ImgPipeline": _SDXL,
-    "StableDiffusionXLInpaintPipeline": _SDXL,
-    "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
-    "PixArtAlphaPipeline": _PIXART,
-    "PixArtSigmaPipeline": _PIXART,
-}
+from .families import TABLE, Family
+from .layers.known import text_layers
 
 
 def _code(pipeline: type) -> CodeType:
@@ -88,7 +25,7 @@ def _code(pipeline: type) -> CodeType:
     return code
 
 
-_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in _TABLE.items() if not entry.guider}
+_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in TABLE.items() if not entry.guider}
 
 
 def family(pipe: Any) -> Family:
@@ -98,12 +35,14 @@ def family(pipe: Any) -> Family:
         UnsupportedModelError: not in the table, or a subclass that changes `__call__`, whose batch
             layout is therefore unknown.
     """
-    for name, entry in _TABLE.items():
+    for name, entry in TABLE.items():
         known = getattr(diffusers, name)
         if isinstance(pipe, known) and base_class(pipe).__call__ is known.__call__:
+            if entry.variant is not None and pipe.config.get(entry.variant[0]):
+                return entry.variant[1]
             return entry
     raise UnsupportedModelError(
-        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(_TABLE)}"
+        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(TABLE)}"
     )
 
 
@@ -117,10 +56,15 @@ def encoder_of(pipe: Any) -> Any:
     return whole
 
 
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The models that the pipeline calls at its steps, as it holds them (perhaps compiled), by attribute."""
+    models = {name: getattr(pipe, name, None) for name in family(pipe).denoisers}
+    return {name: model for name, model in models.items() if model is not None}
+
+
 def denoiser(pipe: Any) -> nn.Module:
-    """The model that the pipeline calls at each step, as the pipeline holds it (perhaps compiled)."""
-    model: nn.Module = getattr(pipe, family(pipe).denoiser)
-    return model
+    """The first of them."""
+    return next(iter(denoisers(pipe).values()))
 
 
 def bare(model: Any) -> Any:
@@ -130,29 +74,31 @@ def bare(model: Any) -> Any:
 
 def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
     """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
-    from diffusers.models.attention_processor import Attention
-
-    return {
-        name: module
-        for name, module in bare(model).named_modules()
-        if isinstance(module, Attention) and module.is_cross_attention
-    }
+    return text_layers(bare(model))
 
 
 def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:
     """Text embeddings [1, T, C] as the cross-attention layers of `model` receive them."""
-    if entry.projection is None:
-        return embeddings
-    projected: Tensor = getattr(bare(model), entry.projection)(embeddings)
-    return projected
+    for path in entry.projection:
+        embeddings = _part(bare(model), path)(embeddings)
+    return embeddings
 
 
 def project_for(model: Any, embeddings: Tensor) -> Tensor:
     """`project_context` for a model whose pipeline is not known; None: for none."""
-    for entry in _TABLE.values() if model is not None else ():
-        if entry.projection is not None and getattr(model, entry.projection, None) is not None:
-            return project_context(entry, model, embeddings)
-    return embeddings
+    found: Family | None = None
+    for entry in TABLE.values() if model is not None else ():
+        # By names: processors by hand are not told their pipeline, and PixArt has a part of Sana's.
+        if entry.projection and all(_part(model, path) is not None for path in entry.projection):
+            found = entry if found is None or len(entry.projection) > len(found.projection) else found
+    return embeddings if found is None else project_context(found, model, embeddings)
+
+
+def _part(model: Any, path: str) -> Any:
+    """A module of a model, or None."""
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
 
 
 _GUIDED = "guider_state_batch"  # local variable of loops that ask a guider
@@ -170,7 +116,7 @@ class InProgress(NamedTuple):
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
         part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
-        unconditional: whether a guider has all rows unconditional.
+        unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
     """
 
     pipe: Any
@@ -181,11 +127,12 @@ class InProgress(NamedTuple):
     at: int
     callback: bool
     part: int = 0
-    unconditional: bool = False
+    unconditional: bool | None = False
 
 
-def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
-    """The pipeline call around a frame that calls `model` or runs within it; None if there is none.
+def in_progress(model: Any, frame: FrameType | None, text: Any = None) -> InProgress | None:
+    """The pipeline call around a frame that calls `model`, with that text, or runs within it; None if there
+    is none.
 
     What a pipeline remembers of its last call says nothing about rows that somebody else sends to the
     denoiser, so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but
@@ -204,13 +151,15 @@ def in_progress(model: Any, frame: FrameType | None) -> InProgress | None:
         if entry is not None and facts is not None and _has(pipe, entry, model):
             if entry.guider:
                 return _by_guider(pipe, facts, frame, frame is first)
-            return _by_call(pipe, entry, facts, frame is first)
+            return _by_call(pipe, entry, facts, frame is first, text)
         frame = frame.f_back
     return None
 
 
 def _has(pipe: Any, entry: Family, model: Any) -> bool:
-    return pipe is not None and (model is None or bare(getattr(pipe, entry.denoiser, None)) is bare(model))
+    if pipe is None or model is None:
+        return pipe is not None
+    return any(bare(getattr(pipe, name, None)) is bare(model) for name in entry.denoisers)
 
 
 def _guider_family(pipe: Any) -> Family | None:
@@ -222,16 +171,24 @@ def _guider_family(pipe: Any) -> Family | None:
     return entry if entry.guider else None
 
 
-def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool) -> InProgress:
-    guided = facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided)
+def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text: Any) -> InProgress:
+    guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
+    unconditional: bool | None = False
+    if entry.texts is not None and own:
+        # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
+        is_prompt, is_negative = (facts.get(name) is text for name in entry.texts)
+        is_negative &= guided  # else it is there, and not used
+        unconditional = is_negative if is_prompt != is_negative else None
     return InProgress(
         pipe=pipe,
         own=own,
         prompts=facts[entry.prompts],
-        guided=bool(guided),
+        guided=guided and entry.texts is None,
         timesteps=facts[entry.timesteps],
         at=facts[entry.index],
         callback=any(facts.get(name) is not None for name in entry.callbacks),
+        part=int(unconditional is True),
+        unconditional=unconditional,
     )
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `install` puts around an engine's pipeline and denoiser: each denoiser call is prepared, and whatever
+"""What `install` puts around an engine's pipeline and denoisers: each denoiser call is prepared, and whatever
 took our place (processors, attention modules, the denoiser itself) is noticed before it runs."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -20,9 +19,8 @@ from ...engine.session.call import Call, Loop, PipelineCall
 from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
-from .contract import InProgress, bare, cross_attention_layers, denoiser, family, in_progress, project_context
-from .places import Places
-from .processor import NegationAttnProcessor
+from .contract import InProgress, bare, denoisers, family, in_progress, project_context
+from .layers.held import Held
 
 log = logging.getLogger("fastnegate")
 # Weak on both sides: the processors on the model own the engine.
@@ -31,47 +29,40 @@ COMPILE_BEFORE = "compile the denoiser before fastnegate.install, not after"
 
 
 class Hook:
-    """Around one pipeline and its denoiser."""
+    """Around one pipeline and its denoisers."""
 
     def __init__(self, pipe: Any, engine: Engine, on_displaced: str, backend: str) -> None:
-        self.engine, self.backend = engine, backend
+        self.engine, self._backend = engine, backend
         self._pipe = weakref.ref(pipe)
         self._family = family(pipe)
         self._on_displaced = on_displaced
-        self._model = weakref.ref(denoiser(pipe))
-        self._parameters = list(inspect.signature(bare(denoiser(pipe)).forward).parameters)
         self._calls = Calls(engine)
-        self._siblings: weakref.WeakSet[Any] = weakref.WeakSet()  # pipelines around the same denoiser
-        self.layers: dict[str, Any] = {}
-        self.processors: dict[str, NegationAttnProcessor] = {}
-        self._hold(bare(denoiser(pipe)))
+        self._siblings: weakref.WeakSet[Any] = weakref.WeakSet()  # pipelines around the same denoisers
+        self._held: dict[str, Held] = {}  # by the pipeline's attribute
+        self._hold(denoisers(pipe))
 
-    def _hold(self, model: nn.Module) -> None:
-        """Look at the model's layers, and have a processor for each."""
-        ours = {id(attn): self.processors[name] for name, attn in self.layers.items()}
-        layers, processors = cross_attention_layers(model), {}
-        for name, attn in layers.items():
-            processor, known = attn.processor, ours.get(id(attn))
-            if known is None and getattr(processor, "engine", None) is not self.engine:
-                processor = NegationAttnProcessor.bound(self.engine, name, processor, self.backend)
-            processors[name] = processor if known is None else known
-            processors[name].layer = name  # a block that was wrapped has another name
-        self.layers, self.processors = layers, processors
-        self.engine.layers = tuple(layers)
-        self._places = Places(model, layers)
+    def _hold(self, models: dict[str, nn.Module]) -> None:
+        """Have processors for the layers of these models, and no others."""
+        self._held = {
+            # Layers of a second denoiser have the names of the first one's.
+            name: Held(model, self.engine, self._backend, f"{name}." if i else "")
+            for i, (name, model) in enumerate(models.items())
+        }
+        self._name_layers()
+
+    def _name_layers(self) -> None:
+        self.engine.name_layers(*(held.names for held in self._held.values()))
 
     def put(self) -> None:
-        pipe, model = self._pipe(), self._model()
-        assert pipe is not None and model is not None
-        self._set_processors()
-        put_around(model, self.denoise)
+        pipe = self._pipe()
+        assert pipe is not None
+        for held in self._held.values():
+            model = held.model()
+            assert model is not None
+            held.put()
+            put_around(model, self.denoise)
+            INSTALLED[bare(model)] = weakref.ref(self.engine)
         put_around(pipe, self.generate)
-        INSTALLED[bare(model)] = weakref.ref(self.engine)
-
-    def _set_processors(self) -> None:
-        for name, attn in self.layers.items():
-            if attn.processor is not self.processors[name]:
-                attn.set_processor(self.processors[name])
 
     def remove(self) -> None:
         """What somebody else has put in our place stays theirs."""
@@ -80,12 +71,11 @@ class Hook:
         for sibling in list(self._siblings):
             take_away(sibling, self.generate)
         self._siblings.clear()  # each is watched again when it comes by
-        if (model := self._model()) is not None:
-            take_away(model, self.denoise)
-            INSTALLED.pop(bare(model), None)
-        for name, attn in self.layers.items():
-            if attn.processor is self.processors[name]:
-                attn.set_processor(self.processors[name].inner)
+        for held in self._held.values():
+            if (model := held.model()) is not None:
+                take_away(model, self.denoise)
+                INSTALLED.pop(bare(model), None)
+            held.restore()
 
     # ---- around the pipeline ----------------------------------------------------------------
 
@@ -114,32 +104,38 @@ class Hook:
             self._check_seen(pipe, watched)
         return result
 
+    def _exchanged(self, pipe: Any) -> dict[str, tuple[Any, Any]]:
+        """Denoisers of the pipeline that are not those we hold, by attribute: ours, and what is there."""
+        held = {
+            name: self._held[name].model() if name in self._held else None for name in self._family.denoisers
+        }
+        now = {name: getattr(pipe, name, None) for name in held}
+        return {name: (held[name], now[name]) for name in held if held[name] is not now[name]}
+
     def _compiled_since(self, pipe: Any) -> bool:
-        """Whether the pipeline's denoiser is the one that we hold, within compiled code around it."""
-        held, now = self._model(), getattr(pipe, self._family.denoiser)
-        return now is not held and bare(now) is bare(held)
+        """Whether a denoiser is the one that we hold, within compiled code around it."""
+        return any(bare(now) is bare(held) for held, now in self._exchanged(pipe).values())
 
     def _check_denoiser(self, pipe: Any, asks: bool) -> None:
-        held, now = self._model(), getattr(pipe, self._family.denoiser)
+        exchanged = self._exchanged(pipe)
         if self._compiled_since(pipe):
             raise NegationNotAppliedError(COMPILE_BEFORE)
-        if now is held or not asks:
+        if not exchanged or not asks:
             return
-        message = f"the pipeline's {self._family.denoiser} is another one than the engine was installed in"
+        message = f"the pipeline's {' and '.join(exchanged)} is another one than the engine was installed in"
         if self._on_displaced == "raise":
             raise DisplacedProcessorError(message + "; negation would not be applied")
         log.warning("%s", message)
         if self._on_displaced == "reinstall":
             self.remove()
-            self._model, self.layers, self.processors = weakref.ref(now), {}, {}
-            self._hold(bare(now))
+            self._hold(denoisers(pipe))
             self.put()
 
     def _check_seen(self, pipe: Any, watched: Watched) -> None:
         missing = sum(call.missing for call in watched.calls)
         if self._on_displaced == "warn" and not self.engine.removed:
             return
-        if getattr(pipe, "_interrupt", False) and getattr(pipe, self._family.denoiser) is self._model():
+        if getattr(pipe, "_interrupt", False) and not self._exchanged(pipe):
             missing = 0  # the rest was not run at all
         if self.engine.removed or not watched.calls or missing:
             raise NegationNotAppliedError(
@@ -160,16 +156,17 @@ class Hook:
         """A call of the denoiser."""
         if torch.compiler.is_compiling():
             raise NegationNotAppliedError(COMPILE_BEFORE)
-        self._watch(bare(model))
-        given = {**dict(zip(self._parameters, args)), **kwargs}
-        with self.engine.running(self._facts(model, given, frame)) as running:
+        held = next(held for held in self._held.values() if held.model() is model)
+        self._watch(held, bare(model))
+        given = {**dict(zip(held.parameters, args)), **kwargs}
+        with self.engine.running(self._facts(held, model, given, frame)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             return call(*args, **kwargs)
 
-    def _facts(self, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
+    def _facts(self, held: Held, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
         sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
         text, entry = given.get("encoder_hidden_states"), self._family
-        progress, compiled = in_progress(model, frame), self._compiled(model)
+        progress, compiled = in_progress(model, frame, text), held.compiled(model)
         of: PipelineCall
         step: Step | None
         if progress is not None:
@@ -188,7 +185,7 @@ class Hook:
             of=of,
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
-            unconditional=progress is not None and progress.unconditional,
+            unconditional=lambda: _unconditional(progress),
             keep=self._quiet(model, progress, of),
             # Layers that are computed again for gradients need rows that no later call writes over.
             fixed=compiled or (sample.device.type == "cuda" and not torch.is_grad_enabled()),
@@ -205,7 +202,7 @@ class Hook:
     def _quiet(self, model: Any, progress: InProgress | None, of: PipelineCall) -> bool:
         """Whether nobody's code runs between the steps of this pipeline call: it might change weights in ways
         that leave no trace."""
-        if self._family.projection is not None:
+        if self._family.projection:
             return False
         if progress is None:
             return isinstance(of, Loop)
@@ -214,44 +211,18 @@ class Hook:
         hooks = [h for part in (model, bare(model)) for h in (part._forward_hooks, part._forward_pre_hooks)]
         return ours and not progress.callback and not any(hooks)
 
-    def _compiled(self, model: Any) -> bool:
-        """Whether some of the code around our processors is compiled: all of it, or block by block."""
-        if self._places.compiled or model is not bare(model):
-            return True
-        return any("_compiled_call_impl" in vars(module) for module in self._places.modules)
-
-    # ---- the watchdog -----------------------------------------------------------------------
-
-    def _watch(self, model: nn.Module) -> None:
-        """Notice processors that something has replaced (slicing, IP-Adapter, fused QKV, ...), and attention
-        modules, or blocks around them."""
-        displaced = [n for n, attn in self.layers.items() if attn.processor is not self.processors[n]]
-        if not displaced and not self._places.changed:
-            return
-        if displaced:
-            name = type(self.layers[displaced[0]].processor).__name__
-            message = (
-                f"{len(displaced)} of {len(self.layers)} processors were replaced, e.g. {displaced[0]} "
-                f"by {name}"
-            )
-        else:
-            now, held = cross_attention_layers(model), {id(attn) for attn in self.layers.values()}
-            found = {id(attn) for attn in now.values()}
-            others = [n for n, attn in self.layers.items() if id(attn) not in found]
-            others += [n for n, attn in now.items() if id(attn) not in held and n not in others]
-            if not others:  # what is around our layers changed, they did not
-                self._hold(model)
-                return
-            message = (
-                f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were "
-                f"replaced, e.g. {others[0]}"
-            )
-        if self._on_displaced == "raise":
-            raise DisplacedProcessorError(message + "; negation would not be applied")
-        log.warning("%s", message)
-        if self._on_displaced == "reinstall":
-            self._hold(model)
-            self._set_processors()
+    def _watch(self, held: Held, model: nn.Module) -> None:
+        """Notice what has replaced our processors, or the modules that have them."""
+        layers, message = held.layers, held.displaced(model)
+        if message is not None:
+            if self._on_displaced == "raise":
+                raise DisplacedProcessorError(message + "; negation would not be applied")
+            log.warning("%s", message)
+            if self._on_displaced == "reinstall":
+                held.look(model)
+                held.put()
+        if held.layers is not layers:
+            self._name_layers()
 
 
 def _guided(progress: InProgress | None) -> bool:
@@ -266,3 +237,19 @@ def _guided(progress: InProgress | None) -> bool:
             "engine.set_rows(..., conditional=...) or NegationAttnProcessor(..., conditional=...)"
         )
     return progress.own and progress.guided  # a callback's own rows are conditional, all of them
+
+
+def _unconditional(progress: InProgress | None) -> bool:
+    """Whether all rows are unconditional: pipelines may make a call of its own for those.
+
+    Raises:
+        UnsupportedModelError: the text is neither the prompt's alone nor the negative prompt's alone.
+    """
+    if progress is None:
+        return False
+    if progress.unconditional is None:
+        raise UnsupportedModelError(
+            f"cannot tell whether a call of the denoiser of {type(progress.pipe).__name__} is conditional: "
+            "its text must be either the prompt_embeds of the pipeline's call or its negative_prompt_embeds"
+        )
+    return progress.unconditional

@@ -12,12 +12,12 @@ from ...engine import host
 from ...engine.bank import ConceptBank
 from ...engine.concepts import Concept, Templates
 from ...engine.engine import Engine
-from ...engine.errors import NegationNotAppliedError
+from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.policy import Policy
 from ...operator.choice import check_backend
 from ...operator.rule import Rule
 from .by_hand import release
-from .contract import bare, cross_attention_layers, denoiser, family
+from .contract import bare, cross_attention_layers, denoiser, denoisers, family
 from .hook import INSTALLED, Hook
 from .processor import NegationAttnProcessor
 
@@ -27,8 +27,8 @@ ON_DISPLACED = ("raise", "warn", "reinstall")
 
 def engine_of(pipe: Any) -> Engine | None:
     """The engine installed in the pipeline, or None."""
-    reference = INSTALLED.get(bare(denoiser(pipe)))
-    return reference() if reference is not None else None
+    references = (INSTALLED.get(bare(model)) for model in denoisers(pipe).values())
+    return next((reference() for reference in references if reference is not None), None)
 
 
 def processors_for(pipe: Any, engine: Engine, backend: str = "auto") -> dict[str, Any]:
@@ -38,7 +38,7 @@ def processors_for(pipe: Any, engine: Engine, backend: str = "auto") -> dict[str
         UnsupportedModelError: a layer has a processor that cannot be wrapped.
     """
     processors = dict(bare(denoiser(pipe)).attn_processors)
-    for name in engine.layers:
+    for name in cross_attention_layers(denoiser(pipe)):
         key = f"{name}.processor"
         processors[key] = NegationAttnProcessor.bound(engine, name, processors[key], backend)
     return processors
@@ -74,7 +74,7 @@ def install(
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
 
     Raises:
-        UnsupportedModelError: unknown pipeline, or a processor that cannot be wrapped.
+        UnsupportedModelError: unknown pipeline, no denoiser in it, or a processor that cannot be wrapped.
         BankMismatchError: the bank belongs to another text encoder.
         ValueError: bad arguments, or an engine is installed already.
     """
@@ -83,9 +83,11 @@ def install(
     if not isinstance(bank, ConceptBank):
         raise TypeError(f"bank is a {type(bank).__name__}: must be a ConceptBank")
     check_backend(backend)
-    entry, model = family(pipe), denoiser(pipe)
+    entry = family(pipe)
     if engine_of(pipe) is not None:
         raise ValueError("pipe has an engine already: call its remove() first, or fastnegate.remove(pipe)")
+    if not denoisers(pipe):
+        raise UnsupportedModelError(f"pipe.{entry.denoisers[0]} is None: there is nothing to install in")
     bank.check(pipe)
     if isinstance(rule, str):
         rule = Rule.preset(rule, family=entry.constants(pipe))
@@ -95,7 +97,7 @@ def install(
     engine = Engine(
         bank,
         rule,
-        list(cross_attention_layers(model)),
+        (),  # which the hook names
         max_batch=max_batch,
         unasked=unasked,
         encode=functools.partial(_negative_prompt, of_pipe),
@@ -139,7 +141,8 @@ def remove(pipe: Any) -> None:
     engine = engine_of(pipe)
     if engine is not None:
         engine.remove()
-    release(bare(denoiser(pipe)))
+    for model in denoisers(pipe).values():
+        release(bare(model))
 
 
 class Handle:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from ...engine.bank import ConceptBank
@@ -25,10 +26,9 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from . import by_hand, recompute
 from .contract import family, in_progress, project_for
-from .kept import Kept
-
-# Processors whose arithmetic the negated path repeats; others (IP-Adapter, PAG, ...) add their own.
-PLAIN = (AttnProcessor2_0, AttnProcessor)
+from .layers.classic import CLASSIC
+from .layers.kept import Kept
+from .layers.known import kind_of
 
 
 class NegationAttnProcessor:
@@ -50,7 +50,8 @@ class NegationAttnProcessor:
         backend: as for `negated_attention`.
 
     Raises:
-        UnsupportedModelError: `inner` does something besides plain attention.
+        UnsupportedModelError: `inner` does something besides plain attention; or, when it is called, the
+            layer is none of diffusers' `Attention`, for which there is `install`.
         ValueError: unknown rule, concept or strength.
     """
 
@@ -75,14 +76,12 @@ class NegationAttnProcessor:
         self.conditional = conditional
         self.engine: Engine | None = None
         self.layer = ""
-        # The older `AttnProcessor` has its own scale, and ignores norm_q and norm_k.
-        self._old = isinstance(self.inner, AttnProcessor)
+        self._kind = CLASSIC if bank is None else kind_of(self.inner)
         self._kept: Kept | None = None
         self._tokens: ConceptTokens | None = None
         if isinstance(conditional, str) and conditional != "all":
             raise ValueError(f"conditional={conditional!r}: must be 'all', one bool per row, or None")
         if bank is not None:
-            _check_plain(self.inner)
             self._slots, self._version = _slots(bank, self.rule)
             self._strengths = None if strengths is None else dict(strengths)
             for name, strength in (self._strengths or {}).items():
@@ -92,21 +91,10 @@ class NegationAttnProcessor:
     @classmethod
     def bound(cls, engine: Engine, layer: str, inner: Any, backend: str = "auto") -> NegationAttnProcessor:
         """The processor of one layer of an installed engine."""
-        _check_plain(inner)
+        kind = kind_of(inner)
         processor = cls(rule=engine.rule, inner=inner, backend=backend)
-        processor.engine, processor.layer = engine, layer
+        processor.engine, processor.layer, processor._kind = engine, layer, kind
         return processor
-
-    def project(self, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, D] of text [B, T, C]. Modules are called, weights never read, so
-        LoRA, quantization and offload hooks act."""
-        if attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        key, value, heads = attn.to_k(context), attn.to_v(context), attn.heads
-        batch, length, width = key.shape
-        key = key.view(batch, length, heads, width // heads).transpose(1, 2)
-        value = value.view(batch, length, heads, value.shape[2] // heads).transpose(1, 2)
-        return (attn.norm_k(key) if attn.norm_k is not None and not self._old else key), value
 
     def __call__(
         self,
@@ -119,6 +107,11 @@ class NegationAttnProcessor:
         **kwargs: Any,
     ) -> Tensor:
         engine, compiling = self.engine, torch.compiler.is_compiling()
+        if engine is None and not isinstance(attn, Attention):
+            raise UnsupportedModelError(
+                f"{type(attn).__name__} has processors of its own, so a NegationAttnProcessor cannot be set "
+                "by hand: use fastnegate.install or fastnegate.negate"
+            )
         running = None if engine is None or compiling else RUNNING.get()
         if engine is not None and (running is None or running.engine is not engine):
             running = self._unprepared(encoder_hidden_states)
@@ -128,47 +121,40 @@ class NegationAttnProcessor:
         acts = running.live if running is not None else compiling if engine is not None else self.by_hand
         if engine is not None and running is not None and running.call.fixed and _capturing(hidden_states):
             acts = engine.fixed.captured = True  # so does a graph that is captured
+        rest = () if temb is None and not args else (temb, *args)  # not every processor takes that
         if encoder_hidden_states is None or not acts:
             result: Tensor = self.inner(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+                attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs
             )
             if running is not None and running.gradients:
                 recompute.hold(result, running)
             return result
-        # From here on: AttnProcessor2_0, step by step, with negation in the middle.
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        shape = hidden_states.shape
-        if hidden_states.ndim == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        batch, length, _ = encoder_hidden_states.shape
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        query = attn.to_q(hidden_states)
-        _, queries, width = query.shape
-        query = query.view(batch, queries, attn.heads, width // attn.heads).transpose(1, 2)
-        key, value = self.project(attn, encoder_hidden_states)
-        if attn.norm_q is not None and not self._old:
-            query = attn.norm_q(query)
-
-        tokens = self._concepts(attn, query, running)
-        hidden_states = self._attend(attn, query, key, value, attention_mask, tokens, running)
-
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)
-        for module in attn.to_out:  # linear, dropout
-            hidden_states = module(hidden_states)
-        if len(shape) == 4:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        output: Tensor = hidden_states / attn.rescale_output_factor
+        attend = functools.partial(self._attend, attn, running)
+        output = self._kind.forward(
+            self.inner, attn, attend, hidden_states, encoder_hidden_states, attention_mask, *rest
+        )
         if running is not None and running.gradients:
             recompute.hold(output, running)
         return output
+
+    @property
+    def _attention_backend(self) -> Any:
+        """What runs while nothing is negated, as `set_attention_backend` chooses it where the wrapped
+        processor has that choice."""
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.inner._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        """As `enable_parallelism` sets it where the wrapped processor has it."""
+        return self.inner._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.inner._parallel_config = config
 
     @property
     def by_hand(self) -> bool:
@@ -204,7 +190,7 @@ class NegationAttnProcessor:
         if running is None:
             fixed = engine.fixed
             assert fixed.context is not None
-            key, value = self.project(attn, fixed.context)
+            key, value = self._kind.project(attn, fixed.context)
             return fixed.tokens(key[0].transpose(0, 1), value[0].transpose(0, 1))
         running.negated = True
         call, slots = running.call, running.slots
@@ -213,8 +199,9 @@ class NegationAttnProcessor:
         if call.keep and kept is not None and kept.fits(attn, query, call.of, slots):
             key, value = kept.key, kept.value
         else:
-            key, value = (t[0].transpose(0, 1) for t in self.project(attn, running.context))
-            self._kept = Kept.made(attn, call.of, slots, key, value) if call.keep else None
+            key, value = (t[0].transpose(0, 1) for t in self._kind.project(attn, running.context))
+            parts = self._kind.parts(attn)
+            self._kept = Kept.made(attn, parts, call.of, slots, key, value) if call.keep else None
         tokens = self._tokens
         same = tokens is not None and tokens.index is running.index and tokens.numbers is running.numbers
         if tokens is None or not same or tokens.key is not key:
@@ -224,14 +211,15 @@ class NegationAttnProcessor:
     def _attend(
         self,
         attn: Any,
+        running: Running | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        tokens: ConceptTokens,
-        running: Running | None,
     ) -> Tensor:
-        scale = attn.scale if self._old else None
+        """The softmax over the text, negated: query [B, H, N, D], key and value [B, H, M, D]."""
+        tokens = self._concepts(attn, query, running)
+        scale = attn.scale if self._kind.scaled else None
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         engine = self.engine
@@ -259,7 +247,7 @@ class NegationAttnProcessor:
             by_hand.called(attn, self)
         context = slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
         context = project_for(by_hand.model_of(attn, bank.pipe), context)
-        key, value = (t[0].transpose(0, 1) for t in self.project(attn, context))
+        key, value = (t[0].transpose(0, 1) for t in self._kind.project(attn, context))
         spans = [(s.begin, s.begin + s.length) for s in slots.slots]
         given = self._strengths
         for name in given or ():
@@ -323,14 +311,6 @@ def _slots(bank: ConceptBank, rule: Rule) -> tuple[Slots, int]:
 
 def _capturing(query: Tensor) -> bool:
     return query.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _check_plain(inner: Any) -> None:
-    if type(inner) not in PLAIN:
-        raise UnsupportedModelError(
-            f"processor {type(inner).__name__} cannot be wrapped: supported are "
-            f"{', '.join(c.__name__ for c in PLAIN)}"
-        )
 
 
 def _register() -> None:

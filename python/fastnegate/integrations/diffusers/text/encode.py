@@ -123,8 +123,8 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeddings, mask, *_ = pipe.encode_prompt(
             texts,
             device=pipe._execution_device,
-            num_images_per_prompt=1,
             do_classifier_free_guidance=False,
+            **entry.encoding,
         )
     kept = mask.bool().cpu() if entry.masked_padding else torch.ones(embeddings.shape[:2], dtype=torch.bool)
     return embeddings.float().cpu(), kept

@@ -9,6 +9,7 @@ import copy
 import inspect
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Words:
 
     Attributes:
         pipe: the pipeline, with tokenizers of its own (`beside`).
-        starts: how many special tokens come before a text.
+        starts, ends: how many special tokens come before and after a text.
         room: the most tokens of a text that is encoded whole.
         left_out: default templates that these tokenizers did not take.
 
@@ -62,7 +63,8 @@ class Words:
     """
 
     def __init__(self, pipe: Any) -> None:
-        encoders = family(pipe).encoders
+        self._family = family(pipe)
+        encoders = self._family.encoders
         for name in (name for names in encoders for name in names):
             if getattr(pipe, name) is None:
                 raise UnsupportedModelError(
@@ -74,10 +76,14 @@ class Words:
         self.tokenizers = [getattr(self.pipe, tokenizer) for tokenizer, _ in encoders]
         with turn:
             special = self.tokenizers[0]("").input_ids
-        self.starts = len(special) - 1  # T5 ends a text, CLIP also begins it
+            whole, bare = (
+                self.tokenizers[0]("a", add_special_tokens=special).input_ids for special in (True, False)
+            )
+        self.starts = whole.index(bare[0])  # CLIP and Gemma begin a text, CLIP and T5 end it
+        self.ends = len(special) - self.starts
         length = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
-        longest: int = length.default if length else self.tokenizers[0].model_max_length
-        self.room = longest - len(special)
+        longest = length.default if length else self.tokenizers[0].model_max_length
+        self.room: int = self._family.encoding.get("max_sequence_length", longest) - len(special)
         self.left_out: dict[str, None] = {}
         self._known: dict[str, list[list[int]]] = {}
 
@@ -97,7 +103,7 @@ class Words:
         return self._known[text]
 
     def _ids(self, text: str, tokenizer: Any) -> list[int]:
-        text = text.strip()
+        text = self._family.cleaned(text.strip())
         if not text:
             return []
         # What the pipeline tokenizes: PixArt lower-cases prompts, the Stable Diffusion pipelines expand
@@ -150,7 +156,8 @@ class Words:
 
     def _default_spans(self, member: str) -> list[Span]:
         """In the captions that the tokenizer itself offers for this member, else in the default ones: those
-        whose words it knows and that are not too long. The member alone always is one of them."""
+        whose words it knows, that are not too long, and where the member has as many tokens as in most (a
+        word that begins a text may have others)."""
         if self._offers is not None and (offered := self._offers(member)):
             return [self._span(template, member) for template in offered]
         spans = []
@@ -159,7 +166,8 @@ class Words:
                 spans.append(self._span(template, member))
             except ValueError:
                 self.left_out[template] = None
-        return spans
+        usual = Counter(span.last - span.first for span in spans).most_common(1)[0][0]
+        return [span for span in spans if span.last - span.first == usual]
 
     def _span(self, template: str, member: str) -> Span:
         caption = Caption.of(template, member)
@@ -176,5 +184,5 @@ class Words:
         roles = torch.full((length,), Role.PADDING, dtype=torch.int8)
         roles[: self.starts] = Role.SOT
         roles[self.starts : end] = Role.CONTENT
-        roles[end] = Role.EOT
+        roles[end : end + self.ends] = Role.EOT
         return roles

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...engine.session.call import PipelineCall
-from ...engine.session.slots import Slots
+from ....engine.session.call import PipelineCall
+from ....engine.session.slots import Slots
 
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm)
 _module = torch.nn.modules.module
@@ -51,14 +51,15 @@ class Kept(NamedTuple):
     value: Tensor
 
     @classmethod
-    def made(cls, attn: Any, of: PipelineCall, slots: Slots, key: Tensor, value: Tensor) -> Kept | None:
-        """None if they may not be kept: a module is not plain, all modules have hooks, gradients are to flow,
-        or they belong to a graph that is captured."""
+    def made(
+        cls, attn: Any, names: list[str], of: PipelineCall, slots: Slots, key: Tensor, value: Tensor
+    ) -> Kept | None:
+        """Of the modules `names` of a layer. None if they may not be kept: a module is not plain, all modules
+        have hooks, gradients are to flow, or they belong to a graph that is captured."""
         if _module._global_forward_hooks or _module._global_forward_pre_hooks or torch.is_grad_enabled():
             return None
         if key.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        names = ["to_k", "to_v"] + ["norm_cross"] * bool(attn.norm_cross) + ["norm_k"] * bool(attn.norm_k)
         parts = [Part.of(name, attn._modules[name]) for name in names]
         known = [part for part in parts if part is not None]
         return cls(known, of, slots, _stream(key), key, value) if len(known) == len(parts) else None

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One denoiser of an engine: its text layers, our processors in them, and what has replaced either since."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ....engine.engine import Engine
+from ..contract import bare, cross_attention_layers
+from ..processor import NegationAttnProcessor
+from .places import Places
+
+
+class Held:
+    """The layers of one model.
+
+    Attributes:
+        model: weak reference to it, as the pipeline holds it (perhaps compiled).
+        parameters: names of what its forward takes.
+        layers, processors: its text layers, and ours for each, by their names in the model.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine, backend: str, prefix: str = "") -> None:
+        self.model = weakref.ref(model)
+        self.parameters = list(inspect.signature(bare(model).forward).parameters)
+        self._engine, self._backend, self._prefix = engine, backend, prefix
+        self.layers: dict[str, Any] = {}
+        self.processors: dict[str, NegationAttnProcessor] = {}
+        self.look(bare(model))
+
+    def look(self, model: nn.Module) -> None:
+        """Look at the model's layers, and have a processor for each."""
+        ours = {id(attn): self.processors[name] for name, attn in self.layers.items()}
+        layers, processors = cross_attention_layers(model), {}
+        for name, attn in layers.items():
+            processor, known = attn.processor, ours.get(id(attn))
+            if known is None and getattr(processor, "engine", None) is not self._engine:
+                processor = NegationAttnProcessor.bound(self._engine, name, processor, self._backend)
+            processors[name] = processor if known is None else known
+            processors[name].layer = self._prefix + name  # a block that was wrapped has another name
+        self.layers, self.processors = layers, processors
+        self._places = Places(model, layers)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names, as the engine tells them."""
+        return [processor.layer for processor in self.processors.values()]
+
+    def put(self) -> None:
+        """Set our processors."""
+        for name, attn in self.layers.items():
+            if attn.processor is not self.processors[name]:
+                attn.set_processor(self.processors[name])
+
+    def restore(self) -> None:
+        """Set those that were there; what somebody else has put in our place stays theirs."""
+        for name, attn in self.layers.items():
+            if attn.processor is self.processors[name]:
+                attn.set_processor(self.processors[name].inner)
+
+    def compiled(self, model: Any) -> bool:
+        """Whether some of the code around our processors is compiled: all of it, or block by block."""
+        if self._places.compiled or model is not bare(model):
+            return True
+        return any("_compiled_call_impl" in vars(module) for module in self._places.modules)
+
+    def displaced(self, model: nn.Module) -> str | None:
+        """What was replaced, in words: our processors (by slicing, IP-Adapter, fused QKV, ...), or attention
+        modules, or blocks around them."""
+        others = [n for n, attn in self.layers.items() if attn.processor is not self.processors[n]]
+        if others:
+            name = type(self.layers[others[0]].processor).__name__
+            return f"{len(others)} of {len(self.layers)} processors were replaced, e.g. {others[0]} by {name}"
+        if not self._places.changed:
+            return None
+        now, held = cross_attention_layers(model), {id(attn) for attn in self.layers.values()}
+        found = {id(attn) for attn in now.values()}
+        others = [n for n, attn in self.layers.items() if id(attn) not in found]
+        others += [n for n, attn in now.items() if id(attn) not in held and n not in others]
+        if not others:  # what is around our layers changed, they did not
+            self.look(model)
+            return None
+        return (
+            f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were replaced, "
+            f"e.g. {others[0]}"
+        )

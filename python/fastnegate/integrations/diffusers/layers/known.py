@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers attend to text, and of what kind they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import nn
+
+from ....engine.errors import UnsupportedModelError
+from .across import Across, Sana
+from .classic import CLASSIC, Classic
+from .kind import Kind
+from .wan import Wan
+
+# The processors whose arithmetic is repeated; others (IP-Adapter, PAG, ...) add their own.
+_KINDS: dict[type, Kind] = {
+    AttnProcessor2_0: CLASSIC,
+    AttnProcessor: Classic(scaled=True),
+    SanaAttnProcessor2_0: Sana(),
+    LTXVideoAttnProcessor: Across(),
+    WanAttnProcessor: Wan(),
+}
+
+# Which modules of a class attend from image or video to text, by the module and the last part of its name.
+_IS_TEXT: dict[type[nn.Module], Callable[[Any, str], bool]] = {
+    Attention: lambda attn, _name: attn.is_cross_attention,
+    LTXAttention: lambda _attn, name: name == "attn2",
+    WanAttention: lambda attn, _name: attn.is_cross_attention,
+}
+
+
+def kind_of(processor: Any) -> Kind:
+    """The kind of the layers that have a processor.
+
+    Raises:
+        UnsupportedModelError: it does something that no kind repeats.
+    """
+    kind = _KINDS.get(type(processor))
+    if kind is None:
+        raise UnsupportedModelError(
+            f"processor {type(processor).__name__} cannot be wrapped: supported are "
+            f"{', '.join(known.__name__ for known in _KINDS)}"
+        )
+    return kind
+
+
+def text_layers(model: nn.Module) -> dict[str, Any]:
+    """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        for known, is_text in _IS_TEXT.items()
+        if isinstance(module, known) and is_text(module, name.rpartition(".")[2])
+    }
