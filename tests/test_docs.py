@@ -41,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
     of_few_steps = [*kinds]
-    kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana"}
+    kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana", "FluxPipeline": "flux"}
     for kind in of_few_steps:
         module = sys.modules[getattr(diffusers, kind).__module__]
         retrieve = module.retrieve_timesteps
@@ -85,20 +85,14 @@ def test_links_exist(page: Path) -> None:
 
 
 def test_names_of_the_package_exist() -> None:
-    """Every `fn.name` that a page writes; what is not implemented is said to be so in the definition."""
-    future = {"Partial", "partial_attention", "combine"}
-    wanted = {
-        (page.name, name)
-        for page in PAGES
-        for name in re.findall(r"\bfn\.(\w+)", page.read_text())
-        if not (page.name == "semantics.md" and name in future)
-    }
+    """Every `fn.name` that a page writes."""
+    wanted = {(page.name, name) for page in PAGES for name in re.findall(r"\bfn\.(\w+)", page.read_text())}
     assert [f"{page}: fn.{name}" for page, name in sorted(wanted) if not hasattr(fn, name)] == []
 
 
 def test_the_definition_names_every_word() -> None:
     text = (ROOT / "docs" / "semantics.md").read_text()
-    fields = ("SIMILARITIES", "GATES", "DIRECTIONS", "COMBINES", "SELECTS", "NORMS", "SCOPES")
+    fields = ("SIMILARITIES", "GATES", "DIRECTIONS", "COMBINES", "SELECTS", "NORMS", "SCOPES", "SHARED")
     wanted = {word for field in fields for word in getattr(words, field)} | {*fn.presets()}
     wanted |= {*fn.Statistics._fields}
     quoted = {word for code in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\w+", code)}

@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 def build(kind: str, seed: int = 0) -> Any:
-    """A pipeline with random weights: one of SUPPORTED, FAMILIES or OTHERS, or else `sd3` or `flux`."""
+    """A pipeline with random weights: one of SUPPORTED, FAMILIES, OTHERS, `flux`, or `sd3`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe = _BUILDERS[kind]()

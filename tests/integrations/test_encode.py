@@ -470,7 +470,7 @@ def test_without_an_encoder_nothing_is_encoded(name: str) -> None:
             call()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", ["sd3"])
 def test_unsupported_pipelines_are_refused(kind: str) -> None:
     with pytest.raises(fn.UnsupportedModelError, match=r"(StableDiffusion3|Flux)Pipeline is not supported"):
         ConceptBank.from_prompts(pipelines.build(kind), {"x": "cat"})

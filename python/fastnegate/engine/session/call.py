@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -121,6 +121,8 @@ class Running:
     negated: bool = False  # a layer took the negated path
     gradients: bool = field(default_factory=torch.is_grad_enabled)  # layers may be recomputed afterwards
     embeddings: Tensor | None = None  # at a fixed address
+    joint: Any = None  # what the layers of a joint model need to know besides
+    layer: Any = None  # of a joint model: the one at work
     _context: Tensor | None = None
 
     @property

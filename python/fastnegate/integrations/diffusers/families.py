@@ -12,6 +12,8 @@ from typing import Any
 
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
+from .joint.families import FLUX, JointFamily
+
 
 @dataclass(frozen=True)
 class Family:
@@ -33,6 +35,7 @@ class Family:
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
         variant: a word of the pipeline's config, and the family that it is where that is set.
+        joint: how concepts board a model whose image and text attend to each other in one softmax.
         guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
             above are then not used.
     """
@@ -51,6 +54,7 @@ class Family:
     index: str = "i"
     callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
     variant: tuple[str, Family] | None = None
+    joint: JointFamily | None = None
     guider: bool = False
 
 
@@ -99,6 +103,15 @@ _SANA = Family(
     masked_padding=True,
     projection=("caption_projection", "caption_norm"),
 )
+_FLUX = Family(
+    ("transformer",),
+    (("tokenizer_2", "text_encoder_2"),),  # the other one makes a vector that no attention sees
+    lambda pipe: "flux",
+    encoding={"prompt_2": None, "num_images_per_prompt": 1},
+    guided="do_true_cfg",
+    texts=("prompt_embeds", "negative_prompt_embeds"),
+    joint=FLUX,
+)
 
 TABLE: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
@@ -123,4 +136,5 @@ TABLE: dict[str, Family] = {
     "LTXImageToVideoPipeline": _LTX,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
+    "FluxPipeline": _FLUX,
 }

@@ -20,6 +20,7 @@ from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, denoisers, family, in_progress, project_context
+from .joint.hook import Boarding
 from .layers.held import Held
 
 log = logging.getLogger("fastnegate")
@@ -37,6 +38,7 @@ class Hook:
         self._family = family(pipe)
         self._on_displaced = on_displaced
         self._calls = Calls(engine)
+        self._boarding = None if self._family.joint is None else Boarding(self._family.joint, engine)
         self._siblings: weakref.WeakSet[Any] = weakref.WeakSet()  # pipelines around the same denoisers
         self._held: dict[str, Held] = {}  # by the pipeline's attribute
         self._hold(denoisers(pipe))
@@ -45,7 +47,7 @@ class Hook:
         """Have processors for the layers of these models, and no others."""
         self._held = {
             # Layers of a second denoiser have the names of the first one's.
-            name: Held(model, self.engine, self._backend, f"{name}." if i else "")
+            name: Held(model, self.engine, self._backend, f"{name}." if i else "", self._family.joint)
             for i, (name, model) in enumerate(models.items())
         }
         self._name_layers()
@@ -161,6 +163,8 @@ class Hook:
         given = {**dict(zip(held.parameters, args)), **kwargs}
         with self.engine.running(self._facts(held, model, given, frame)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
+            if self._boarding is not None and running.asks:
+                return call(**self._boarding.board(bare(model), given, running))
             return call(*args, **kwargs)
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
@@ -188,7 +192,8 @@ class Hook:
             unconditional=lambda: _unconditional(progress),
             keep=self._quiet(model, progress, of),
             # Layers that are computed again for gradients need rows that no later call writes over.
-            fixed=compiled or (sample.device.type == "cuda" and not torch.is_grad_enabled()),
+            fixed=self._boarding is None
+            and (compiled or (sample.device.type == "cuda" and not torch.is_grad_enabled())),
             compiled=compiled,
             project=lambda embeddings: project_context(entry, model, embeddings),
         )

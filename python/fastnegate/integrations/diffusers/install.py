@@ -19,7 +19,7 @@ from ...operator.rule import Rule
 from .by_hand import release
 from .contract import bare, cross_attention_layers, denoiser, denoisers, family
 from .hook import INSTALLED, Hook
-from .processor import NegationAttnProcessor
+from .joint.hook import wrap
 
 MOST_IMAGES = 64  # of one call under `negate`, which is not told how many there will be
 ON_DISPLACED = ("raise", "warn", "reinstall")
@@ -40,7 +40,7 @@ def processors_for(pipe: Any, engine: Engine, backend: str = "auto") -> dict[str
     processors = dict(bare(denoiser(pipe)).attn_processors)
     for name in cross_attention_layers(denoiser(pipe)):
         key = f"{name}.processor"
-        processors[key] = NegationAttnProcessor.bound(engine, name, processors[key], backend)
+        processors[key] = wrap(family(pipe).joint, engine, name, processors[key], backend)
     return processors
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from ....engine.engine import Engine
 from ..contract import bare, cross_attention_layers
-from ..processor import NegationAttnProcessor
+from ..joint.families import JointFamily
+from ..joint.hook import wrap
 from .places import Places
 
 
@@ -24,12 +25,19 @@ class Held:
         layers, processors: its text layers, and ours for each, by their names in the model.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, backend: str, prefix: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        backend: str,
+        prefix: str = "",
+        joint: JointFamily | None = None,
+    ) -> None:
         self.model = weakref.ref(model)
         self.parameters = list(inspect.signature(bare(model).forward).parameters)
-        self._engine, self._backend, self._prefix = engine, backend, prefix
+        self._engine, self._backend, self._prefix, self._joint = engine, backend, prefix, joint
         self.layers: dict[str, Any] = {}
-        self.processors: dict[str, NegationAttnProcessor] = {}
+        self.processors: dict[str, Any] = {}
         self.look(bare(model))
 
     def look(self, model: nn.Module) -> None:
@@ -39,7 +47,7 @@ class Held:
         for name, attn in layers.items():
             processor, known = attn.processor, ours.get(id(attn))
             if known is None and getattr(processor, "engine", None) is not self._engine:
-                processor = NegationAttnProcessor.bound(self._engine, name, processor, self._backend)
+                processor = wrap(self._joint, self._engine, name, processor, self._backend)
             processors[name] = processor if known is None else known
             processors[name].layer = self._prefix + name  # a block that was wrapped has another name
         self.layers, self.processors = layers, processors

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
@@ -32,6 +33,7 @@ _IS_TEXT: dict[type[nn.Module], Callable[[Any, str], bool]] = {
     Attention: lambda attn, _name: attn.is_cross_attention,
     LTXAttention: lambda _attn, name: name == "attn2",
     WanAttention: lambda attn, _name: attn.is_cross_attention,
+    FluxAttention: lambda _attn, _name: True,  # image and text are one sequence
 }
 
 

@@ -120,11 +120,9 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """float32 embeddings [texts, L, C] on the CPU, and bool [texts, L]: which the model does not mask."""
     entry = family(pipe)
     with turn, _evaluating([getattr(pipe, encoder) for _, encoder in entry.encoders]):
+        guidance = {} if entry.joint is not None else {"do_classifier_free_guidance": False}
         embeddings, mask, *_ = pipe.encode_prompt(
-            texts,
-            device=pipe._execution_device,
-            do_classifier_free_guidance=False,
-            **entry.encoding,
+            texts, device=pipe._execution_device, **guidance, **entry.encoding
         )
     kept = mask.bool().cpu() if entry.masked_padding else torch.ones(embeddings.shape[:2], dtype=torch.bool)
     return embeddings.float().cpu(), kept

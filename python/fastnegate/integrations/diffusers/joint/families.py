@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joint families as data: where text enters the model, and where in the sequence it sits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....engine.errors import UnsupportedModelError
+from .riders import Layout
+
+Given = Mapping[str, Any]  # arguments of a denoiser call by name
+Boarded = tuple[dict[str, Any], Layout, "Tensor | None"]  # with riders; and what masks the prompt's padding
+
+
+@dataclass(frozen=True)
+class JointFamily:
+    """How riders board one kind of model.
+
+    Attributes:
+        processors: the attention processors that it may have.
+        board: (arguments of the denoiser call, riders [B, T, C], guided image tokens or None for all) ->
+            arguments with the riders behind the prompt, and the layout that follows.
+    """
+
+    processors: tuple[str, ...]
+    board: Callable[[Given, Tensor, int | None], Boarded]
+
+
+def _flux(given: Given, riders: Tensor, guided: int | None) -> Boarded:
+    """FLUX.1: text before image. All positions of text are zero: riders stand where the prompt does."""
+    text, image, ids = given["encoder_hidden_states"], given["hidden_states"], given["txt_ids"]
+    if (given.get("joint_attention_kwargs") or {}).keys() - {"scale"}:
+        raise UnsupportedModelError(
+            f"joint_attention_kwargs={sorted(given['joint_attention_kwargs'])}: negation takes scale alone"
+        )
+    ids = ids[0] if ids.dim() == 3 else ids  # as the model does
+    boarded = {
+        **given,
+        "encoder_hidden_states": torch.cat([text, riders.expand(len(text), -1, -1)], 1),
+        "txt_ids": torch.cat([ids, ids.new_zeros(riders.shape[1], ids.shape[1])]),
+    }
+    count = image.shape[1] if guided is None else guided
+    return boarded, Layout(text.shape[1], riders.shape[1], count, image.shape[1] - count, True), None
+
+
+FLUX = JointFamily(("FluxAttnProcessor",), _flux)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hook around a denoiser does more for a joint model: it lets concept tokens board."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....engine.engine import Engine
+from ....engine.errors import UnsupportedModelError
+from ....engine.session.call import Running
+from ....engine.session.rows import Rows
+from ..processor import NegationAttnProcessor
+from .attention import Joint, negating, open_seam
+from .families import Given, JointFamily
+from .riders import Riders
+
+
+def wrap(family: JointFamily | None, engine: Engine, name: str, processor: Any, backend: str) -> Any:
+    """The processor of a layer, with negation.
+
+    Raises:
+        UnsupportedModelError: it cannot be wrapped.
+    """
+    if family is None:
+        return NegationAttnProcessor.bound(engine, name, processor, backend)
+    if type(processor).__name__ not in family.processors:
+        raise UnsupportedModelError(
+            f"processor {type(processor).__name__} of {name} cannot be wrapped: supported are "
+            f"{', '.join(family.processors)}"
+        )
+    open_seam()
+    return negating(processor, engine, name, backend)
+
+
+class Boarding:
+    """Of one engine. Riders of the same rows are made once."""
+
+    def __init__(self, family: JointFamily, engine: Engine) -> None:
+        self._family, self._engine = family, engine
+        self._last: Riders | None = None
+
+    def board(self, model: nn.Module, given: Given, running: Running) -> dict[str, Any]:
+        """The arguments of a denoiser call that somebody wants negated; as they are where no entry acts at
+        this step: then the model does what it does.
+
+        Raises:
+            UnsupportedModelError: compiled code, gradient checkpointing, or a graph that is captured.
+            NegationNotAppliedError: more concept tokens than may ride.
+        """
+        call, rows = running.call, running.rows
+        assert rows is not None
+        if call.compiled:
+            raise UnsupportedModelError("a compiled joint model cannot be negated yet: do not compile it")
+        if running.gradients and getattr(model, "is_gradient_checkpointing", False):
+            raise UnsupportedModelError("a joint model with gradient checkpointing cannot be negated")
+        if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedModelError("a joint model cannot be negated in a graph that is captured")
+        if not running.live:
+            return dict(given)
+        riders = self._riders(rows, call.device)
+        tokens = riders.embeddings(running.context)
+        boarded, layout, bias = self._family.board(given, tokens, None)
+        running.joint = Joint(layout, riders, riders.numbers(running.active), bias)
+        return boarded
+
+    def _riders(self, rows: Rows, device: torch.device) -> Riders:
+        last = self._last
+        if last is None or last.rows is not rows or last.pick.device != device:
+            last = self._last = Riders(rows, device, None)
+        return last

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose image and text attend to each other: riders and one attention function, against the published
+two passes in plain torch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+import pipelines
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, apply_rotary_emb
+from pipelines import one_thread  # noqa: F401
+
+import fastnegate as fn
+from fastnegate import ConceptBank, Policy, Rule
+
+SIZE = {"height": 24, "width": 16}  # 96 tokens
+NAG = Rule.preset("nag", family="flux")
+# Words of this tiny vocabulary; what a random model makes of them is not much, so everything is stronger.
+STRONG = Rule.preset("nag", family="flux", strength=10.0, norm_limit=5.0, blend=1.0)
+
+
+def flux(**options: Any) -> Any:
+    pipe = pipelines.build("flux", **options)
+    with torch.no_grad():  # random models hardly look at their text
+        for block in pipe.transformer.transformer_blocks:
+            block.attn.add_v_proj.weight *= 30
+    return pipe
+
+
+def bank_of(pipe: Any) -> ConceptBank:
+    return ConceptBank.from_prompts(pipe, {"dog": ["dog"], "red": "red"}, templates=["{}"])
+
+
+def generate(
+    pipe: Any, prompts: str | list[str] = "a cat", seeds: tuple[int, ...] = (0,), **options: Any
+) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {**SIZE, "num_inference_steps": 2, "max_sequence_length": 512, **options}
+    return pipe(prompts, output_type="latent", generator=generators, **options).images
+
+
+def errs(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+class TwoPasses:
+    """The published attention: two rows, of prompt and of concept; the image of both is the mix."""
+
+    _attention_backend = _parallel_config = None
+
+    def __init__(self, rule: Rule, text: int) -> None:
+        self.rule, self.text = rule, text
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    ):
+        def heads(*parts: Tensor) -> tuple[Tensor, ...]:
+            return tuple(part.unflatten(-1, (attn.heads, -1)) for part in parts)
+
+        q, k, v = heads(*(layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            eq, ek, ev = heads(*(layer(encoder_hidden_states) for layer in layers))
+            parts = ((attn.norm_added_q(eq), q), (attn.norm_added_k(ek), k), (ev, v))
+            q, k, v = (torch.cat(pair, 1) for pair in parts)
+        q, k = (apply_rotary_emb(t, image_rotary_emb, sequence_dim=1).transpose(1, 2) for t in (q, k))
+        seen = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v.transpose(1, 2)
+        seen = seen.transpose(1, 2)
+        z, f = seen[:1, self.text :], seen[1:, self.text :]
+        seen[:, self.text :] = self.mix(z, f)
+        seen = seen.flatten(2)
+        if encoder_hidden_states is None:
+            return seen
+        text, image = seen[:, : self.text], seen[:, self.text :]
+        return attn.to_out[0](image), attn.to_add_out(text)
+
+    def mix(self, z: Tensor, f: Tensor) -> Tensor:
+        rule = self.rule
+        y = z + rule.strength * (z - f)
+        y = y * (rule.norm_limit * self.size(z) / self.size(y)).clamp(max=1)
+        return rule.blend * y + (1 - rule.blend) * z
+
+    @staticmethod
+    def size(x: Tensor) -> Tensor:
+        return x.abs().sum((2, 3), keepdim=True)
+
+
+@contextlib.contextmanager
+def two_passes(pipe: Any, rule: Rule, concept: Tensor) -> Iterator[None]:
+    """The transformer on two rows, of which the first one counts."""
+    model, plain = pipe.transformer, pipe.transformer.forward
+    before = {name: m.processor for name, m in model.named_modules() if hasattr(m, "set_processor")}
+
+    def doubled(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
+        for name in ("timestep", "pooled_projections"):
+            given[name] = torch.cat([given[name]] * 2)
+        text = torch.cat([encoder_hidden_states, concept[None]])
+        output = plain(hidden_states=torch.cat([hidden_states] * 2), encoder_hidden_states=text, **given)
+        return (output[0][:1],)
+
+    try:
+        for name in before:
+            model.get_submodule(name).set_processor(TwoPasses(rule, len(concept)))
+        model.forward = doubled
+        yield
+    finally:
+        del model.forward
+        for name, processor in before.items():
+            model.get_submodule(name).set_processor(processor)
+
+
+@pytest.mark.parametrize("rule", (NAG, STRONG), ids=("published", "strong"))
+@pytest.mark.parametrize("size", ((24, 16), (8, 40)))
+def test_nag_is_the_two_passes(rule: Rule, size: tuple[int, int]) -> None:
+    pipe = flux()
+    options = dict(zip(("height", "width"), size))
+    bank = bank_of(pipe)
+    plain = generate(pipe, **options)
+    with two_passes(pipe, rule, bank["dog"].prompt):
+        expected = generate(pipe, **options)
+    with fn.negate(pipe, bank, method=rule) as handle:
+        handle.engine.set_requests([Policy({"dog": 1.0})])
+        output = generate(pipe, **options)
+    assert errs(output, expected) <= 5e-6 < 20 * 5e-6 < errs(plain, expected)
+
+
+@pytest.mark.parametrize("method", ("nag", "vsf", "protore", "eiup", "casteer"))
+def test_without_an_entry_it_is_the_untouched_pipeline(method: str) -> None:
+    """To the last bit: nobody asks, None, after the window, and after removal."""
+    pipe = flux()
+    plain = generate(pipe)
+    if method == "casteer":  # its direction belongs to no layer's text
+        with pytest.raises(ValueError, match="casteer"):
+            fn.install(pipe, bank_of(pipe), rule=method)
+        return
+    engine = fn.install(pipe, bank_of(pipe), rule=method)
+    assert torch.equal(generate(pipe), plain)
+    with engine.batch([None]):
+        assert torch.equal(generate(pipe), plain)
+    with engine.batch([Policy({"dog": 1.0})]):
+        assert not torch.equal(generate(pipe), plain)
+    engine.remove()
+    assert torch.equal(generate(pipe), plain)
+    assert all(
+        type(m.processor) is FluxAttnProcessor for m in pipe.transformer.modules() if hasattr(m, "processor")
+    )
+
+
+def test_rows_have_policies_of_their_own() -> None:
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=STRONG)
+    policies = [Policy({"dog": 1.0, "red": 0.5}), Policy({"red": 1.0}, stop=0.5), None]
+    prompts, seeds = ["a cat", "a dog", "a photo"], (0, 1, 2)
+    with engine.batch(policies):
+        together = generate(pipe, prompts, seeds)
+    for row, (policy, prompt, seed) in enumerate(zip(policies, prompts, seeds)):
+        with engine.batch([policy]):
+            alone = generate(pipe, prompt, (seed,))
+        assert errs(together[row : row + 1], alone) <= 5e-6
+    with engine.batch([policies[0], policies[0], None]):
+        other = generate(pipe, prompts, seeds)
+    assert errs(other[:1], together[:1]) <= 5e-6 and errs(other[1:2], together[1:2]) > 1e-4
+
+
+def test_a_negative_prompt_per_request_and_true_guidance() -> None:
+    """The unconditional calls of true classifier-free guidance are left alone."""
+    pipe = flux()
+    guided = {"negative_prompt": "red", "true_cfg_scale": 3.0}
+    plain, with_guidance = generate(pipe), generate(pipe, **guided)
+    engine = fn.install(pipe, bank_of(pipe), rule=STRONG)
+    with engine.batch([Policy(negative_prompt="dog")]):
+        text, both = generate(pipe), generate(pipe, **guided)
+    with engine.batch([Policy({"dog": 1.0})]):
+        assert errs(text, generate(pipe)) <= 5e-6 < 1e-4 < errs(text, plain)
+    calls: list[int] = []
+    end = engine.watch(lambda record: calls.append(record.call))
+    with engine.batch([Policy({"dog": 1.0})]):
+        again = generate(pipe, **guided)
+    end()
+    layers = len(engine.layers)
+    assert len(calls) == 2 * layers  # two steps, one of two calls each
+    assert errs(both, again) <= 5e-6 < 1e-4 < errs(both, with_guidance)
+
+
+def test_a_window_ends() -> None:
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=STRONG)
+    lengths: list[int] = []
+    embedder = pipe.transformer.context_embedder
+    handle = embedder.register_forward_hook(lambda module, given, made: lengths.append(made.shape[1]))
+    with engine.batch([Policy({"dog": 1.0}, stop=0.5)]):
+        generate(pipe, num_inference_steps=4, max_sequence_length=64)
+    handle.remove()
+    assert lengths == [64 + 512, 64 + 512, 64, 64]  # a concept is padded as the model pads
+
+
+def test_audit_tells_shares() -> None:
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    seen = []
+    engine.watch(seen.append)
+    with engine.batch([Policy({"dog": 1.0}), None]), fn.audit(pipe) as audit:
+        generate(pipe, ["a cat", "a dog"], (0, 1))
+    assert {record.layer for record in seen} == {*engine.layers}
+    for record in seen:
+        statistics = record.statistics
+        assert 0 < statistics.concept_share.item() < 1 and (statistics.text_share > 0).all()
+        assert statistics.heat.shape == (1, 96)
+    assert audit.report()[0]["concept"] == "dog"
+
+
+def test_what_the_user_chooses_is_kept() -> None:
+    """A backend set while installed acts on calls that are not negated, and stays when the engine goes."""
+    pipe = flux()
+    plain = generate(pipe)
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    pipe.transformer.set_attention_backend("_native_math")
+    processors = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    assert {p._attention_backend.value for p in processors} == {"_native_math"}
+    with engine.batch([Policy({"dog": 1.0})]):
+        assert not torch.equal(generate(pipe), plain)
+    copied = copy.deepcopy(pipe.transformer)
+    for module in copied.modules():
+        if hasattr(module, "processor"):
+            assert type(module.processor) is FluxAttnProcessor
+            assert module.processor._attention_backend.value == "_native_math"
+    torch.testing.assert_close(generate(pipe), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_displaced_processor_raises() -> None:
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    pipe.transformer.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
+    with (
+        pytest.raises(fn.DisplacedProcessorError, match="processors were replaced"),
+        engine.batch([Policy({"dog": 1})]),
+    ):
+        generate(pipe)
+
+
+def test_what_is_refused() -> None:
+    pipe = flux()
+    bank = bank_of(pipe)
+    pipe.transformer.transformer_blocks[0].attn.set_processor(TwoPasses(NAG, 3))
+    with pytest.raises(fn.UnsupportedModelError, match=r"TwoPasses.*supported are FluxAttnProcessor"):
+        fn.install(pipe, bank, rule=NAG)
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    with (
+        pytest.raises(fn.UnsupportedModelError, match="joint_attention_kwargs"),
+        engine.batch([Policy({"dog": 1})]),
+    ):
+        generate(pipe, joint_attention_kwargs={"ip_adapter_masks": None})
+    engine.remove()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    with pytest.raises(fn.UnsupportedModelError, match="compiled"), engine.batch([Policy({"dog": 1})]):
+        generate(pipe)
