@@ -328,11 +328,7 @@ class Engine:
         return running
 
     def check_spoken(self, ledger: Ledger | None) -> None:
-        """Decide about a call that nobody spoke for.
-
-        Raises:
-            NegationNotAppliedError: `unasked` is `raise`.
-        """
+        """Decide about a call that nobody spoke for: NegationNotAppliedError if `unasked` is `raise`."""
         if ledger is not None or self._removed:
             return
         if self.unasked == "raise":
@@ -343,10 +339,9 @@ class Engine:
 
     def _count(self, running: Running) -> None:
         """Number the pipeline call, and choose the two of its denoiser calls whose gates are looked at."""
-        call, of = running.call, running.call.of
+        of, step = running.call.of, running.call.step
         with self._state:
             if of.number is None:
-                self.call += 1
-                of.number = self.call
-            self.step = None if call.step is None else call.step.index
-            running.sampled = self.rule.gate != "open" and running.live and of.sample(call.step)
+                self.call = of.number = self.call + 1
+            self.step = None if step is None else step.index
+            running.sampled = self.rule.gate != "open" and running.live and of.sample(step)
