@@ -160,7 +160,7 @@ def test_copies_are_looked_at_anew(how: Callable[[Any], Any]) -> None:
     problem = small()
     expected = call(problem)
     copied = how(problem.concepts)
-    assert "_located" not in vars(copied)
+    assert "found" not in vars(copied)
     assert torch.equal(call(dataclasses.replace(problem, concepts=copied)), expected)
 
 

@@ -230,9 +230,9 @@ class ConceptTokens:
 
     def located(self) -> Located:
         """Layout and addresses, found at the first call and again when memory has moved."""
-        known: Located | None = self.__dict__.get("_located")
+        known: Located | None = self.__dict__.get("found")
         if known is None or tuple(map(_data_ptr, known.present)) != known.found_at:
-            known = self.__dict__["_located"] = _locate(self)
+            known = self.__dict__["found"] = _locate(self)
         return known
 
     @property
@@ -245,7 +245,7 @@ class ConceptTokens:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have other memory, and maybe another process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_located"}
+        return {name: value for name, value in self.__dict__.items() if name != "found"}
 
     def first_rows(self, batch: int) -> ConceptTokens:
         """The same concepts for the first `batch` rows: views, so in-place changes still show."""

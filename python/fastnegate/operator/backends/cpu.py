@@ -103,7 +103,8 @@ class CpuPlan:
             key_bias, copies = self._layout.readable(key_bias, concepts)  # held until the call has ended
             text = native.addresses(copies)
         elif self._negates and concepts is not None:
-            text = concepts.located().addresses
+            # Found just now, to look the plan up.
+            text = (concepts.__dict__.get("found") or concepts.located()).addresses
         tables = Tables._make(map(torch.zeros, self._tables)) if self._tables else None
         _C.run_cpu(
             self._call,

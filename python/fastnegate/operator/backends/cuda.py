@@ -155,7 +155,8 @@ class CudaPlan:
             key_bias, copies = self._layout.readable(key_bias, concepts)  # held until the call has ended
             text = native.addresses(copies)
         elif self._negates and concepts is not None:
-            text = concepts.located().addresses
+            # Found just now, to look the plan up.
+            text = (concepts.__dict__.get("found") or concepts.located()).addresses
         moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
         norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
         trace = None if self._trace is None else Trace.empty(self._trace, query.device)
