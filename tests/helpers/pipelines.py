@@ -72,7 +72,8 @@ def generate(
 ) -> Tensor:
     """Latents, one per image; `seeds` are those of the initial noise. Prompts may be embeddings in `options`
     instead: then seeds tell how many."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if prompts is not None:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = range(len(prompts or ()) * images) if seeds is None else seeds
     if "LatentConsistency" not in type(pipe).__name__:
         options = {"negative_prompt": ["red"] * len(prompts or ()), **options}  # SDXL's default is zeros

@@ -27,10 +27,10 @@ class Family:
         projection: modules of the denoiser between text encoder and attention, in the order of their calls.
         encoding: arguments of the pipeline's `encode_prompt` besides texts, device and guidance.
         cleaned: what the pipeline makes of a text before it tokenizes it.
-        guided: name of what says whether rows are [unconditional, conditional] halves: a local variable of
-            the pipeline's call, or else an attribute of the pipeline.
-        texts: where unconditional rows get a call of their own, local variables with the text of the
-            conditional and of the unconditional call.
+        guided: name of what says whether there are unconditional rows: a local variable of the pipeline's
+            call, or else an attribute of the pipeline. Rows are [unconditional, conditional] halves, unless
+        texts: unconditional rows get a call of their own: local variables with the text of the conditional
+            and of the unconditional call.
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
