@@ -48,10 +48,10 @@ constexpr float kDense = -1.f;  // a threshold below every cosine: each gate is 
 
 // Width 0: 1 - threshold.
 constexpr Rule kProtore = {Similarity::cosine, Gate::ramp, Direction::projection, Combine::separate, Select::max,
-                           Norm::limit, 2, Scope::head, 1.f, 1.f, 0.f, {2.f, 0.f, .5f, 0.f, 1.f, 1.f},
+                           Norm::limit, 2, Scope::head, Shared::outside, 1.f, 1.f, 0.f, {2.f, 0.f, .5f, 0.f, 1.f, 1.f},
                            {true, false, true, false}};
 constexpr Rule kNag = {Similarity::one, Gate::open, Direction::difference, Combine::separate, Select::all,
-                       Norm::limit, 1, Scope::feature, 2.5f, .375f, 0.f, {2.f, 0.f, 0.f, 1.f, 1.f, 1.f},
+                       Norm::limit, 1, Scope::feature, Shared::inside, 2.5f, .375f, 0.f, {2.f, 0.f, 0.f, 1.f, 1.f, 1.f},
                        {true, false, false, false}};
 
 Rule over_all_heads(Rule rule) {

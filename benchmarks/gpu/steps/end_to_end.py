@@ -195,13 +195,13 @@ def by_operators(pipe: Any, batch: int) -> None:
 def _attend(
     processor: Any,
     attn: Any,
+    running: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: None,
-    tokens: Any,
-    running: Any,
 ) -> Tensor:
+    tokens = processor._concepts(attn, query, running)
     batch = query.shape[0]
 
     def parts(x: Tensor) -> list[Tensor]:  # [B, H, T, D] of each concept

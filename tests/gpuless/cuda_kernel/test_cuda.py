@@ -211,7 +211,7 @@ def test_nothing_is_launched_for_no_queries(shim: Shim) -> None:
         problem = make_problem(**{"batch": 2, **sizes}, dtype=torch.float16, rows="none")
         output, tables = backend.run_with_statistics(problem)
         assert output.shape == problem.query.shape and not shim.launches
-        assert tables.rows.shape == (problem.sizes[0], 3)
+        assert tables.rows.shape == (problem.sizes[0], 4)
 
 
 # Errors of the runtime: cudaErrorMemoryAllocation, cudaErrorInvalidDevice, cudaErrorLaunchFailure.
