@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 import pipelines
+from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, apply_rotary_emb
 from pipelines import one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate import ConceptBank, Policy, Rule
+from fastnegate.integrations.diffusers.joint import attention
+from fastnegate.integrations.diffusers.joint.attention import SLOT
 
 SIZE = {"height": 24, "width": 16}  # 96 tokens
 NAG = Rule.preset("nag", family="flux")
@@ -220,7 +224,7 @@ def test_audit_tells_shares() -> None:
 
 
 def test_what_the_user_chooses_is_kept() -> None:
-    """A backend set while installed acts on calls that are not negated, and stays when the engine goes."""
+    """A backend set while installed acts on calls that are not negated."""
     pipe = flux()
     plain = generate(pipe)
     engine = fn.install(pipe, bank_of(pipe), rule=NAG)
@@ -237,6 +241,81 @@ def test_what_the_user_chooses_is_kept() -> None:
     torch.testing.assert_close(generate(pipe), plain, rtol=1e-5, atol=1e-5)
 
 
+def test_a_choice_outlives_the_engine() -> None:
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    pipe.transformer.set_attention_backend("_native_math")
+    engine.remove()
+    for module in pipe.transformer.modules():
+        if hasattr(module, "processor"):
+            assert type(module.processor) is FluxAttnProcessor
+            assert module.processor._attention_backend.value == "_native_math"
+
+
+def test_a_layer_past_the_hook_raises() -> None:
+    """In a thread that does not know of the denoiser call the text holds concepts, which plain attention
+    would take for the prompt's."""
+    pipe = flux()
+    engine = fn.install(pipe, bank_of(pipe), rule=NAG)
+    block = pipe.transformer.single_transformer_blocks[0]
+    forward = block.forward
+
+    def elsewhere(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(forward, *args, **kwargs).result()
+
+    plain = generate(pipe)
+    block.forward = elsewhere
+    assert torch.equal(generate(pipe), plain)  # nobody asks
+    with (
+        pytest.raises(fn.NegationNotAppliedError, match="without the hook"),
+        engine.batch([Policy({"dog": 1.0})]),
+    ):
+        generate(pipe)
+    assert engine.riding == 0
+    del block.forward
+    with (
+        pytest.raises(fn.NegationNotAppliedError, match="without the hook"),
+        engine.batch([Policy({"dog": 1.0})]),
+    ):
+        type(pipe.transformer).forward(pipe.transformer, **arguments(pipe))
+
+
+def arguments(pipe: Any) -> dict[str, Any]:
+    """Of a denoiser call."""
+    text, ids = torch.zeros(1, 8, 32), torch.zeros(8, 3)
+    image = torch.zeros(1, 4, pipe.transformer.config.in_channels)
+    named = {
+        "pooled_projections": torch.zeros(1, 32),
+        "timestep": torch.ones(1),
+        "img_ids": torch.zeros(4, 3),
+    }
+    return {"hidden_states": image, "encoder_hidden_states": text, "txt_ids": ids, **named}
+
+
+def test_an_idle_engine_may_be_compiled() -> None:
+    torch._dynamo.reset()
+    pipe = flux()
+    plain = generate(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    fn.install(pipe, bank_of(pipe), rule=NAG)
+    assert torch.equal(generate(pipe), plain)
+    torch._dynamo.reset()
+
+
+def test_a_dispatcher_that_does_not_call_us_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_backends", {k: v for k, v in registry._backends.items() if k is not SLOT})
+    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda query, key, value, **_: query)
+    pipe = flux()
+    with pytest.raises(fn.UnsupportedModelError, match="did not call the backend"):
+        fn.install(pipe, bank_of(pipe), rule=NAG)
+    assert SLOT not in registry._backends
+    assert all(
+        type(m.processor) is FluxAttnProcessor for m in pipe.transformer.modules() if hasattr(m, "processor")
+    )
+
+
 def test_a_displaced_processor_raises() -> None:
     pipe = flux()
     engine = fn.install(pipe, bank_of(pipe), rule=NAG)
@@ -251,6 +330,10 @@ def test_a_displaced_processor_raises() -> None:
 def test_what_is_refused() -> None:
     pipe = flux()
     bank = bank_of(pipe)
+    namesake = type("FluxAttnProcessor", (TwoPasses,), {})
+    pipe.transformer.transformer_blocks[0].attn.set_processor(namesake(NAG, 3))
+    with pytest.raises(fn.UnsupportedModelError, match="cannot be wrapped"):
+        fn.install(pipe, bank, rule=NAG)
     pipe.transformer.transformer_blocks[0].attn.set_processor(TwoPasses(NAG, 3))
     with pytest.raises(fn.UnsupportedModelError, match=r"TwoPasses.*supported are FluxAttnProcessor"):
         fn.install(pipe, bank, rule=NAG)

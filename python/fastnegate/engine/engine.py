@@ -80,6 +80,7 @@ class Engine:
         self.step: int | None = None  # of the last of them
         self.fixed = Fixed()
         self.taught = False  # a call that asked for negation had gradients
+        self.riding = 0  # denoiser calls at work in whose text concepts ride
         self._shelf = Shelf(bank, rule, encode, encoder_state, max_batch)
         self._rows: Rows | None = None  # of the last call
         self._everybody: Ledger | None = None

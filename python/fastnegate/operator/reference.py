@@ -124,12 +124,12 @@ def run_with_statistics(problem: Problem) -> tuple[Tensor, Tables]:
 
 
 def partial(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float) -> Partial:
-    """Attention to some keys, in the dtype of the query: `out` and `lse` with gradients."""
+    """Attention to some keys, in the dtype of the query; both have gradients, also in rows without keys."""
     exact = torch.promote_types(query.dtype, torch.float32)
     bias = None if key_bias is None else key_bias.to(exact)
     top, mass, output = attend(query, key, value, scale, bias)
-    some = mass > 0
-    lse = torch.where(some, top + torch.where(some, mass, 1.0).log(), -torch.inf)
+    none = mass == 0  # NaN is something, and shows
+    lse = torch.where(none, -torch.inf, top + torch.where(none, 1.0, mass).log())
     return Partial(output.to(query.dtype), lse)
 
 

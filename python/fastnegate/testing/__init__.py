@@ -8,11 +8,12 @@ writes a backend:
 """
 
 from .judge import Judge, Verdict, budget_report, delta, eps, fair
-from .problems import LAYOUTS, MASKS, ROWS, make_problem, moved, pairwise
+from .problems import LAYOUTS, MASKS, PARTIALS, ROWS, make_problem, moved, pairwise, with_partials
 
 __all__ = [
     "LAYOUTS",
     "MASKS",
+    "PARTIALS",
     "ROWS",
     "Judge",
     "Verdict",
@@ -23,4 +24,5 @@ __all__ = [
     "make_problem",
     "moved",
     "pairwise",
+    "with_partials",
 ]

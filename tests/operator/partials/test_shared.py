@@ -370,6 +370,19 @@ def test_what_is_no_log_sum_exp_shows(backend: str, rule: str, bad: float) -> No
     assert output[:, :, 8].isnan().any(-1).all() and output[:, :, torch.arange(40) != 8].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ("reference", "cpu"))
+def test_a_query_that_is_nan_is_not_one_without_keys(name: str) -> None:
+    """It shows in a merge, which would drop a log-sum-exp of -inf in silence."""
+    problem = make_problem(1, 2, 6, 9, 16)
+    query = problem.query.clone()
+    query[:, :, 3] = torch.nan
+    partial = fn.partial_attention(query, problem.key, problem.value, backend=name)
+    other = fn.partial_attention(problem.query, problem.key, problem.value)
+    for shared, prompt in ((partial, other), (other, partial)):
+        output = fn.negated_attention(problem.query, None, None, shared=shared, prompt=prompt)
+        assert output[:, :, 3].isnan().all() and output[:, :, torch.arange(6) != 3].isfinite().all()
+
+
 def test_what_transforms_made_is_not_kept() -> None:
     """Nor is a generator read twice, nor the sign of a lazily negated tensor lost."""
     problem = with_partials(make_problem(rule="nag", rows="same"), "combine")

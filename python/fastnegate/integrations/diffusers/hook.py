@@ -164,7 +164,8 @@ class Hook:
         with self.engine.running(self._facts(held, model, given, frame)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             if self._boarding is not None and running.asks:
-                return call(**self._boarding.board(bare(model), given, running))
+                with self._boarding.aboard(bare(model), given, running) as boarded:
+                    return call(**boarded)
             return call(*args, **kwargs)
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], frame: FrameType) -> Call:

@@ -31,7 +31,6 @@ class Joint(NamedTuple):
     layout: Layout
     riders: Riders
     numbers: Tensor
-    prompt_bias: Tensor | None  # [B, 1, 1, prompt], where the model masks padding
 
 
 def attend(
@@ -39,26 +38,24 @@ def attend(
 ) -> Tensor:
     """Attention of the joint sequence, [B, S, H, D] each: image queries by the rule, the prompt without
     concepts, riders to the image and to their own entry."""
-    prompt, riders, visual, image = joint.layout.spans
+    prompt, riders, image = joint.layout.spans
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # views [B, H, S, D]
     out = torch.empty_like(query)
-    reduced, backend = functools.partial(partial_attention, backend=layer.partials), layer.backend
-    seen = reduced(q, k[:, :, visual], v[:, :, visual])  # the same for prompt and concepts
-    told = reduced(q, k[:, :, prompt], v[:, :, prompt], key_bias=joint.prompt_bias)
-    own = reduced(q[:, :, riders], k[:, :, riders], v[:, :, riders], key_bias=joint.riders.bias)
+    chosen, backend = layer.partials, layer.backend
+    seen = partial_attention(
+        q, k[:, :, image], v[:, :, image], backend=chosen
+    )  # for prompt and concepts alike
+    told = partial_attention(q, k[:, :, prompt], v[:, :, prompt], backend=chosen)
+    # Few tokens, and masked, which not every kernel that the user may choose can do.
+    between = joint.riders.bias
+    own = partial_attention(q[:, :, riders], k[:, :, riders], v[:, :, riders], key_bias=between)
 
     def write(of: slice, attended: Tensor) -> None:
         out[:, of] = attended.transpose(1, 2)
 
-    def merged(of: slice, text: Partial) -> None:
+    for of, text in ((prompt, _part(told, prompt)), (riders, own)):
         shared = _part(seen, of)
         write(of, negated_attention(q[:, :, of], None, None, shared=shared, prompt=text, backend=backend))
-
-    merged(prompt, _part(told, prompt))
-    merged(riders, own)
-    references = slice(image.stop, visual.stop)
-    if references.stop > references.start:  # are not guided
-        merged(references, _part(told, references))
     tokens = joint.riders.tokens(key[:, riders], value[:, riders], joint.numbers)
     running.negated = True
     watched = running.sampled or running.observed
@@ -94,6 +91,19 @@ class Layer:
 
     def __init__(self, engine: Engine, name: str, chosen: Any, backend: str) -> None:
         self.engine, self.name, self.chosen, self.backend = engine, name, chosen, backend
+
+    def check_unprepared(self) -> None:
+        """No denoiser call of the engine is around this one: it got past the hook, or runs in a thread that
+        does not know of it, where concepts may be in the text already.
+
+        Raises:
+            NegationNotAppliedError: somebody asks for negation, or may.
+        """
+        if self.engine.armed or self.engine.riding:
+            raise NegationNotAppliedError(
+                f"layer {self.name}: the denoiser runs without the hook that prepares its rows"
+            )
+        self.engine.check_spoken(self.engine.ledger())
 
     @property
     def partials(self) -> str:
@@ -135,17 +145,15 @@ def _backend(
     joint = None if running is None else running.joint
     if running is None or joint is None:
         raise NegationNotAppliedError("joint attention outside of a denoiser call that was prepared")
-    if _parallel_config is not None or is_causal or dropout_p or enable_gqa or scale is not None:
-        raise UnsupportedModelError(
-            "joint attention that is parallel, causal, dropped out, grouped or scaled"
-        )
+    if attn_mask is not None or _parallel_config is not None or is_causal or dropout_p or enable_gqa or scale:
+        raise UnsupportedModelError("joint attention that is masked, parallel, causal, dropped out or scaled")
     layer: Layer = running.layer
     layout = joint.layout
-    if query.shape[1] == key.shape[1] == layout.length:
+    if query.shape[1] == key.shape[1] == sum(layout):
         return attend(query, key, value, joint, layer.engine, running, layer)
     raise NegationNotAppliedError(
         f"layer {layer.name}: {query.shape[1]} queries, {key.shape[1]} keys are not the {layout.prompt} "
-        f"prompt, {layout.riders} concept and {layout.image + layout.reference} image tokens of this call"
+        f"prompt, {layout.riders} concept and {layout.image} image tokens of this call"
     )
 
 
@@ -163,20 +171,19 @@ def open_seam() -> None:
         return query
 
     try:
-        if SLOT not in registry._backends:
-            native = AttentionBackendName.NATIVE
-            registry._constraints[SLOT] = []
-            registry._supported_arg_names[SLOT] = registry._supported_arg_names[native]
-            registry._backends[SLOT] = probe
-            one = torch.zeros(1, 1, 1, 8)
-            dispatch_attention_fn(one, one, one, backend=SLOT)
-            registry._backends[SLOT] = _backend
+        if registry._backends.get(SLOT) is _backend:
+            return
+        registry._constraints[SLOT] = []
+        registry._supported_arg_names[SLOT] = set(registry._supported_arg_names[AttentionBackendName.NATIVE])
+        registry._backends[SLOT] = probe
+        one = torch.zeros(1, 1, 1, 8)
+        dispatch_attention_fn(one, one, one, backend=SLOT)
+        registry._backends[SLOT] = _backend
     except Exception as error:
         raise UnsupportedModelError("diffusers' attention dispatcher is not one that is known") from error
-    if registry._backends[SLOT] is not _backend:
-        raise UnsupportedModelError(
-            "diffusers' attention dispatcher did not call the backend that it was told"
-        )
+    if not called:
+        del registry._backends[SLOT]
+        raise UnsupportedModelError("diffusers' attention dispatcher did not call the backend it was told")
 
 
 @functools.cache
@@ -185,14 +192,19 @@ def _negating(processor: Hashable) -> Any:
 
     def told(self: Any) -> Any:
         layer: Layer = self.__dict__["_layer"]
+        if torch.compiler.is_compiling():
+            return layer.chosen  # the hook refuses to negate what is compiled
         running = RUNNING.get()
-        if running is None or running.engine is not layer.engine or running.joint is None:
+        if running is None or running.engine is not layer.engine:
+            layer.check_unprepared()
+            return layer.chosen
+        if running.joint is None:
             return layer.chosen
         running.layer = layer
         return SLOT
 
     def choose(self: Any, backend: Any) -> None:
-        self.__dict__["_layer"].chosen = backend
+        self._layer.chosen = self.inner._attention_backend = backend
 
     def restored(self: Any, protocol: Any) -> Any:
         ours = ("_layer", "inner")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from ....engine.errors import UnsupportedModelError
 from .riders import Layout
 
 Given = Mapping[str, Any]  # arguments of a denoiser call by name
-Boarded = tuple[dict[str, Any], Layout, "Tensor | None"]  # with riders; and what masks the prompt's padding
+Boarded = tuple[dict[str, Any], Layout]  # the arguments with riders, and the layout that follows
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,15 @@ class JointFamily:
     """How riders board one kind of model.
 
     Attributes:
-        processors: the attention processors that it may have.
-        board: (arguments of the denoiser call, riders [B, T, C], guided image tokens or None for all) ->
-            arguments with the riders behind the prompt, and the layout that follows.
+        processors: classes of the attention processors that it may have.
+        board: puts riders [B, T, C] behind the prompt.
     """
 
-    processors: tuple[str, ...]
-    board: Callable[[Given, Tensor, int | None], Boarded]
+    processors: tuple[type, ...]
+    board: Callable[[Given, Tensor], Boarded]
 
 
-def _flux(given: Given, riders: Tensor, guided: int | None) -> Boarded:
+def _flux(given: Given, riders: Tensor) -> Boarded:
     """FLUX.1: text before image. All positions of text are zero: riders stand where the prompt does."""
     text, image, ids = given["encoder_hidden_states"], given["hidden_states"], given["txt_ids"]
     if (given.get("joint_attention_kwargs") or {}).keys() - {"scale"}:
@@ -44,8 +44,7 @@ def _flux(given: Given, riders: Tensor, guided: int | None) -> Boarded:
         "encoder_hidden_states": torch.cat([text, riders.expand(len(text), -1, -1)], 1),
         "txt_ids": torch.cat([ids, ids.new_zeros(riders.shape[1], ids.shape[1])]),
     }
-    count = image.shape[1] if guided is None else guided
-    return boarded, Layout(text.shape[1], riders.shape[1], count, image.shape[1] - count, True), None
+    return boarded, Layout(text.shape[1], riders.shape[1], image.shape[1])
 
 
-FLUX = JointFamily(("FluxAttnProcessor",), _flux)
+FLUX = JointFamily((FluxAttnProcessor,), _flux)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,10 +29,10 @@ def wrap(family: JointFamily | None, engine: Engine, name: str, processor: Any, 
     """
     if family is None:
         return NegationAttnProcessor.bound(engine, name, processor, backend)
-    if type(processor).__name__ not in family.processors:
+    if type(processor) not in family.processors:
         raise UnsupportedModelError(
             f"processor {type(processor).__name__} of {name} cannot be wrapped: supported are "
-            f"{', '.join(family.processors)}"
+            f"{', '.join(known.__name__ for known in family.processors)}"
         )
     open_seam()
     return negating(processor, engine, name, backend)
@@ -41,14 +44,15 @@ class Boarding:
     def __init__(self, family: JointFamily, engine: Engine) -> None:
         self._family, self._engine = family, engine
         self._last: Riders | None = None
+        self._counting = threading.Lock()
 
-    def board(self, model: nn.Module, given: Given, running: Running) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def aboard(self, model: nn.Module, given: Given, running: Running) -> Iterator[dict[str, Any]]:
         """The arguments of a denoiser call that somebody wants negated; as they are where no entry acts at
         this step: then the model does what it does.
 
         Raises:
             UnsupportedModelError: compiled code, gradient checkpointing, or a graph that is captured.
-            NegationNotAppliedError: more concept tokens than may ride.
         """
         call, rows = running.call, running.rows
         assert rows is not None
@@ -59,15 +63,22 @@ class Boarding:
         if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UnsupportedModelError("a joint model cannot be negated in a graph that is captured")
         if not running.live:
-            return dict(given)
+            yield dict(given)
+            return
         riders = self._riders(rows, call.device)
         tokens = riders.embeddings(running.context)
-        boarded, layout, bias = self._family.board(given, tokens, None)
-        running.joint = Joint(layout, riders, riders.numbers(running.active), bias)
-        return boarded
+        boarded, layout = self._family.board(given, tokens)
+        running.joint = Joint(layout, riders, riders.numbers(running.active))
+        with self._counting:
+            self._engine.riding += 1
+        try:
+            yield boarded
+        finally:
+            with self._counting:
+                self._engine.riding -= 1
 
     def _riders(self, rows: Rows, device: torch.device) -> Riders:
         last = self._last
         if last is None or last.rows is not rows or last.pick.device != device:
-            last = self._last = Riders(rows, device, None)
+            last = self._last = Riders(rows, device)
         return last

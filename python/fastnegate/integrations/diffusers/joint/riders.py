@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....engine.errors import NegationNotAppliedError
 from ....engine.session.rows import Rows
 from ....operator.tokens import ConceptTokens
 
@@ -16,36 +16,23 @@ STEP = 8  # the number of riders is rounded up to it: one more word then changes
 
 
 class Layout(NamedTuple):
-    """Lengths of the joint sequence of one denoiser call.
+    """Lengths of the joint sequence of one denoiser call, in its order.
 
     Attributes:
         prompt: tokens of the prompt, with its padding.
         riders: concept tokens, a capacity: rows may have fewer.
-        image: tokens whose queries are guided.
-        reference: further image tokens, which everybody sees.
-        text_first: whether the order is prompt, riders, image, reference; else image, reference, prompt,
-            riders.
+        image: tokens of the image.
     """
 
     prompt: int
     riders: int
     image: int
-    reference: int
-    text_first: bool
 
     @property
-    def length(self) -> int:
-        return self.prompt + self.riders + self.image + self.reference
-
-    @property
-    def spans(self) -> tuple[slice, slice, slice, slice]:
-        """Of prompt, riders, image with reference, and guided image."""
-        visual = self.image + self.reference
-        text = 0 if self.text_first else visual
-        first = self.prompt + self.riders if self.text_first else 0
-        prompt = slice(text, text + self.prompt)
-        riders = slice(prompt.stop, prompt.stop + self.riders)
-        return prompt, riders, slice(first, first + visual), slice(first, first + self.image)
+    def spans(self) -> tuple[slice, slice, slice]:
+        """Of prompt, riders and image."""
+        text = self.prompt + self.riders
+        return slice(0, self.prompt), slice(self.prompt, text), slice(text, text + self.image)
 
 
 class Riders:
@@ -57,12 +44,9 @@ class Riders:
         bias: [B, 1, T, T], 0 between tokens of the same entry and -inf between others: riders see the image
             and their own entry, not the prompt and not each other.
         index, weight: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of its row.
-
-    Raises:
-        NegationNotAppliedError: a row needs more tokens than `most`.
     """
 
-    def __init__(self, rows: Rows, device: torch.device, most: int | None) -> None:
+    def __init__(self, rows: Rows, device: torch.device) -> None:
         slots, batch, entries = rows.slots.slots, len(rows.requests), rows.entries
         used = [0] * batch
         begins, lengths = [], []
@@ -70,13 +54,7 @@ class Riders:
             begins.append(used[entry.row])
             lengths.append(slots[entry.slot].length)
             used[entry.row] += lengths[-1]
-        needed = max(used, default=0)
-        if most is not None and needed > most:
-            raise NegationNotAppliedError(
-                f"the concepts of request {rows.requests[used.index(needed)]} have {needed} tokens, and "
-                f"max_tokens={most} ride in the text: install with more"
-            )
-        self.rows, self.count = rows, most or -(-needed // STEP) * STEP
+        self.rows, self.count = rows, -(-max(used, default=0) // STEP) * STEP
         nothing = len(rows.slots.embeddings)
         pick = torch.full((batch, self.count), nothing)
         owner = torch.full((batch, self.count), -1)
@@ -94,10 +72,8 @@ class Riders:
         if self.flat:
             begins = [begin + entry.row * self.count for begin, entry in zip(begins, entries)]
         index = [*range(len(entries)), *begins, *lengths, *rows.offsets]
-        self.longest, self.busiest = (
-            max(lengths, default=0),
-            max(map(int, torch.tensor(rows.offsets).diff()), default=0),
-        )
+        self.longest = max(lengths, default=0)
+        self.busiest = max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
         with torch.inference_mode(False):  # later calls may be outside of it
             self.pick, self.bias = pick.to(device), bias.to(device)
             self.index = torch.tensor(index, dtype=torch.int32, device=device)
