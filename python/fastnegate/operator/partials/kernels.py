@@ -108,7 +108,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp 0 for empty rows. Zero keys, and zero heads, end the process."""
+    """Log-sum-exp 0 for empty rows, and, of a few keys, for rows of NaN, whose output is 0 then, as that of
+    `scaled_dot_product_attention`. Zero keys, and zero heads, end the process."""
     operator = aten._scaled_dot_product_flash_attention_for_cpu.default
     out, lse = operator(q, k, v, attn_mask=bias, scale=scale)
     return out, lse
