@@ -33,10 +33,12 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Group:
-    """Tokens that share one softmax: embeddings [T, C] and value weights [T] (None: all 1)."""
+    """Tokens that share one softmax: embeddings [T, C] and value weights [T] (None: all 1). In the text that
+    they are of, they begin at token `first`."""
 
     embeddings: Tensor
     weight: Tensor | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +103,16 @@ class Concept:
             ValueError: the concept has none of them, so it could not be negated.
         """
         content = self.roles == Role.CONTENT
+        first = int(content.int().argmax()) if content.any() else 0
         if rule.tokens in ("full", "content", "weighted") and not len(self.prompt) and self.prototypes:
             raise ValueError(
                 f"{self!r} has more members than one prompt holds, and rule {rule.name!r} reads that prompt: "
                 "give it fewer members, or use a rule that reads prototypes, such as 'protore'"
             )
         if rule.tokens == "prototype":
-            groups = [Group(p) for p in self.prototypes]
+            groups = [Group(p, first=first) for p in self.prototypes]
         elif rule.tokens == "content":
-            groups = [Group(self.prompt[content])]
+            groups = [Group(self.prompt[content], first=first)]
         elif rule.tokens == "weighted":
             groups = [Group(self.prompt, content.float())]
         elif rule.tokens == "full":

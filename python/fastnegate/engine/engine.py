@@ -308,7 +308,7 @@ class Engine:
             of.slots = slots
         requests: tuple[int | None, ...] = (None,) * call.batch
         if assignment is not None and not call.unconditional():
-            requests = assignment.requests(call.batch, call.guided)
+            requests = assignment.requests(call.batch, call.guided, call.conditional_first)
         rows = self._rows = Rows.of(self._rows, assignment, requests, slots, self.rule)
         running = Running(self, call, asks, rows=rows, slots=slots)
         self.taught |= asks and running.gradients

@@ -77,6 +77,7 @@ class Call:
     Attributes:
         batch, device, dtype: rows, and where and how text embeddings arrive.
         guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
+        conditional_first: whether these halves are the other way round.
         unconditional: whether no row is conditional; asked only when needed.
         of: the pipeline call it belongs to.
         step: None if unknown.
@@ -95,6 +96,7 @@ class Call:
     step: Step | None = None
     prompts: int | None = None
     unconditional: Callable[[], bool] = lambda: False
+    conditional_first: bool = False
     keep: bool = False
     fixed: bool = False
     compiled: bool = False

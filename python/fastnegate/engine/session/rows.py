@@ -77,11 +77,14 @@ class Assignment:
         if self.row_map is None and len(self.policies) not in (1, prompts):
             raise RowMapError(f"{prompts} prompts, but {len(self.policies)} policies: must be 1 or as many")
 
-    def requests(self, batch: int, guided: Callable[[], bool]) -> tuple[int | None, ...]:
+    def requests(
+        self, batch: int, guided: Callable[[], bool], conditional_first: bool = False
+    ) -> tuple[int | None, ...]:
         """The request of each of `batch` rows, None where the row is not negated.
 
         Args:
             guided: whether the rows are [unconditional, conditional] halves; asked only when needed.
+            conditional_first: whether they are the other way round.
 
         Raises:
             RowMapError: the batch contradicts the policies.
@@ -100,8 +103,9 @@ class Assignment:
                 f"the denoiser got {batch} rows ({'with' if halves == 2 else 'without'} classifier-free "
                 f"guidance), which {len(self.policies)} requests cannot fill evenly"
             )
-        # Unconditional rows come first; images of one prompt are adjacent.
-        return (None,) * (images * (halves - 1)) + tuple(i // per_request for i in range(images))
+        unconditional = (None,) * (images * (halves - 1))
+        conditional = tuple(i // per_request for i in range(images))  # images of one prompt are adjacent
+        return conditional + unconditional if conditional_first else unconditional + conditional
 
     def check_windows(self, step: Step, rule: Rule) -> None:
         """Raise NegationNotAppliedError if a policy cannot act at any of the steps that will run."""

@@ -24,13 +24,15 @@ MOST_TEXTS = 256  # negative prompts whose encodings are kept
 class Slot:
     """One entry's worth of concept tokens: a prototype, or a whole prompt.
 
-    `concept` is the name in the bank, or the text of a negative prompt (`text`).
+    `concept` is the name in the bank, or the text of a negative prompt (`text`); `first` is where its tokens
+    begin in that text.
     """
 
     concept: str
     begin: int
     length: int
     text: bool = False
+    first: int = 0
 
 
 class Room(NamedTuple):
@@ -72,7 +74,7 @@ class Slots:
         count = 0
         for name, concept, text in _named(concepts, texts or {}):
             for group in concept.groups(rule):
-                self.slots.append(Slot(name, count, len(group.embeddings), text))
+                self.slots.append(Slot(name, count, len(group.embeddings), text, group.first))
                 parts.append(group.embeddings)
                 weights.append(torch.ones(len(group.embeddings)) if group.weight is None else group.weight)
                 count += len(group.embeddings)

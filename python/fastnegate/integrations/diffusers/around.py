@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Something around the calls of one object: a pipeline, or a model.
+"""Something around the calls of one object, a pipeline or a model, or in the place of its methods.
 
-The object gets a class of its own, between it and its class, that looks the same but for `__call__`. A
-module's hooks would not do: `Module.compile` takes them into its graph, a `KeyboardInterrupt` skips them, and
-copies carry them along. Copies and pickles are of the class that was there before.
+The object gets a class of its own, between it and its class, that looks the same but for these. A module's
+hooks would not do: `Module.compile` takes them into its graph, a `KeyboardInterrupt` skips them, and copies
+carry them along. Copies and pickles are of the class that was there before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copyreg
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -34,13 +34,19 @@ def put_around(thing: Any, around: Around) -> None:
     enough."""
     with _changing:
         if around not in _arounds(thing):
-            _become(thing, (*_arounds(thing), around))
+            _become(thing, (*_arounds(thing), around), _methods(thing))
 
 
 def take_away(thing: Any, around: Around) -> None:
     """Undo `put_around`; nothing if it is not there."""
     with _changing:
-        _become(thing, tuple(a for a in _arounds(thing) if a != around))
+        _become(thing, tuple(a for a in _arounds(thing) if a != around), _methods(thing))
+
+
+def override(thing: Any, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """From now on the object has these methods, and no others that were given so; none: its own alone."""
+    with _changing:
+        _become(thing, _arounds(thing), methods)
 
 
 def _arounds(thing: Any) -> tuple[Around, ...]:
@@ -48,14 +54,18 @@ def _arounds(thing: Any) -> tuple[Around, ...]:
     return arounds
 
 
-def _become(thing: Any, arounds: tuple[Around, ...]) -> None:
+def _methods(thing: Any) -> Mapping[str, Callable[..., Any]]:
+    methods: Mapping[str, Callable[..., Any]] = vars(type(thing)).get("_fastnegate_methods", {})
+    return methods
+
+
+def _become(thing: Any, arounds: tuple[Around, ...], methods: Mapping[str, Callable[..., Any]]) -> None:
+    base = base_class(thing)
     # A compiled module hands attributes on to the one that it is made of.
-    object.__setattr__(
-        thing, "__class__", _class(base_class(thing), arounds) if arounds else base_class(thing)
-    )
+    object.__setattr__(thing, "__class__", _class(base, arounds, methods) if arounds or methods else base)
 
 
-def _class(base: type, arounds: tuple[Around, ...]) -> type:
+def _class(base: type, arounds: tuple[Around, ...], methods: Mapping[str, Callable[..., Any]]) -> type:
     own = base.__call__  # type: ignore[operator]
 
     @functools.wraps(own)
@@ -75,13 +85,15 @@ def _class(base: type, arounds: tuple[Around, ...]) -> type:
         return base if make is made else make, tuple(base if a is made else a for a in args), *rest
 
     names = {
-        "__call__": call,
+        **({"__call__": call} if arounds else {}),
+        **methods,
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_fastnegate_base": base,
         "_fastnegate_arounds": arounds,
+        "_fastnegate_methods": methods,
     }
     likeness = {
         "__eq__": _same_class,

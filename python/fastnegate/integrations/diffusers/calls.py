@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -103,18 +104,26 @@ class Calls:
             made.ledger.ask_at_the_end(_unwatched(made, progress.pipe, self._engine))
         return made
 
-    def loop(self, pipe: Any, timestep: Any) -> tuple[PipelineCall, Step | None]:
+    def loop(
+        self, pipe: Any, timestep: Any, clock: Callable[[float], float]
+    ) -> tuple[PipelineCall, Step | None]:
         """Of a denoiser call that no pipeline makes: a server's own loop, which the scheduler's timesteps
-        tell about. Steps grow within a loop; rows at different timesteps have no common step."""
+        tell about, by the model's clock. Steps grow within a loop; rows at different timesteps have no common
+        step."""
         loops, said = self._loops, current_loop()
         timesteps = None if pipe is None else pipe.scheduler.timesteps
         if timesteps is None:
             return said or PipelineCall(), None
         if timesteps is not getattr(loops, "timesteps", None):
-            loops.timesteps, loops.listed, loops.last, loops.of = timesteps, _listed(timesteps), -1, None
+            loops.timesteps, loops.last, loops.of = timesteps, -1, None
+            loops.listed = [clock(t) for t in _listed(timesteps)]
         rows = set(timestep.flatten().tolist()) if isinstance(timestep, Tensor) else {timestep}
         t = rows.pop()
-        at = [i for i, known in enumerate(loops.listed) if known == t] if not rows else []
+        at = (
+            [i for i, known in enumerate(loops.listed) if math.isclose(known, t, rel_tol=1e-6)]
+            if not rows
+            else []
+        )
         if not at:
             return said or PipelineCall(), None
         later = [i for i in at if i >= loops.last]

@@ -47,11 +47,13 @@ def family(pipe: Any) -> Family:
 
 
 def encoder_of(pipe: Any) -> Any:
-    """A pipeline that encodes prompts as `pipe` does: itself, unless it does that in blocks."""
-    if not family(pipe).guider:
+    """A pipeline that encodes texts as `pipe` does: itself, unless it does so in blocks, or with pictures."""
+    encoder = family(pipe).encoder
+    if encoder is None:
         return pipe
-    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    whole = diffusers.StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in parts})
+    kind = getattr(diffusers, encoder)
+    parts = [name for name in inspect.signature(kind.__init__).parameters if hasattr(pipe, name)]
+    whole = kind(**{name: getattr(pipe, name) for name in parts})
     whole.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return whole
 
@@ -116,6 +118,7 @@ class InProgress(NamedTuple):
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
         part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
+        image: tokens of the image that is made, where latents are tokens.
         unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
     """
 
@@ -128,6 +131,7 @@ class InProgress(NamedTuple):
     callback: bool
     part: int = 0
     unconditional: bool | None = False
+    image: int | None = None
 
 
 def in_progress(model: Any, frame: FrameType | None, text: Any = None) -> InProgress | None:
@@ -172,7 +176,10 @@ def _guider_family(pipe: Any) -> Family | None:
 
 
 def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text: Any) -> InProgress:
-    guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
+    guided = False
+    if entry.guided is not None:
+        guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
+    latents = facts.get("latents")
     unconditional: bool | None = False
     if entry.texts is not None and own:
         # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
@@ -189,6 +196,7 @@ def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text
         callback=any(facts.get(name) is not None for name in entry.callbacks),
         part=int(unconditional is True),
         unconditional=unconditional,
+        image=latents.shape[1] if isinstance(latents, Tensor) and latents.dim() == 3 else None,
     )
 
 

@@ -6,13 +6,20 @@ call of it tell steps and rows. What is not in the table is refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from .joint.families import FLUX, JointFamily
+from .joint.families import JointFamily
+from .joint.flux import FLUX, FLUX2
+from .joint.qwen import QWEN
+from .joint.sd3 import SD3
+from .joint.zimage import MULTIPLE, ZIMAGE
+
+_UNGUIDED = {"do_classifier_free_guidance": False}
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,19 @@ class Family:
         denoisers: attributes of the pipeline that hold models, which share its steps; they may be None.
         encoders: (tokenizer, text encoder) attributes, in the order of their use.
         constants: which published constants presets take (`Rule.preset(family=...)`).
+        method: the preset that is used where none is asked for.
         masked_padding: whether the model masks padding tokens (else it attends to them).
         projection: modules of the denoiser between text encoder and attention, in the order of their calls.
-        encoding: arguments of the pipeline's `encode_prompt` besides texts, device and guidance.
+        encoding: arguments of the pipeline's `encode_prompt` besides texts and device.
         cleaned: what the pipeline makes of a text before it tokenizes it.
+        framed: with what around it, of pipeline, tokenizer and text (a chat template, say).
+        dropped: how many of the first tokens are left out once they are encoded, of a pipeline.
+        multiple: texts are padded to a multiple of so many tokens, which the model does with tokens of zeros.
+        encoder: the pipeline class that encodes texts as this one does, if it is another.
+        clock: what the model is told at a timestep of the scheduler.
         guided: name of what says whether there are unconditional rows: a local variable of the pipeline's
-            call, or else an attribute of the pipeline. Rows are [unconditional, conditional] halves, unless
+            call, or else an attribute of the pipeline; None: there are none. Rows are [unconditional,
+            conditional] halves (or the other way round, `conditional_first`), unless
         texts: unconditional rows get a call of their own: local variables with the text of the conditional
             and of the unconditional call.
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
@@ -43,11 +57,18 @@ class Family:
     denoisers: tuple[str, ...]
     encoders: tuple[tuple[str, str], ...]
     constants: Callable[[Any], str]
+    method: str = "protore"
     masked_padding: bool = False
     projection: tuple[str, ...] = ()
-    encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1})
+    encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1, **_UNGUIDED})
     cleaned: Callable[[str], str] = str
-    guided: str = "do_classifier_free_guidance"
+    framed: Callable[[Any, Any, str], str] | None = None
+    dropped: Callable[[Any], int] = lambda _pipe: 0
+    multiple: int = 1
+    encoder: str | None = None
+    clock: Callable[[float], float] = float
+    guided: str | None = "do_classifier_free_guidance"
+    conditional_first: bool = False
     texts: tuple[str, str] | None = None
     prompts: str = "batch_size"
     timesteps: str = "timesteps"
@@ -56,6 +77,17 @@ class Family:
     variant: tuple[str, Family] | None = None
     joint: JointFamily | None = None
     guider: bool = False
+
+
+def _of_a_thousand(timestep: float) -> float:
+    return timestep / 1000
+
+
+def _chat(_pipe: Any, tokenizer: Any, text: str, **options: Any) -> str:
+    """A text as what a user says."""
+    said = [{"role": "user", "content": text}]
+    framed: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **options)
+    return framed
 
 
 _SD = Family(
@@ -82,9 +114,10 @@ _WAN = Family(
     ("transformer", "transformer_2"),
     (("tokenizer", "text_encoder"),),
     lambda pipe: "wan",
+    "nag",
     projection=("condition_embedder.text_embedder",),
     # Zeros up to the length that the models were trained with: all tokens are attended to.
-    encoding={"max_sequence_length": 512},
+    encoding={"max_sequence_length": 512, **_UNGUIDED},
     cleaned=prompt_clean,
     texts=("prompt_embeds", "negative_prompt_embeds"),
 )
@@ -92,14 +125,16 @@ _LTX = Family(
     ("transformer",),
     (("tokenizer", "text_encoder"),),
     lambda pipe: "wan",  # nothing is published for it: those of another video model
+    "nag",
     masked_padding=True,
     projection=("caption_projection",),
-    encoding={},
+    encoding=_UNGUIDED,
 )
 _SANA = Family(
     ("transformer",),
     (("tokenizer", "text_encoder"),),
     lambda pipe: "sana",
+    "nag",
     masked_padding=True,
     projection=("caption_projection", "caption_norm"),
 )
@@ -107,11 +142,66 @@ _FLUX = Family(
     ("transformer",),
     (("tokenizer_2", "text_encoder_2"),),  # the other one makes a vector that no attention sees
     lambda pipe: "flux",
+    "nag",
     encoding={"prompt_2": None, "num_images_per_prompt": 1},
     guided="do_true_cfg",
     texts=("prompt_embeds", "negative_prompt_embeds"),
+    clock=_of_a_thousand,
     joint=FLUX,
 )
+_FLUX2_KLEIN = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "flux",  # nothing is published for it: those of its forerunner
+    "nag",
+    encoding={"num_images_per_prompt": 1},
+    framed=functools.partial(_chat, enable_thinking=False),
+    texts=("prompt_embeds", "negative_prompt_embeds"),
+    clock=_of_a_thousand,
+    joint=FLUX2,
+)
+_QWEN = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "flux",  # as above
+    "nag",
+    masked_padding=True,
+    encoding={"num_images_per_prompt": 1},
+    framed=lambda pipe, _tokenizer, text: pipe.prompt_template_encode.format(text),
+    dropped=lambda pipe: pipe.prompt_template_encode_start_idx,
+    guided="do_true_cfg",
+    texts=("prompt_embeds", "negative_prompt_embeds"),
+    clock=_of_a_thousand,
+    joint=QWEN,
+)
+_ZIMAGE = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "flux",  # as above
+    "nag",
+    masked_padding=True,
+    encoding=_UNGUIDED,
+    framed=functools.partial(_chat, enable_thinking=True),
+    multiple=MULTIPLE,
+    clock=lambda t: (1000 - t) / 1000,
+    guided="apply_cfg",
+    conditional_first=True,
+    joint=ZIMAGE,
+)
+_SD3 = Family(
+    ("transformer",),
+    # The third one's tokens follow those of the first two.
+    (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+    lambda pipe: "sd35",
+    "nag",
+    encoding={"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **_UNGUIDED},
+    joint=SD3,
+)
+
+
+def _without_guidance(entry: Family) -> Family:
+    return dataclasses.replace(entry, guided=None, texts=None)
+
 
 TABLE: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
@@ -128,7 +218,9 @@ TABLE: dict[str, Family] = {
     "StableDiffusionXLControlNetPipeline": _SDXL,
     "StableDiffusionXLControlNetImg2ImgPipeline": _SDXL,
     "StableDiffusionXLControlNetInpaintPipeline": _SDXL,
-    "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
+    "StableDiffusionXLModularPipeline": dataclasses.replace(
+        _SDXL, guider=True, encoder="StableDiffusionXLPipeline"
+    ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "SanaPipeline": _SANA,
@@ -137,4 +229,20 @@ TABLE: dict[str, Family] = {
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
     "FluxPipeline": _FLUX,
+    "FluxImg2ImgPipeline": _FLUX,
+    "FluxInpaintPipeline": _FLUX,
+    "FluxFillPipeline": _without_guidance(_FLUX),
+    "FluxKontextPipeline": _FLUX,
+    "Flux2KleinPipeline": _FLUX2_KLEIN,
+    "QwenImagePipeline": _QWEN,
+    "QwenImageImg2ImgPipeline": _QWEN,
+    "QwenImageInpaintPipeline": _QWEN,
+    "QwenImageEditPipeline": dataclasses.replace(_QWEN, encoder="QwenImagePipeline"),
+    "QwenImageEditPlusPipeline": dataclasses.replace(_QWEN, encoder="QwenImagePipeline"),
+    "ZImagePipeline": _ZIMAGE,
+    "ZImageImg2ImgPipeline": _ZIMAGE,
+    "ZImageInpaintPipeline": _ZIMAGE,
+    "StableDiffusion3Pipeline": _SD3,
+    "StableDiffusion3Img2ImgPipeline": _SD3,
+    "StableDiffusion3InpaintPipeline": _SD3,
 }

@@ -26,19 +26,28 @@ from .layers.held import Held
 log = logging.getLogger("fastnegate")
 # Weak on both sides: the processors on the model own the engine.
 INSTALLED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+# Arguments of denoisers, by what they are: a list where a model takes one for each row.
+SAMPLE, TEXT, TIME = (
+    ("sample", "hidden_states", "x"),
+    ("encoder_hidden_states", "cap_feats"),
+    ("timestep", "t"),
+)
 COMPILE_BEFORE = "compile the denoiser before fastnegate.install, not after"
 
 
 class Hook:
     """Around one pipeline and its denoisers."""
 
-    def __init__(self, pipe: Any, engine: Engine, on_displaced: str, backend: str) -> None:
+    def __init__(
+        self, pipe: Any, engine: Engine, on_displaced: str, backend: str, max_tokens: int | None
+    ) -> None:
         self.engine, self._backend = engine, backend
         self._pipe = weakref.ref(pipe)
         self._family = family(pipe)
         self._on_displaced = on_displaced
         self._calls = Calls(engine)
-        self._boarding = None if self._family.joint is None else Boarding(self._family.joint, engine)
+        joint = self._family.joint
+        self._boarding = None if joint is None else Boarding(joint, engine, max_tokens)
         self._siblings: weakref.WeakSet[Any] = weakref.WeakSet()  # pipelines around the same denoisers
         self._held: dict[str, Held] = {}  # by the pipeline's attribute
         self._hold(denoisers(pipe))
@@ -62,6 +71,8 @@ class Hook:
             model = held.model()
             assert model is not None
             held.put()
+            if self._boarding is not None:
+                self._boarding.put(bare(model))
             put_around(model, self.denoise)
             INSTALLED[bare(model)] = weakref.ref(self.engine)
         put_around(pipe, self.generate)
@@ -76,6 +87,8 @@ class Hook:
         for held in self._held.values():
             if (model := held.model()) is not None:
                 take_away(model, self.denoise)
+                if self._boarding is not None:
+                    self._boarding.remove(bare(model))
                 INSTALLED.pop(bare(model), None)
             held.restore()
 
@@ -161,17 +174,19 @@ class Hook:
         held = next(held for held in self._held.values() if held.model() is model)
         self._watch(held, bare(model))
         given = {**dict(zip(held.parameters, args)), **kwargs}
-        with self.engine.running(self._facts(held, model, given, frame)) as running:
+        progress = in_progress(model, frame, _first(given, TEXT))
+        with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             if self._boarding is not None and running.asks:
-                with self._boarding.aboard(bare(model), given, running) as boarded:
+                image = None if progress is None or not progress.own else progress.image
+                with self._boarding.aboard(bare(model), given, running, image) as boarded:
                     return call(**boarded)
             return call(*args, **kwargs)
 
-    def _facts(self, held: Held, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
-        sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
-        text, entry = given.get("encoder_hidden_states"), self._family
-        progress, compiled = in_progress(model, frame, text), held.compiled(model)
+    def _facts(self, held: Held, model: Any, given: dict[str, Any], progress: InProgress | None) -> Call:
+        sample, text = _first(given, SAMPLE), _first(given, TEXT)
+        batch, sample = len(sample), sample if isinstance(sample, Tensor) else sample[0]
+        entry, compiled = self._family, held.compiled(model)
         of: PipelineCall
         step: Step | None
         if progress is not None:
@@ -181,20 +196,21 @@ class Hook:
                 own.seen.add((progress.at, progress.part))
                 self._adopt(progress.pipe)
         else:
-            of, step = self._calls.loop(self._pipe(), given["timestep"])
+            of, step = self._calls.loop(self._pipe(), _first(given, TIME), entry.clock)
         return Call(
-            batch=sample.shape[0],
+            batch=batch,
             device=sample.device,
             guided=lambda: _guided(progress),
-            dtype=sample.dtype if text is None else text.dtype,
+            conditional_first=entry.conditional_first,
+            dtype=text.dtype if isinstance(text, Tensor) else sample.dtype,
             of=of,
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
             unconditional=lambda: _unconditional(progress),
             keep=self._quiet(model, progress, of),
             # Layers that are computed again for gradients need rows that no later call writes over.
-            fixed=self._boarding is None
-            and (compiled or (sample.device.type == "cuda" and not torch.is_grad_enabled())),
+            fixed=compiled
+            or (self._boarding is None and sample.device.type == "cuda" and not torch.is_grad_enabled()),
             compiled=compiled,
             project=lambda embeddings: project_context(entry, model, embeddings),
         )
@@ -229,6 +245,10 @@ class Hook:
                 held.put()
         if held.layers is not layers:
             self._name_layers()
+
+
+def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((given[name] for name in names if name in given), None)
 
 
 def _guided(progress: InProgress | None) -> bool:

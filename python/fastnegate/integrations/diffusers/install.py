@@ -50,9 +50,10 @@ def install(
     max_batch: int = 8,
     on_displaced: str = "raise",
     *,
-    rule: Rule | str = "protore",
+    rule: Rule | str | None = None,
     backend: str = "auto",
     unasked: str = "plain",
+    max_tokens: int | None = None,
 ) -> Engine:
     """Install per-request concept negation in a pipeline.
 
@@ -64,11 +65,16 @@ def install(
         max_batch: the most images (requests x images per prompt) in one call.
         on_displaced: what to do when something else has replaced an installed processor, an attention module
             or the pipeline's denoiser: `raise` (default), `warn`, or `reinstall`.
-        rule: `Rule` or preset name; presets take the constants of the pipeline's family.
+        rule: `Rule` or preset name; presets take the constants of the pipeline's family. Default: that of the
+            family, which is `protore` for UNets and PixArt, and `nag` as published for Sana, for video, and for
+            models whose image and text attend to each other in one softmax.
         backend: as for `negated_attention`; a named backend never falls back.
         unasked: what becomes of a call that is in no `engine.batch` while nothing is set for everybody:
             `plain` (default) runs it without negation, which is logged once; `raise` stops it, so that no
             request can be forgotten. Servers want `raise`: a batch whose policies are None asks for nothing.
+        max_tokens: of models in whose text concepts ride: the most tokens that the concepts of a row may have
+            together; more raise before the first step. Compiled code is made for so many, so that no other
+            concept compiles it again. Default: as many as there are, and compiled again for more.
 
     Returns:
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
@@ -84,13 +90,16 @@ def install(
         raise TypeError(f"bank is a {type(bank).__name__}: must be a ConceptBank")
     check_backend(backend)
     entry = family(pipe)
+    if max_tokens is not None and (not _whole(max_tokens) or entry.joint is None):
+        allowed = "must be an int >= 1" if entry.joint is not None else "concepts ride in joint models alone"
+        raise ValueError(f"max_tokens={max_tokens!r}: {allowed}")
     if engine_of(pipe) is not None:
         raise ValueError("pipe has an engine already: call its remove() first, or fastnegate.remove(pipe)")
     if not denoisers(pipe):
         raise UnsupportedModelError(f"pipe.{entry.denoisers[0]} is None: there is nothing to install in")
     bank.check(pipe)
-    if isinstance(rule, str):
-        rule = Rule.preset(rule, family=entry.constants(pipe))
+    if rule is None or isinstance(rule, str):
+        rule = Rule.preset(rule or entry.method, family=entry.constants(pipe))
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is a {type(rule).__name__}: must be a Rule or the name of a preset")
     of_pipe = weakref.ref(pipe)
@@ -103,10 +112,14 @@ def install(
         encode=functools.partial(_negative_prompt, of_pipe),
         encoder_state=functools.partial(_encoder_state, of_pipe),
     )
-    hook = Hook(pipe, engine, on_displaced, backend)
+    hook = Hook(pipe, engine, on_displaced, backend, max_tokens)
     engine.on_remove(hook.remove)
     hook.put()
     return engine
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def _negative_prompt(pipe: weakref.ref[Any], text: str) -> Concept:
@@ -170,7 +183,7 @@ class Handle:
 def negate(
     pipe: Any,
     concepts: str | Sequence[str] | Mapping[str, str | Sequence[str]] | ConceptBank | None = None,
-    method: Rule | str = "protore",
+    method: Rule | str | None = None,
     strength: float = 1.0,
     start: float = 0.0,
     stop: float | None = None,
@@ -186,7 +199,7 @@ def negate(
         pipe: a supported diffusers pipeline.
         concepts: a phrase, several (each its own concept), a mapping from names to member phrases,
             or a `ConceptBank`.
-        method: `Rule` or preset name.
+        method: `Rule` or preset name; default as `install` has it.
         strength: relative; 1.0 is the method's own.
         start, stop: active window as fractions of the steps; `stop=None` is the method's own.
         negative_prompts: one text per prompt of the calls to come (None: nothing for that prompt), or one for
@@ -201,8 +214,8 @@ def negate(
     """
     check_backend(backend)
     entry = family(pipe)
-    if isinstance(method, str):
-        method = Rule.preset(method, family=entry.constants(pipe))
+    if method is None or isinstance(method, str):
+        method = Rule.preset(method or entry.method, family=entry.constants(pipe))
     if concepts is None and negative_prompts is None:
         raise ValueError("concepts=None: name concepts, negative_prompts, or both")
     if isinstance(negative_prompts, str):

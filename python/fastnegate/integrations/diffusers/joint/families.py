@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joint families as data: where text enters the model, and where in the sequence it sits."""
+"""What is known of a kind of joint model: where text enters it, and where in its sequence that sits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
+from ....engine.engine import Engine
 from ....engine.errors import UnsupportedModelError
-from .riders import Layout
+from .riders import Layout, Riders
+from .seam import Seam, negating
 
 Given = Mapping[str, Any]  # arguments of a denoiser call by name
 Boarded = tuple[dict[str, Any], Layout]  # the arguments with riders, and the layout that follows
+# The model, arguments of a call of it, riders, their embeddings [B, T, C], tokens of the image if known.
+Board = Callable[[Any, Given, Riders, Tensor, "int | None"], Boarded]
 
 
 @dataclass(frozen=True)
@@ -24,27 +26,23 @@ class JointFamily:
 
     Attributes:
         processors: classes of the attention processors that it may have.
-        board: puts riders [B, T, C] behind the prompt.
+        board: puts riders behind the prompt, or says where the model's own code will find them.
+        wrap: a processor with negation, from it, engine, name of the layer and backend.
+        overrides: methods that the model, or parts of it, need besides while an engine is installed.
     """
 
     processors: tuple[type, ...]
-    board: Callable[[Given, Tensor], Boarded]
+    board: Board
+    wrap: Callable[[Any, Engine, str, str], Any] = negating
+    overrides: Callable[[Any, Seam], list[tuple[nn.Module, dict[str, Any]]]] = lambda _model, _seam: []
 
 
-def _flux(given: Given, riders: Tensor) -> Boarded:
-    """FLUX.1: text before image. All positions of text are zero: riders stand where the prompt does."""
-    text, image, ids = given["encoder_hidden_states"], given["hidden_states"], given["txt_ids"]
-    if (given.get("joint_attention_kwargs") or {}).keys() - {"scale"}:
-        raise UnsupportedModelError(
-            f"joint_attention_kwargs={sorted(given['joint_attention_kwargs'])}: negation takes scale alone"
-        )
-    ids = ids[0] if ids.dim() == 3 else ids  # as the model does
-    boarded = {
-        **given,
-        "encoder_hidden_states": torch.cat([text, riders.expand(len(text), -1, -1)], 1),
-        "txt_ids": torch.cat([ids, ids.new_zeros(riders.shape[1], ids.shape[1])]),
-    }
-    return boarded, Layout(text.shape[1], riders.shape[1], image.shape[1])
+def no_words(given: Given, argument: str, *allowed: str) -> None:
+    """Refuse attention arguments that we do not know how to honour.
 
-
-FLUX = JointFamily((FluxAttnProcessor,), _flux)
+    Raises:
+        UnsupportedModelError: there are others than those allowed.
+    """
+    words = sorted((given.get(argument) or {}).keys() - set(allowed))
+    if words:
+        raise UnsupportedModelError(f"{argument}={words}: negation takes {' and '.join(allowed) or 'none'}")

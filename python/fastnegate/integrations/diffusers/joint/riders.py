@@ -9,73 +9,139 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....engine.errors import NegationNotAppliedError
 from ....engine.session.rows import Rows
 from ....operator.tokens import ConceptTokens
 
 STEP = 8  # the number of riders is rounded up to it: one more word then changes no size
 
 
+class Parts(NamedTuple):
+    """Where in the joint sequence they are: `seen` is what prompt and concepts alike attend to, the image and
+    what comes with it."""
+
+    prompt: slice
+    riders: slice
+    image: slice
+    beside: slice
+    seen: slice
+
+
 class Layout(NamedTuple):
-    """Lengths of the joint sequence of one denoiser call, in its order.
+    """Lengths of the joint sequence of one denoiser call.
 
     Attributes:
         prompt: tokens of the prompt, with its padding.
         riders: concept tokens, a capacity: rows may have fewer.
-        image: tokens of the image.
+        image: tokens of the image that is made.
+        beside: tokens behind the image that are attended to as it is, and not guided: padding, or pictures to
+            go by.
+        image_first: whether the image comes before the text.
     """
 
     prompt: int
     riders: int
     image: int
+    beside: int = 0
+    image_first: bool = False
 
     @property
-    def spans(self) -> tuple[slice, slice, slice]:
-        """Of prompt, riders and image."""
-        text = self.prompt + self.riders
-        return slice(0, self.prompt), slice(self.prompt, text), slice(text, text + self.image)
+    def total(self) -> int:
+        return self.prompt + self.riders + self.image + self.beside
+
+    @property
+    def parts(self) -> Parts:
+        seen, text = self.image + self.beside, self.prompt + self.riders
+        at, first = (0, seen) if self.image_first else (text, 0)  # of the image, and of the prompt
+        told, end = first + self.prompt, at + self.image
+        return Parts(
+            slice(first, told),
+            slice(told, first + text),
+            slice(at, end),
+            slice(end, at + seen),
+            slice(at, at + seen),
+        )
 
 
 class Riders:
     """The concept tokens of the rows of one batch. Nobody changes it.
 
+    The entries of a row sit in *lanes* behind each other, the longest first. A lane is as wide as the longest
+    entry in it, so a column is the same place of a text in every row: models give one position to a column.
+
+    Args:
+        rows: who negates what.
+        most: T, or the most that T may be.
+        fixed: have T and the number of entries depend on no policy: code is compiled for them.
+
     Attributes:
         count: T, tokens a row has room for.
         pick: int64 [B, T], which token of the slots rides there; where none does, the number of tokens.
-        bias: [B, 1, T, T], 0 between tokens of the same entry and -inf between others: riders see the image
-            and their own entry, not the prompt and not each other.
+        place: int64 [T], where in its own text a rider of each column stands.
+        reach: more than any of these.
+        ends: int64 [B, T], where the tokens of that rider's entry end in their text; 0 where nobody rides.
+        bias: [B, 1, T, T], 0 between tokens of the same entry, and -inf between others: riders see the image
+            and their own entry, not the prompt and not each other. What rides for nobody sees its like.
+        alone: whether each row has one entry, which takes all the room.
         index, weight: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of its row.
+
+    Raises:
+        NegationNotAppliedError: a row has more than `most`.
     """
 
-    def __init__(self, rows: Rows, device: torch.device) -> None:
-        slots, batch, entries = rows.slots.slots, len(rows.requests), rows.entries
-        used = [0] * batch
-        begins, lengths = [], []
-        for entry in entries:
-            begins.append(used[entry.row])
-            lengths.append(slots[entry.slot].length)
-            used[entry.row] += lengths[-1]
-        self.rows, self.count = rows, -(-max(used, default=0) // STEP) * STEP
+    def __init__(
+        self, rows: Rows, device: torch.device, most: int | None = None, fixed: bool = False
+    ) -> None:
+        slots, batch = rows.slots.slots, len(rows.requests)
+        of = [slots[entry.slot] for entry in rows.entries]  # each entry's
+        begins = [0] * len(of)
+        place: list[int] = []
+        longest_first = [
+            sorted(range(a, b), key=lambda i: -of[i].length) for a, b in itertools.pairwise(rows.offsets)
+        ]
+        for lane in itertools.zip_longest(*longest_first):
+            taken = [i for i in lane if i is not None]
+            first = max(of[i].first for i in taken)
+            for i in taken:
+                begins[i] = len(place)
+            place += range(first, first + max(of[i].length for i in taken))
+        if most is not None and len(place) > most:
+            raise NegationNotAppliedError(
+                f"the concepts of a row take {len(place)} tokens: the engine was installed with "
+                f"max_tokens={most}"
+            )
+        wanted = most if fixed and most is not None else len(place)
+        self.rows, self.count, self.fixed = rows, -(-wanted // STEP) * STEP, fixed
         nothing = len(rows.slots.embeddings)
         pick = torch.full((batch, self.count), nothing)
-        owner = torch.full((batch, self.count), -1)
+        owner, ends = torch.full_like(pick, -1), torch.zeros_like(pick)
         weight = torch.ones(batch, self.count)
-        for i, entry in enumerate(entries):
-            span, slot = slice(begins[i], begins[i] + lengths[i]), slots[entry.slot]
-            pick[entry.row, span] = torch.arange(slot.begin, slot.begin + slot.length)
+        for i, (entry, slot, begin) in enumerate(zip(rows.entries, of, begins)):
+            span, tokens = slice(begin, begin + slot.length), slice(slot.begin, slot.begin + slot.length)
+            pick[entry.row, span] = torch.arange(tokens.start, tokens.stop)
             owner[entry.row, span] = i
+            ends[entry.row, span] = slot.first + slot.length
             if rows.slots.weight is not None:
-                weight[entry.row, span] = rows.slots.weight[slot.begin : slot.begin + slot.length]
-        alike = (owner[:, :, None] == owner[:, None, :]) & (owner >= 0)[:, None, :]
+                weight[entry.row, span] = rows.slots.weight[tokens]
+        alike = owner[:, :, None] == owner[:, None, :]
         bias = torch.zeros(alike.shape).masked_fill(~alike, -torch.inf).unsqueeze(1)
+        self.alone = bool((owner == owner[:, :1]).all() and (owner >= 0).all())
         # Weights are per token, not per row: tokens of all rows lie behind each other then.
         self.flat = rows.slots.weight is not None
         if self.flat:
-            begins = [begin + entry.row * self.count for begin, entry in zip(begins, entries)]
-        index = [*range(len(entries)), *begins, *lengths, *rows.offsets]
-        self.longest = max(lengths, default=0)
-        self.busiest = max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
+            begins = [begin + entry.row * self.count for begin, entry in zip(begins, rows.entries)]
+        self.entries = batch * len(slots) if fixed else len(of)
+        spare = [0] * (self.entries - len(of))
+        index = [*range(self.entries), *begins, *spare, *(slot.length for slot in of), *spare, *rows.offsets]
+        self.longest = self.count if fixed else max((slot.length for slot in of), default=0)
+        self.busiest = (
+            len(slots) if fixed else max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
+        )
+        place += range(len(place), self.count)
+        self.reach = self.count + max((slot.first for slot in of), default=0)
         with torch.inference_mode(False):  # later calls may be outside of it
-            self.pick, self.bias = pick.to(device), bias.to(device)
+            self.pick, self.ends, self.bias = pick.to(device), ends.to(device), bias.to(device)
+            self.place = torch.tensor(place, dtype=torch.int64, device=device)
             self.index = torch.tensor(index, dtype=torch.int32, device=device)
             self.weight = weight.flatten().to(device) if self.flat else None
         self._numbers: dict[tuple[float, ...], Tensor] = {}
@@ -90,7 +156,7 @@ class Riders:
         made = self._numbers.get(active)
         if made is None:
             with torch.inference_mode(False):
-                made = self.rows.numbers(active, len(self.rows.entries)).to(self.index.device)
+                made = self.rows.numbers(active, self.entries).to(self.index.device)
             self._numbers[active] = made
         return made
 
@@ -99,6 +165,6 @@ class Riders:
         if self.flat:
             key, value = key.flatten(0, 1), value.flatten(0, 1)
         return ConceptTokens(
-            key, value, self.index, numbers, len(numbers), len(numbers), self.longest, self.busiest,
+            key, value, self.index, numbers, self.entries, self.entries, self.longest, self.busiest,
             token_weight=self.weight,
         )  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Any
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import nn
 
 from ....engine.errors import UnsupportedModelError
@@ -28,12 +30,22 @@ _KINDS: dict[type, Kind] = {
     WanAttnProcessor: Wan(),
 }
 
-# Which modules of a class attend from image or video to text, by the module and the last part of its name.
+
+def _attention(attn: Any, name: str) -> bool:
+    """Of the class that many models share."""
+    if isinstance(attn.processor, ZSingleStreamAttnProcessor):
+        return name.startswith("layers.")  # those before them have text alone, or the image alone
+    return attn.is_cross_attention or attn.added_kv_proj_dim is not None  # image and text are one sequence
+
+
+# Which modules of a class attend from image or video to text, by the module and its name.
 _IS_TEXT: dict[type[nn.Module], Callable[[Any, str], bool]] = {
-    Attention: lambda attn, _name: attn.is_cross_attention,
-    LTXAttention: lambda _attn, name: name == "attn2",
+    Attention: _attention,
+    LTXAttention: lambda _attn, name: name.rpartition(".")[2] == "attn2",
     WanAttention: lambda attn, _name: attn.is_cross_attention,
-    FluxAttention: lambda _attn, _name: True,  # image and text are one sequence
+    FluxAttention: lambda _attn, _name: True,
+    Flux2Attention: lambda _attn, _name: True,
+    Flux2ParallelSelfAttention: lambda _attn, _name: True,
 }
 
 
@@ -58,5 +70,5 @@ def text_layers(model: nn.Module) -> dict[str, Any]:
         name: module
         for name, module in model.named_modules()
         for known, is_text in _IS_TEXT.items()
-        if isinstance(module, known) and is_text(module, name.rpartition(".")[2])
+        if isinstance(module, known) and is_text(module, name)
     }

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ....engine.concepts import Concept, Templates
@@ -120,12 +122,17 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """float32 embeddings [texts, L, C] on the CPU, and bool [texts, L]: which the model does not mask."""
     entry = family(pipe)
     with turn, _evaluating([getattr(pipe, encoder) for _, encoder in entry.encoders]):
-        guidance = {} if entry.joint is not None else {"do_classifier_free_guidance": False}
         embeddings, mask, *_ = pipe.encode_prompt(
-            texts, device=pipe._execution_device, **guidance, **entry.encoding
+            list(texts), device=pipe._execution_device, **entry.encoding
         )
-    kept = mask.bool().cpu() if entry.masked_padding else torch.ones(embeddings.shape[:2], dtype=torch.bool)
-    return embeddings.float().cpu(), kept
+    if isinstance(embeddings, list):  # one of its own length for each
+        lengths = torch.tensor([len(part) + -len(part) % entry.multiple for part in embeddings])
+        embeddings = pad_sequence(embeddings, batch_first=True)
+        embeddings = F.pad(embeddings, (0, 0, 0, int(lengths.max()) - embeddings.shape[1]))
+        mask = torch.arange(embeddings.shape[1]) < lengths.unsqueeze(1)
+    if not entry.masked_padding or mask is None:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
+    return embeddings.float().cpu(), mask.bool().cpu()
 
 
 @contextlib.contextmanager

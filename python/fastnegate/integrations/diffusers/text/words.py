@@ -75,17 +75,33 @@ class Words:
         self.pipe = beside(pipe)
         self.tokenizers = [getattr(self.pipe, tokenizer) for tokenizer, _ in encoders]
         with turn:
-            special = self.tokenizers[0]("").input_ids
-            whole, bare = (
-                self.tokenizers[0]("a", add_special_tokens=special).input_ids for special in (True, False)
-            )
-        self.starts = whole.index(bare[0])  # CLIP and Gemma begin a text, CLIP and T5 end it
-        self.ends = len(special) - self.starts
+            self.starts, self.ends = self._around()
         length = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
         longest = length.default if length else self.tokenizers[0].model_max_length
-        self.room: int = self._family.encoding.get("max_sequence_length", longest) - len(special)
+        self.room: int = self._family.encoding.get("max_sequence_length", longest) - self.starts - self.ends
         self.left_out: dict[str, None] = {}
         self._known: dict[str, list[list[int]]] = {}
+
+    def _around(self) -> tuple[int, int]:
+        """How many tokens come before and after a text."""
+        tokenizer = self.tokenizers[0]
+
+        def ids(text: str, special: bool = True) -> list[int]:
+            made: list[int] = tokenizer(text, add_special_tokens=special).input_ids
+            return made
+
+        if self._family.framed is None:
+            starts = ids("a").index(ids("a", False)[0])  # CLIP and Gemma begin a text, CLIP and T5 end it
+            return starts, len(ids("")) - starts
+        mark = "\ufffc"  # which no frame holds
+        before, after = self._family.framed(self.pipe, tokenizer, mark).split(mark)
+        starts, ends = len(ids(before)) - self._family.dropped(self.pipe), len(ids(after))
+        if starts < 0 or len(ids(f"{before}a{after}")) != len(ids(before) + ids("a", False)) + ends:
+            raise UnsupportedModelError(
+                f"the tokenizer of {type(self.pipe).__name__} does not keep a text apart from the {before!r} and "
+                f"{after!r} around it"
+            )
+        return starts, ends
 
     def ids(self, text: str) -> list[list[int]]:
         """What each tokenizer makes of a text, without special tokens.

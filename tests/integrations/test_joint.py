@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose image and text attend to each other: against literal passes of their own, in plain torch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+pytest.importorskip("diffusers")
+
+import joint_pipelines
+from diffusers.models import attention_processor
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_qwenimage,
+    transformer_z_image,
+)
+from joint_pipelines import JOINT, build, generate
+from pipelines import one_thread  # noqa: F401
+
+import fastnegate as fn
+from fastnegate import ConceptBank, Policy, Rule
+from fastnegate.integrations.diffusers.contract import encoder_of
+
+NAG = Rule.preset("nag", family="flux")
+# What a random model makes of a few words is not much, so everything is stronger.
+STRONG = Rule.preset("nag", family="flux", strength=10.0, norm_limit=5.0, blend=1.0)
+VSF = Rule.preset("vsf", strength=3.0)
+# One family for each way to board.
+MECHANISMS = ("klein_edit", "qwen", "zimage", "sd3")
+
+
+def bank_of(pipe: Any) -> ConceptBank:
+    return ConceptBank.from_prompts(pipe, {"dog": ["a dog"], "red": "red painting"}, templates=["{}"])
+
+
+def errs(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+class Literal:
+    """The transformer on two rows, of the prompt and of the concept, of which the first one counts: its image
+    attends to the prompt, that of the second to the concept, and both get what the rule makes of it.
+
+    Args:
+        text: of the concept, [T, C].
+        seen: which of its tokens are there at all, bool [T].
+    """
+
+    def __init__(self, pipe: Any, rule: Rule, text: Tensor, seen: Tensor) -> None:
+        self.pipe, self.rule, self.text, self.seen = pipe, rule, text, seen
+        self.layout: tuple[int, int, int, int] = (0, 0, 0, 0)  # begin of text and image, lengths of both
+        self.masks = torch.ones(2, 0, dtype=torch.bool)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        kind, model = type(self.pipe).__name__, self.pipe.transformer
+        plain = model.forward
+        home: Any = next(
+            module
+            for name, module in {
+                "Flux2": transformer_flux2,
+                "Flux": transformer_flux,
+                "Qwen": transformer_qwenimage,
+                "ZImage": transformer_z_image,
+                "StableDiffusion3": attention_processor,
+            }.items()
+            if kind.startswith(name)
+        )
+        double = getattr(self, "zimage" if kind.startswith("ZImage") else "doubled")
+        with pytest.MonkeyPatch.context() as patch:
+            if home is attention_processor:
+                patch.setattr(home, "F", _Functions(self.of_sdpa))
+            else:
+                patch.setattr(home, "dispatch_attention_fn", self.attend)
+            patch.setattr(model, "forward", lambda *args, **given: (double(plain, *args, **given),))
+            yield
+
+    def doubled(self, plain: Any, **given: Any) -> Tensor:
+        image, text = given["hidden_states"], given["encoder_hidden_states"]
+        prompt, batched = text.shape[1], {"hidden_states": torch.cat([image] * 2)}
+        length = max(prompt, len(self.text))
+        rows = [torch.cat([t, t.new_zeros(length - len(t), t.shape[1])]) for t in (text[0], self.text)]
+        batched["encoder_hidden_states"] = torch.stack(rows)
+        for name in ("timestep", "pooled_projections", "guidance"):
+            if given.get(name) is not None:
+                batched[name] = torch.cat([given[name]] * 2)
+        if "img_shapes" in given:
+            batched["img_shapes"] = given["img_shapes"] * 2
+        self.masks = torch.zeros(2, length, dtype=torch.bool)
+        self.masks[0, :prompt] = True
+        self.masks[1, : len(self.seen)] = self.seen
+        if image.dim() == 4:  # of SD3, whose image comes first
+            tokens = image.shape[2] * image.shape[3]
+            self.layout = (tokens, 0, length, tokens)
+        else:
+            target = image.shape[1]
+            if "img_shapes" in given:
+                target = math.prod(given["img_shapes"][0][0])
+            elif "img_ids" in given:
+                ids = given["img_ids"]
+                target = int(((ids[0] if ids.dim() == 3 else ids)[:, 0] == 0).sum())
+            self.layout = (0, length, length, target)
+        made: Tensor = plain(**{**given, **batched})[0][:1]
+        return made
+
+    def zimage(self, plain: Any, x: Any, t: Tensor, cap_feats: Any, **given: Any) -> list[Tensor]:
+        tokens = math.prod(x[0].shape[1:]) // 4
+        padded = [len(text) + -len(text) % 32 for text in (cap_feats[0], self.text)]
+        self.masks = torch.ones(2, max(padded), dtype=torch.bool)
+        for row, length in enumerate(padded):
+            self.masks[row, length:] = False
+        if not self.seen.all():
+            self.masks[1] = False
+            self.masks[1, : len(self.seen)] = self.seen
+        self.layout = (tokens, 0, max(padded), tokens)
+        made = plain([x[0]] * 2, torch.cat([t] * 2), [cap_feats[0], self.text], **given)
+        images: list[Tensor] = made[0][:1]
+        return images
+
+    def of_sdpa(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        return self.attend(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        """[2, S, H, D]"""
+        q, k, v = (t.transpose(1, 2).double() for t in (query, key, value))
+        text_at, image_at, length, image = self.layout
+        logits = (q @ k.mT) * q.shape[-1] ** -0.5
+        whole = k.shape[2] >= length + image
+        if whole or k.shape[2] == length:  # or the text alone, in a refiner
+            at = text_at if whole else 0
+            logits[..., at : at + length] = logits[..., at : at + length].masked_fill(
+                ~self.masks[:, None, None], -torch.inf
+            )
+        out = (logits.softmax(-1) @ v).transpose(1, 2)
+        if whole:
+            guided, beside = slice(image_at, image_at + image), slice(text_at + length + image, None)
+            if text_at == 0:  # a picture to go by is the prompt's, and not guided
+                out[1, beside] = out[0, beside]
+            if self.rule.combine == "joint":
+                out[:, guided] = self.joint(logits, v, slice(text_at, text_at + length), guided)
+            else:
+                out[:, guided] = self.mixed(out[:1, guided], out[1:, guided])
+        return out.to(query.dtype)
+
+    def mixed(self, z: Tensor, f: Tensor) -> Tensor:
+        """Published NAG."""
+        rule = self.rule
+        y = z + rule.strength * (z - f)
+        y = y * (rule.norm_limit * self.size(z) / self.size(y)).clamp(max=1)
+        return rule.blend * y + (1 - rule.blend) * z
+
+    def joint(self, logits: Tensor, value: Tensor, text: slice, guided: slice) -> Tensor:
+        """Published VSF: one softmax over the keys of the prompt's row and the concept's, whose values turn."""
+        both = torch.cat([logits[:1, :, guided], logits[1:, :, guided, text] - self.rule.logit_bias], -1)
+        values = torch.cat([value[:1], -self.rule.strength * value[1:, :, text]], 2)
+        return (both.softmax(-1) @ values).transpose(1, 2)
+
+    @staticmethod
+    def size(x: Tensor) -> Tensor:
+        return x.abs().sum((2, 3), keepdim=True)
+
+
+class _Functions:
+    """`torch.nn.functional`, but for its attention."""
+
+    def __init__(self, attend: Any) -> None:
+        self.scaled_dot_product_attention = attend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+
+def concept(pipe: Any, text: str, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The text as the pipeline encodes a prompt, and which tokens the rule reads."""
+    kind = type(pipe).__name__
+    given: dict[str, Any] = {"device": torch.device("cpu")}
+    if kind.startswith("StableDiffusion3"):
+        given |= {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
+    elif kind.startswith("ZImage"):
+        given["do_classifier_free_guidance"] = False
+    elif kind.startswith("FluxP") or kind.startswith("FluxK"):
+        given["prompt_2"] = None
+    encoded = encoder_of(pipe).encode_prompt(prompt=[text], **given)[0][0]
+    seen = torch.ones(len(encoded), dtype=torch.bool)
+    if rule.tokens == "content":
+        bank = ConceptBank.from_prompts(pipe, {"it": text}, templates=["{}"])
+        words = bank["it"].prompt[bank["it"].roles == 1]
+        seen = torch.isclose(encoded[:, None], words[None].to(encoded), rtol=1e-4, atol=1e-5).all(-1).any(1)
+        assert seen.sum() == len(words) == 2  # two words, and nothing of what is around them
+    return encoded.detach(), seen
+
+
+@pytest.mark.parametrize("rule", (NAG, STRONG, VSF), ids=("published", "strong", "vsf"))
+@pytest.mark.parametrize("kind", JOINT)
+def test_it_is_the_literal_passes(kind: str, rule: Rule) -> None:
+    pipe = build(kind)
+    plain = generate(pipe)
+    with Literal(pipe, rule, *concept(pipe, "a dog", rule)).at_work():
+        expected = generate(pipe)
+    with fn.negate(pipe, bank_of(pipe), method=rule) as handle:
+        handle.engine.set_requests([Policy({"dog": 1.0})])
+        output = generate(pipe)
+    assert errs(output, expected) <= 5e-6 < 20 * 5e-6 < errs(plain, expected)
+    assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ("flux", "klein", "qwen"))
+def test_two_graphs_whatever_is_negated(kind: str) -> None:
+    """One with riders and one without, over policies, concepts, strengths, windows and steps."""
+    torch._dynamo.reset()
+    pipe, counter = build(kind), CompileCounter()
+    bank = bank_of(pipe)
+    eager = build(kind)
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    engine = fn.install(pipe, bank, rule=STRONG, max_tokens=1024)
+    reference = fn.install(eager, bank, rule=STRONG)
+    policies: list[Policy | None] = [
+        Policy({"dog": 1.0}),
+        None,
+        Policy({"red": 0.5}),
+        Policy({"dog": 0.3, "red": 0.7}),
+        Policy({"dog": 1.0}, stop=0.5),
+        Policy({"dog": 2.0}, start=0.5),
+        Policy({"red": 1.0}),
+    ]
+    for policy in policies:
+        with engine.batch([policy]), reference.batch([policy]):
+            assert errs(generate(pipe, num_inference_steps=3), generate(eager, num_inference_steps=3)) <= 5e-6
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
