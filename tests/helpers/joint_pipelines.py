@@ -87,7 +87,8 @@ def _qwen3(layers: int, width: int) -> Qwen3ForCausalLM:
 def _qwen_vl() -> Qwen2_5_VLForConditionalGeneration:
     text = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 500, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]},
+        "num_key_value_heads": 2, "vocab_size": 500,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]},
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
@@ -100,15 +101,16 @@ def _flow() -> Any:
 def _klein() -> Any:
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-        norm_num_groups=1, latent_channels=4, layers_per_block=1, sample_size=16,
+        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), norm_num_groups=1, latent_channels=4, layers_per_block=1, sample_size=16,
     )  # fmt: skip
     return diffusers.Flux2KleinPipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=_qwen3(28, 8), tokenizer=qwen_tokenizer(),
-        scheduler=_flow(), is_distilled=True,
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=_qwen3(28, 8),
+        tokenizer=qwen_tokenizer(), scheduler=_flow(), is_distilled=True,
     )  # fmt: skip
 
 
@@ -157,8 +159,8 @@ def _sd3() -> Any:
     """Like 3.5: normalised queries and keys, and blocks in which the image attends to itself besides."""
     pipe = pipelines._sd3()
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=4,
+        sample_size=16, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=4,
         qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
     return pipelines._around(pipe, diffusers.StableDiffusion3Pipeline, transformer=transformer.eval())
@@ -170,9 +172,7 @@ def _with_picture(pipe: Any, side: int = 16) -> Any:
 
 
 _BUILDERS = {
-    "kontext": lambda: _with_picture(
-        pipelines._around(pipelines._flux(), diffusers.FluxKontextPipeline)
-    ),
+    "kontext": lambda: _with_picture(pipelines._around(pipelines._flux(), diffusers.FluxKontextPipeline)),
     "klein": _klein,
     "klein_edit": lambda: _with_picture(_klein(), 64),
     "qwen": _qwen,

@@ -16,8 +16,7 @@ from .riders import Layout, Riders
 
 
 def _flux(_model: Any, given: Given, riders: Riders, tokens: Tensor, image: int | None) -> Boarded:
-    """Where the prompt stands, riders stand too: FLUX.1 has all text at 0, FLUX.2 counts its tokens on the last
-    axis."""
+    """Riders stand where the prompt does: FLUX.1 has all text at 0, FLUX.2 counts tokens on the last axis."""
     no_words(given, "joint_attention_kwargs", "scale")
     if given.get("kv_cache_mode") is not None:
         raise UnsupportedModelError(f"kv_cache_mode={given['kv_cache_mode']!r}: negation knows none")

@@ -19,7 +19,7 @@ from ..around import override
 from ..processor import NegationAttnProcessor
 from .families import Given, JointFamily
 from .riders import Riders
-from .seam import Joint, seam_of
+from .seam import Joint, seam_of, traced
 
 
 def wrap(family: JointFamily | None, engine: Engine, name: str, processor: Any, backend: str) -> Any:
@@ -83,7 +83,7 @@ class Boarding:
             return
         tokens = riders.embeddings(running.context)
         boarded, layout = self._family.board(model, given, riders, tokens, image)
-        joint = running.joint = Joint(layout, riders, riders.numbers(running.active), tokens)
+        joint = running.joint = Joint(layout, riders, riders.numbers(running.active), tokens, self._seam)
         with self._counting:
             self._engine.riding += 1
         try:
@@ -92,7 +92,7 @@ class Boarding:
             yield boarded
         finally:
             if call.compiled:
-                self._seam.compiled = self._seam.layer = None
+                self._seam.compiled = traced.layer = None
             with self._counting:
                 self._engine.riding -= 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....engine.engine import Engine
 from .families import Boarded, Given, JointFamily, no_words
 from .riders import Layout, Riders
-from .seam import Layer, members, seam_of
+from .seam import Layer, dispatched, members, seam_of
 
 
 def _board(model: Any, given: Given, riders: Riders, tokens: Tensor, _image: int | None) -> Boarded:
@@ -57,7 +57,7 @@ class _Joint(JointAttnProcessor2_0):  # type: ignore[misc]
                 part = project(hidden).unflatten(-1, (attn.heads, -1))
                 parts.append(part if normed is None else normed(part))
             joint.append(torch.cat(parts, 1))
-        attended = self._layer.seam.attend(joint[0], joint[1], joint[2]).flatten(2)
+        attended = dispatched(joint[0], joint[1], joint[2]).flatten(2)
         n = hidden_states.shape[1]
         hidden, told = attended[:, :n], attended[:, n:]
         if not attn.context_pre_only:

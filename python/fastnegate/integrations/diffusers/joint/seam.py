@@ -8,7 +8,6 @@ backend, and of these names one is ours: what a processor says while an entry ac
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -34,27 +33,25 @@ class Joint:
         layout, riders: where everybody sits, and who the riders are.
         numbers: of `ConceptTokens`, at this step.
         embeddings: of the riders [B, T, C], as text enters the model.
+        seam: of the engine whose call it is.
     """
 
     layout: Layout
     riders: Riders
     numbers: Tensor
     embeddings: Tensor
+    seam: Seam
 
 
 class Seam:
     """Of one engine, while it is installed.
 
     Attributes:
-        name: what the dispatcher calls us by.
         compiled: the call at work in compiled code, which knows no context; calls of it take turns.
-        layer: the one at work in it.
     """
 
     def __init__(self) -> None:
-        self.name = _name()
         self.compiled: Joint | None = None
-        self.layer: Layer | None = None
 
     @property
     def joint(self) -> Joint | None:
@@ -62,41 +59,8 @@ class Seam:
         if torch.compiler.is_compiling():
             return self.compiled
         running = RUNNING.get()
-        return None if running is None else running.joint
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> Tensor:
-        """What the dispatcher calls by our name, with [B, S, H, D] each and a mask [B, 1, 1, S] or none.
-
-        Raises:
-            UnsupportedModelError: attention that is parallel, causal, dropped out or scaled.
-            NegationNotAppliedError: lengths other than those of this denoiser call.
-        """
-        running = None if torch.compiler.is_compiling() else RUNNING.get()
-        joint, layer = self.joint, self.layer if running is None else running.layer
-        if joint is None or layer is None:
-            raise NegationNotAppliedError("joint attention outside of a denoiser call that was prepared")
-        if _parallel_config is not None or is_causal or dropout_p or enable_gqa or scale:
-            raise UnsupportedModelError("joint attention that is parallel, causal, dropped out or scaled")
-        layout = joint.layout
-        if not query.shape[1] == key.shape[1] == layout.total:
-            raise NegationNotAppliedError(
-                f"layer {layer.name}: {query.shape[1]} queries, {key.shape[1]} keys are not the "
-                f"{layout.prompt} prompt, {layout.riders} concept, {layout.image} image and {layout.beside} other "
-                "tokens of this call"
-            )
-        mask = None if attn_mask is None else attn_mask[..., layout.parts.prompt]
-        return attend(query, key, value, mask, joint, layer, running)
+        joint: Joint | None = None if running is None else running.joint
+        return joint if joint is not None and joint.seam is self else None
 
 
 class Layer:
@@ -116,14 +80,14 @@ class Layer:
         """Whether concepts ride in the denoiser call at hand, so that its attention is ours.
 
         Raises:
-            NegationNotAppliedError: no denoiser call of the engine is around this one, because it got past the
-                hook, or runs in a thread that does not know of it and where concepts may be in the text
-                already; and somebody asks for negation, or may.
+            NegationNotAppliedError: no denoiser call of the engine is around this one (it got past the hook,
+                or runs in a thread that does not know of it, where concepts may be in the text already), and
+                somebody asks for negation, or may.
         """
         if torch.compiler.is_compiling():
             if not self.engine.fixed.ready:
                 self._unprepared()
-            self.seam.layer = self
+            traced.layer = self
             return self.seam.compiled is not None
         running = RUNNING.get()
         if running is None or running.engine is not self.engine:
@@ -151,37 +115,74 @@ _PARTIALS = {
     "_native_efficient": "efficient", "flex": "flex", "sage": "sage",
 }  # fmt: skip
 
-_count = itertools.count()
+
+class _Traced:
+    """The layer whose processor was asked last, while code is traced: what follows is its attention."""
+
+    layer: Layer | None = None
+
+
+traced = _Traced()
+
+
+def dispatched(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """What the dispatcher calls by our name, with [B, S, H, D] each and a mask [B, 1, 1, S] or none.
+
+    Raises:
+        UnsupportedModelError: attention that is parallel, causal, dropped out or scaled.
+        NegationNotAppliedError: lengths other than those of this denoiser call.
+    """
+    running = None if torch.compiler.is_compiling() else RUNNING.get()
+    layer: Layer | None = traced.layer if running is None else running.layer
+    joint = None if layer is None else layer.seam.joint
+    if joint is None or layer is None:
+        raise NegationNotAppliedError("joint attention outside of a denoiser call that was prepared")
+    if _parallel_config is not None or is_causal or dropout_p or enable_gqa or scale:
+        raise UnsupportedModelError("joint attention that is parallel, causal, dropped out or scaled")
+    layout = joint.layout
+    if not query.shape[1] == key.shape[1] == layout.total:
+        raise NegationNotAppliedError(
+            f"layer {layer.name}: {query.shape[1]} queries, {key.shape[1]} keys are not the "
+            f"{layout.prompt} prompt, {layout.riders} concept, {layout.image} image and {layout.beside} "
+            "other tokens of this call"
+        )
+    mask = None if attn_mask is None else attn_mask[..., layout.parts.prompt]
+    return attend(query, key, value, mask, joint, layer, running)
 
 
 def _name() -> AttentionBackendName:
     """A name that diffusers' dispatcher takes for one of its own. Its names are a closed enumeration, but it
     looks at the type, and into tables."""
-    text = f"fastnegate {next(_count)}"
-    made = str.__new__(AttentionBackendName, text)
-    made._name_ = made._value_ = text
+    made = str.__new__(AttentionBackendName, "fastnegate")
+    made._name_ = made._value_ = "fastnegate"
     return made
 
 
+SLOT = _name()
 _SEAMS: weakref.WeakKeyDictionary[Engine, Seam] = weakref.WeakKeyDictionary()
 
 
 def seam_of(engine: Engine) -> Seam:
-    """The seam of an engine, which the dispatcher knows as long as the engine lives.
+    """The seam of an engine."""
+    return _SEAMS.setdefault(engine, Seam())
+
+
+def open_seam() -> None:
+    """Make diffusers call us by our name.
 
     Raises:
-        UnsupportedModelError: this diffusers has another dispatcher: it did not call us by our name.
+        UnsupportedModelError: this diffusers has another dispatcher: it did not.
     """
-    seam = _SEAMS.get(engine)
-    if seam is None:
-        seam = Seam()
-        _register(seam)
-        _SEAMS[engine] = seam
-        weakref.finalize(engine, _forget, seam.name)
-    return seam
-
-
-def _register(seam: Seam) -> None:
     registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
     called: list[bool] = []
 
@@ -190,31 +191,26 @@ def _register(seam: Seam) -> None:
         return query
 
     try:
-        native = registry._supported_arg_names[AttentionBackendName.NATIVE]
-        registry._constraints[seam.name] = []
-        registry._supported_arg_names[seam.name] = set(native)
-        registry._backends[seam.name] = probe
+        if registry._backends.get(SLOT) is dispatched:
+            return
+        registry._constraints[SLOT] = []
+        registry._supported_arg_names[SLOT] = set(registry._supported_arg_names[AttentionBackendName.NATIVE])
+        registry._backends[SLOT] = probe
         one = torch.zeros(1, 1, 1, 8)
-        dispatch_attention_fn(one, one, one, backend=seam.name)
+        dispatch_attention_fn(one, one, one, backend=SLOT)
+        registry._backends[SLOT] = dispatched
     except Exception as error:
         raise UnsupportedModelError("diffusers' attention dispatcher is not one that is known") from error
     if not called:
-        _forget(seam.name)
+        del registry._backends[SLOT]
         raise UnsupportedModelError("diffusers' attention dispatcher did not call the backend it was told")
-    registry._backends[seam.name] = seam.attend
-
-
-def _forget(name: AttentionBackendName) -> None:
-    registry: Any = attention_dispatch._AttentionBackendRegistry
-    for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-        table.pop(name, None)
 
 
 # ---- processors -------------------------------------------------------------------------------------
 
 
 def members(processor: type) -> dict[str, Any]:
-    """What a class of processors needs so that `install` knows it: its objects have a `_layer`, and as `inner`
+    """What a class of processors needs so that `install` knows it. Its objects have a `_layer`, and as `inner`
     the processor, of class `processor`, that was there before."""
 
     def restored(self: Any, protocol: Any) -> Any:
@@ -246,7 +242,7 @@ def _negating(processor: Hashable) -> Any:
 
     def told(self: Any) -> Any:
         layer: Layer = self.__dict__["_layer"]
-        return layer.seam.name if layer.riding() else layer.chosen
+        return SLOT if layer.riding() else layer.chosen
 
     def choose(self: Any, backend: Any) -> None:
         self._layer.chosen = self.inner._attention_backend = backend
@@ -264,6 +260,7 @@ def negating(inner: Any, engine: Engine, name: str, backend: str) -> Any:
     """
     if not hasattr(type(inner), "_attention_backend"):
         raise UnsupportedModelError(f"processor {type(inner).__name__} of {name} asks no dispatcher")
+    open_seam()
     of: Any = type(inner)
     kind = _negating(of)
     made = kind.__new__(kind)

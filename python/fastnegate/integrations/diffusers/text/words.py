@@ -98,8 +98,8 @@ class Words:
         starts, ends = len(ids(before)) - self._family.dropped(self.pipe), len(ids(after))
         if starts < 0 or len(ids(f"{before}a{after}")) != len(ids(before) + ids("a", False)) + ends:
             raise UnsupportedModelError(
-                f"the tokenizer of {type(self.pipe).__name__} does not keep a text apart from the {before!r} and "
-                f"{after!r} around it"
+                f"the tokenizer of {type(self.pipe).__name__} does not keep a text apart from the {before!r} "
+                f"and {after!r} around it"
             )
         return starts, ends
 
