@@ -34,7 +34,12 @@ class Family:
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
+        further: arguments of the denoiser that are true in further calls of it at a step, which have
+            conditional rows alone.
         variant: a word of the pipeline's config, and the family that it is where that is set.
+        rides: whether concepts ride behind the prompt, through a model that attends to text by itself.
+        left: whether texts are padded on the left.
+        at_once: how many texts are encoded at once.
         joint: how concepts board a model whose image and text attend to each other in one softmax.
         guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
             above are then not used.
@@ -53,7 +58,11 @@ class Family:
     timesteps: str = "timesteps"
     index: str = "i"
     callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
+    further: tuple[str, ...] = ()
     variant: tuple[str, Family] | None = None
+    rides: bool = False
+    left: bool = False
+    at_once: int = 32
     joint: JointFamily | None = None
     guider: bool = False
 
@@ -96,6 +105,23 @@ _LTX = Family(
     projection=("caption_projection",),
     encoding={},
 )
+_LTX2 = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"), ("tokenizer", "connectors")),
+    lambda pipe: "wan",
+    masked_padding=True,
+    encoding={},
+    further=("spatio_temporal_guidance_blocks", "isolate_modalities"),
+    rides=True,
+    at_once=4,  # of each the outputs of all layers of the text encoder
+)
+_KOLORS = Family(
+    ("unet",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "sdxl",  # its UNet is SDXL's
+    projection=("encoder_hid_proj",),
+    left=True,
+)
 _SANA = Family(
     ("transformer",),
     (("tokenizer", "text_encoder"),),
@@ -129,11 +155,15 @@ TABLE: dict[str, Family] = {
     "StableDiffusionXLControlNetImg2ImgPipeline": _SDXL,
     "StableDiffusionXLControlNetInpaintPipeline": _SDXL,
     "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
+    "KolorsPipeline": _KOLORS,
+    "KolorsImg2ImgPipeline": _KOLORS,
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "SanaPipeline": _SANA,
     "LTXPipeline": _LTX,
     "LTXImageToVideoPipeline": _LTX,
+    "LTX2Pipeline": _LTX2,
+    "LTX2ImageToVideoPipeline": _LTX2,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
     "FluxPipeline": _FLUX,

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ...engine.engine import Engine
 from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
-from ...engine.session.call import Call, Loop, PipelineCall
+from ...engine.session.call import Call, Loop, PipelineCall, Running
 from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, denoisers, family, in_progress, project_context
 from .joint.hook import Boarding
 from .layers.held import Held
+from .layers.ltx2 import board
 
 log = logging.getLogger("fastnegate")
 # Weak on both sides: the processors on the model own the engine.
@@ -166,12 +167,15 @@ class Hook:
             if self._boarding is not None and running.asks:
                 with self._boarding.aboard(bare(model), given, running) as boarded:
                     return call(**boarded)
+            if self._family.rides and (running.live or running.call.compiled or _captures(running)):
+                running.joint = running.context.shape[1]
+                return call(**board(bare(model), given, running.context))
             return call(*args, **kwargs)
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], frame: FrameType) -> Call:
         sample: Tensor = given["sample"] if "sample" in given else given["hidden_states"]
         text, entry = given.get("encoder_hidden_states"), self._family
-        progress, compiled = in_progress(model, frame, text), held.compiled(model)
+        progress, compiled = in_progress(model, frame, given), held.compiled(model)
         of: PipelineCall
         step: Step | None
         if progress is not None:
@@ -208,7 +212,7 @@ class Hook:
     def _quiet(self, model: Any, progress: InProgress | None, of: PipelineCall) -> bool:
         """Whether nobody's code runs between the steps of this pipeline call: it might change weights in ways
         that leave no trace."""
-        if self._family.projection:
+        if self._family.projection or self._family.rides:
             return False
         if progress is None:
             return isinstance(of, Loop)
@@ -229,6 +233,11 @@ class Hook:
                 held.put()
         if held.layers is not layers:
             self._name_layers()
+
+
+def _captures(running: Running) -> bool:
+    """Whether a graph is captured: its layers always negate."""
+    return running.call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _guided(progress: InProgress | None) -> bool:

@@ -22,7 +22,6 @@ from ..contract import encoder_of, family
 from .words import Span, Words, turn
 
 log = logging.getLogger("fastnegate")
-BATCH = 32  # texts in one call of the text encoders
 
 
 class Plan(NamedTuple):
@@ -99,13 +98,17 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
     shown = {"delay": 2, "leave": False, "unit": "text", "desc": "encoding concepts"}
     shown.update(getattr(words.pipe, "_progress_bar_config", {}))
     with torch.inference_mode(False), tqdm(total=len(texts), **shown) as bar:
-        for i in range(0, len(texts), BATCH):
-            batch = texts[i : i + BATCH]
+        at_once = family(words.pipe).at_once
+        for i in range(0, len(texts), at_once):
+            batch = texts[i : i + at_once]
             for text, embeddings, kept in zip(batch, *_encode(words.pipe, batch)):
+                begin = words.begin(text, kept)
                 if text in whole:
-                    prompts[text] = embeddings[kept], words.roles(text, len(embeddings))[kept]
+                    roles = words.roles(text, begin, len(embeddings))
+                    prompts[text] = embeddings[kept], roles[kept]
                 for span in wanted[text]:
-                    parts[span] = embeddings[span.first : span.last].clone()  # the rest is let go
+                    within = slice(begin + span.first, begin + span.last)
+                    parts[span] = embeddings[within].clone()  # the rest is let go
             bar.update(len(batch))
         concepts = []
         for plan in plans:
@@ -124,6 +127,10 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeddings, mask, *_ = pipe.encode_prompt(
             texts, device=pipe._execution_device, **guidance, **entry.encoding
         )
+        if connectors := getattr(pipe, "connectors", None):
+            embeddings, _of_audio, mask = connectors(
+                embeddings, mask, padding_side=pipe.tokenizer.padding_side
+            )
     kept = mask.bool().cpu() if entry.masked_padding else torch.ones(embeddings.shape[:2], dtype=torch.bool)
     return embeddings.float().cpu(), kept
 
