@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -42,7 +41,9 @@ def adapter(unet: Any, which: int = 0) -> Weights:
     return {
         "image_proj": projection,
         "ip_adapter": {
-            f"{2 * i + 1}.{part}_ip.weight": _randn(generator, *getattr(_layer(unet, name), part).weight.shape)
+            f"{2 * i + 1}.{part}_ip.weight": _randn(
+                generator, *getattr(_layer(unet, name), part).weight.shape
+            )
             for i, name in enumerate(layers)
             for part in ("to_k", "to_v")
         },
@@ -56,7 +57,7 @@ def _layer(unet: Any, processor: str) -> Any:
 def _resampler(generator: torch.Generator, width: int, tokens: int) -> dict[str, Tensor]:
     """Of an IP-Adapter Plus, which has attention of its own to the tokens of an image."""
     inner = 64  # one head
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "latents": (1, tokens, inner),
         "proj_in.weight": (inner, IMAGE_WIDTH),
         "proj_in.bias": (inner,),
@@ -64,18 +65,22 @@ def _resampler(generator: torch.Generator, width: int, tokens: int) -> dict[str,
         "proj_out.bias": (width,),
         "norm_out.weight": (width,),
         "norm_out.bias": (width,),
-        "layers.0.0.norm1.weight": (inner,),
-        "layers.0.0.norm1.bias": (inner,),
-        "layers.0.0.norm2.weight": (inner,),
-        "layers.0.0.norm2.bias": (inner,),
-        "layers.0.0.to_q.weight": (inner, inner),
-        "layers.0.0.to_kv.weight": (2 * inner, inner),
-        "layers.0.0.to_out.weight": (inner, inner),
-        "layers.0.1.0.weight": (inner,),
-        "layers.0.1.0.bias": (inner,),
-        "layers.0.1.1.weight": (4 * inner, inner),
-        "layers.0.1.3.weight": (inner, 4 * inner),
     }
+    for layer in range(4):
+        of_layer = {
+            "0.norm1.weight": (inner,),
+            "0.norm1.bias": (inner,),
+            "0.norm2.weight": (inner,),
+            "0.norm2.bias": (inner,),
+            "0.to_q.weight": (inner, inner),
+            "0.to_kv.weight": (2 * inner, inner),
+            "0.to_out.weight": (inner, inner),
+            "1.0.weight": (inner,),
+            "1.0.bias": (inner,),
+            "1.1.weight": (4 * inner, inner),
+            "1.3.weight": (inner, 4 * inner),
+        }
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     return {name: _randn(generator, *shape) for name, shape in shapes.items()}
 
 

@@ -38,7 +38,7 @@ class Family:
             conditional rows alone.
         variant: a word of the pipeline's config, and the family that it is where that is set.
         rides: whether concepts ride behind the prompt, through a model that attends to text by itself.
-        left: whether texts are padded on the left.
+        left: whether the padding of a text comes before it.
         at_once: how many texts are encoded at once.
         joint: how concepts board a model whose image and text attend to each other in one softmax.
         guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
@@ -61,7 +61,7 @@ class Family:
     further: tuple[str, ...] = ()
     variant: tuple[str, Family] | None = None
     rides: bool = False
-    left: bool = False
+    left: Callable[[Any], bool] = lambda pipe: False
     at_once: int = 32
     joint: JointFamily | None = None
     guider: bool = False
@@ -112,6 +112,7 @@ _LTX2 = Family(
     masked_padding=True,
     encoding={},
     further=("spatio_temporal_guidance_blocks", "isolate_modalities"),
+    left=lambda pipe: pipe.connectors.video_connector.learnable_registers is None,  # else they follow it
     rides=True,
     at_once=4,  # of each the outputs of all layers of the text encoder
 )
@@ -120,7 +121,7 @@ _KOLORS = Family(
     (("tokenizer", "text_encoder"),),
     lambda pipe: "sdxl",  # its UNet is SDXL's
     projection=("encoder_hid_proj",),
-    left=True,
+    left=lambda pipe: True,
 )
 _SANA = Family(
     ("transformer",),

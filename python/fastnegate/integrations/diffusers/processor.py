@@ -295,17 +295,17 @@ def _capturing(query: Tensor) -> bool:
     return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-class _AroundAdapter(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
+class IPAdapterNegationAttnProcessor2_0(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
     """With image prompts."""
 
 
-class _AroundOldAdapter(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor):  # type: ignore[misc]
+class IPAdapterNegationAttnProcessor(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor):  # type: ignore[misc]
     """With image prompts, of the older processor."""
 
 
 _ADAPTED: dict[type, Any] = {
-    IPAdapterAttnProcessor2_0: _AroundAdapter,
-    IPAdapterAttnProcessor: _AroundOldAdapter,
+    IPAdapterAttnProcessor2_0: IPAdapterNegationAttnProcessor2_0,
+    IPAdapterAttnProcessor: IPAdapterNegationAttnProcessor,
 }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LTX-2: six attentions in a block, of which the one from video to text is negated, before its output is
-gated head by head. Blocks of LTX-2.3 modulate text by the timestep before it becomes keys and values, so concepts
-ride behind the prompt: what happens to a prompt's tokens happens to theirs.
+gated head by head. Blocks of LTX-2.3 modulate text by the timestep before it becomes keys and values, so
+concepts ride behind the prompt: what happens to a prompt's tokens happens to theirs.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
         for i in range(0, len(texts), at_once):
             batch = texts[i : i + at_once]
             for text, embeddings, kept in zip(batch, *_encode(words.pipe, batch)):
-                begin = words.begin(text, kept)
+                begin = words.begin(text, len(embeddings))
                 if text in whole:
                     roles = words.roles(text, begin, len(embeddings))
                     prompts[text] = embeddings[kept], roles[kept]

@@ -178,11 +178,11 @@ class Words:
                 raise ValueError(f"templates: {caption.span!r} in {caption.text!r} must be whole tokens")
         return Span(caption.text, self.starts + self.count(begin), self.starts + self.count(end))
 
-    def begin(self, text: str, kept: Tensor) -> int:
-        """Where a text begins in its encoding, of which the tokens `kept` are attended to."""
-        if self._family.left:
-            return len(kept) - self.starts - self.count(text) - self.ends
-        return kept.tolist().index(True)
+    def begin(self, text: str, length: int) -> int:
+        """Where a text begins in its encoding."""
+        if not self._family.left(self.pipe):
+            return 0
+        return length - self.starts - self.count(text) - self.ends
 
     def roles(self, text: str, begin: int, length: int) -> Tensor:
         """int8 [length], the `Role` of each token of an encoded text."""
