@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pipelines
@@ -14,8 +19,13 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+import fastnegate as fn
+from fastnegate import ConceptTokens, Rule
+
 IMAGE_WIDTH = 16  # of an image's embedding
 TOKENS = (4, 3)  # of an image, for each of two adapters: they are of different kinds
+
+ONE = {"device": "cpu", "num_images_per_prompt": 1}
 
 Weights = dict[str, dict[str, Tensor]]
 
@@ -98,6 +108,51 @@ def images(*which: int, count: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     shapes = {0: (2, count, IMAGE_WIDTH), 1: (2, count, 5, IMAGE_WIDTH)}
     return [torch.randn(shapes[i], generator=generator) for i in which]
+
+
+@contextmanager
+def literal(pipe: Any, negatives: Sequence[str | None], rule: Rule) -> Iterator[None]:
+    """diffusers' own processors, whose first attention of each call, to text, is the reference operator's.
+    What they do with images is as it was."""
+    layers = pipelines.attentions(pipe).values()
+    concepts = [
+        None if text is None else pipe.encode_prompt(text, do_classifier_free_guidance=False, **ONE)[0]
+        for text in negatives
+    ]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    layer: list[Any] = []
+
+    def of_text(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not layer:
+            return attend(query, key, value, *args, **options)
+        attn = layer.pop()
+        known = [c for c in concepts if c is not None]
+        keys, values = (
+            [to(_projected(pipe.unet, c)[0]).unflatten(1, (attn.heads, -1)) for c in known]
+            for to in (attn.to_k, attn.to_v)
+        )
+        numbers = iter(range(len(known)))
+        entries = [[] if c is None else [{"concept": next(numbers)}] for c in concepts]
+        first = len(query) - len(concepts)  # unconditional rows, if there are any
+        tokens = ConceptTokens.pack(keys, values, [[]] * first + entries)
+        return fn.negated_attention(query, key, value, tokens, rule, backend="reference")
+
+    def enter(attn: Any, _args: Any) -> None:
+        layer[:] = [attn]
+
+    handles = [attn.register_forward_pre_hook(enter) for attn in layers]
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", of_text):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def _projected(unet: Any, text: Tensor) -> Tensor:
+    """Kolors projects text, with an IP-Adapter by another name."""
+    if unet.config.encoder_hid_dim_type == "text_proj":
+        return unet.encoder_hid_proj(text)
+    moved = getattr(unet, "text_encoder_hid_proj", None)
+    return text if moved is None else moved(text)
 
 
 def ltx2(variant: str = "2.3", image: bool = False, registers: int | None = 16, seed: int = 0) -> Any:
@@ -186,3 +241,54 @@ def film(pipe: Any, prompts: Sequence[str] = ("a cat",), guidance: float = 3.0, 
         },
     )  # fmt: skip
     return made.frames, made.audio
+
+
+def kolors(pipeline: str = "KolorsPipeline", seed: int = 0) -> Any:
+    """With ChatGLM's tokenizer, which pads on the left and needs sentencepiece."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _kolors(getattr(diffusers, pipeline))
+
+
+def _kolors(pipeline: Any) -> Any:
+    import sentencepiece
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(pipelines.WORDS)] * 9), model_writer=vocabulary, vocab_size=40,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(vocabulary.getvalue())
+        tokenizer = ChatGLMTokenizer(file.name)
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=64, hidden_size=32, ffn_hidden_size=64, kv_channels=8,
+        num_attention_heads=4, seq_length=256, multi_query_attention=True, multi_query_group_num=2,
+        add_qkv_bias=True, bias_dropout_fusion=False, original_rope=True,
+    )  # fmt: skip
+    text_encoder = ChatGLMModel(config).eval()
+    for name, weight in text_encoder.named_parameters():
+        torch.nn.init.ones_(weight) if "norm" in name else torch.nn.init.normal_(weight, std=0.2)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), sample_size=16, norm_num_groups=2, cross_attention_dim=24,
+        layers_per_block=1, attention_head_dim=(1, 2), transformer_layers_per_block=(1, 1),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+        encoder_hid_dim=32, encoder_hid_dim_type="text_proj",
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=1,
+    )  # fmt: skip
+    pipe = pipeline(
+        unet=unet.eval(), vae=vae.eval(), text_encoder=text_encoder, tokenizer=tokenizer,
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+    )  # fmt: skip
+    for attn in pipelines.attentions(pipe).values():
+        with torch.no_grad():
+            attn.to_v.weight *= 4  # random models hardly look at their text
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastnegate import Policy, Rule
 from fastnegate.engine.engine import Record
+from fastnegate.engine.prototypes import prototype
 
 pytest.importorskip("diffusers")
 
@@ -174,7 +175,7 @@ def test_words_of_a_concept_are_found(variant: str, registers: int | None) -> No
     assert concept.roles.tolist() == ([0, 1, 1, *padding] if registers else [*padding, 0, 1, 1])
     caption, _ = encoded(pipe, "a photo of a red dog and a cat")
     begin = 0 if registers else 1024 - 10
-    torch.testing.assert_close(concept.prototypes[0], caption[0, begin + 5 : begin + 7])
+    torch.testing.assert_close(concept.prototypes[0], prototype([caption[0, begin + 5 : begin + 7]]))
     if registers is None:
         with installed(pipe) as engine:
             actual, _ = _negated(engine, pipe, POLICIES)

@@ -182,7 +182,7 @@ class Words:
         """Where a text begins in its encoding."""
         if not self._family.left(self.pipe):
             return 0
-        return length - self.starts - self.count(text) - self.ends
+        return int(length - self.starts - self.count(text) - self.ends)
 
     def roles(self, text: str, begin: int, length: int) -> Tensor:
         """int8 [length], the `Role` of each token of an encoded text."""
