@@ -17,7 +17,13 @@ import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+)
 
 import fastnegate as fn
 from fastnegate import ConceptTokens, Rule
@@ -101,6 +107,21 @@ def load_adapters(pipe: Any, *which: int) -> None:
         weight_name=[""] * len(which),
         image_encoder_folder=None,
     )
+
+
+def load_image_adapter(pipe: Any, name: str, **_files: Any) -> None:
+    """As `load_ip_adapter` does it with a name on the hub: also what makes embeddings of pictures."""
+    assert "/" in name, f"{name} is no model of the hub"
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+        patch_size=16, projection_dim=IMAGE_WIDTH,
+    )  # fmt: skip
+    sizes = {"height": 32, "width": 32}
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(config).eval(),
+        feature_extractor=CLIPImageProcessor(size=sizes, crop_size=sizes),
+    )
+    pipe.unet._load_ip_adapter_weights([adapter(pipe.unet)])
 
 
 def images(*which: int, count: int = 1) -> list[Tensor]:

@@ -32,7 +32,8 @@ VARIANTS = ["2.0", "2.3", "2.5"]
 
 @contextmanager
 def installed(pipe: Any, rule: Rule | str = "nag") -> Iterator[fn.Engine]:
-    bank = fn.ConceptBank.from_prompts(pipe, {"dog": ["dog", "a red dog"], "cat": "cat"})
+    concepts = {"dog": ["dog", "a red dog"], "cat": "cat"}
+    bank = fn.ConceptBank.from_prompts(pipe, concepts, templates=["{}"])
     engine = fn.install(pipe, bank, rule=rule)
     yield engine
     engine.remove()

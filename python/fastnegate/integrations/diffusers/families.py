@@ -26,6 +26,7 @@ class Family:
         masked_padding: whether the model masks padding tokens (else it attends to them).
         projection: modules of the denoiser between text encoder and attention, in the order of their calls.
         encoding: arguments of the pipeline's `encode_prompt` besides texts, device and guidance.
+        connectors: a module of the pipeline that makes of an encoding one text for video and one for sound.
         cleaned: what the pipeline makes of a text before it tokenizes it.
         guided: name of what says whether there are unconditional rows: a local variable of the pipeline's
             call, or else an attribute of the pipeline. Rows are [unconditional, conditional] halves, unless
@@ -51,6 +52,7 @@ class Family:
     masked_padding: bool = False
     projection: tuple[str, ...] = ()
     encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1})
+    connectors: str | None = None
     cleaned: Callable[[str], str] = str
     guided: str = "do_classifier_free_guidance"
     texts: tuple[str, str] | None = None
@@ -111,6 +113,7 @@ _LTX2 = Family(
     lambda pipe: "wan",
     masked_padding=True,
     encoding={},
+    connectors="connectors",
     further=("spatio_temporal_guidance_blocks", "isolate_modalities"),
     left=lambda pipe: pipe.connectors.video_connector.learnable_registers is None,  # else they follow it
     rides=True,

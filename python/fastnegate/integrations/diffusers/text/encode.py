@@ -127,10 +127,9 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeddings, mask, *_ = pipe.encode_prompt(
             texts, device=pipe._execution_device, **guidance, **entry.encoding
         )
-        if connectors := getattr(pipe, "connectors", None):
-            embeddings, _of_audio, mask = connectors(
-                embeddings, mask, padding_side=pipe.tokenizer.padding_side
-            )
+        if entry.connectors is not None:
+            connectors, side = getattr(pipe, entry.connectors), pipe.tokenizer.padding_side
+            embeddings, _of_sound, mask = connectors(embeddings, mask, padding_side=side)
     kept = mask.bool().cpu() if entry.masked_padding else torch.ones(embeddings.shape[:2], dtype=torch.bool)
     return embeddings.float().cpu(), kept
 
