@@ -37,6 +37,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a page downloads is tiny, what it draws takes few steps, what it writes is temporary."""
     diffusers = pytest.importorskip("diffusers")
+    from cross_pipelines import load_image_adapter, ltx2
     from pipelines import build
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
@@ -53,9 +54,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def from_pretrained(cls: type, name: str, **_options: Any) -> Any:
         assert "/" in name, f"{name} is no model of the hub"
-        return build(kinds[cls.__name__])
+        return ltx2() if cls.__name__ == "LTX2Pipeline" else build(kinds[cls.__name__])
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_ip_adapter", load_image_adapter)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *_where: pipe)
     monkeypatch.chdir(tmp_path)
 

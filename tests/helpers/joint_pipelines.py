@@ -106,7 +106,8 @@ def _klein() -> Any:
     )  # fmt: skip
     vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",), norm_num_groups=1, latent_channels=4, layers_per_block=1, sample_size=16,
+        up_block_types=("UpDecoderBlock2D",), norm_num_groups=1, latent_channels=4, layers_per_block=1,
+        sample_size=16,
     )  # fmt: skip
     return diffusers.Flux2KleinPipeline(
         transformer=transformer.eval(), vae=vae.eval(), text_encoder=_qwen3(28, 8),
@@ -160,7 +161,8 @@ def _sd3() -> Any:
     pipe = pipelines._sd3()
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=4,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64,
+        out_channels=4,
         qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
     return pipelines._around(pipe, diffusers.StableDiffusion3Pipeline, transformer=transformer.eval())

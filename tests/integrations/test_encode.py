@@ -26,6 +26,7 @@ from pipelines import one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate.engine import host
+from fastnegate.integrations.diffusers import contract
 from fastnegate.integrations.diffusers.text import encode
 from fastnegate.integrations.diffusers.text.words import Words
 
@@ -252,7 +253,9 @@ def test_texts_are_encoded_once_and_in_batches(family: str) -> None:
     with mock.patch.object(pipe.text_encoder, "forward", counted):
         ConceptBank.from_prompts(pipe, {"x": members, "y": members[0]}, templates=["{}", "photo {}"])
     joint = int(Words(pipe).fit(members))
-    assert sum(sizes) == 2 * len(members) + joint and len(sizes) == -(-sum(sizes) // encode.BATCH)
+    assert sum(sizes) == 2 * len(members) + joint and len(sizes) == -(
+        -sum(sizes) // contract.family(pipe).at_once
+    )
 
 
 def test_a_concept_does_not_depend_on_the_others() -> None:

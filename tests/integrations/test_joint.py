@@ -160,7 +160,7 @@ class Literal:
         return rule.blend * y + (1 - rule.blend) * z
 
     def joint(self, logits: Tensor, value: Tensor, text: slice, guided: slice) -> Tensor:
-        """Published VSF: one softmax over the keys of the prompt's row and of the concept, whose values turn."""
+        """Published VSF: one softmax over the prompt's row's keys and those of the concept, whose values turn."""
         both = torch.cat([logits[:1, :, guided], logits[1:, :, guided, text] - self.rule.logit_bias], -1)
         values = torch.cat([value[:1], -self.rule.strength * value[1:, :, text]], 2)
         return (both.softmax(-1) @ values).transpose(1, 2)

@@ -265,10 +265,15 @@ def test_keyword_arguments_pass_as_to_the_wrapped_class() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["SlicedAttnProcessor", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0", "NegationAttnProcessor"],
+    [
+        "SlicedAttnProcessor",
+        "FusedAttnProcessor2_0",
+        "IPAdapterXFormersAttnProcessor",
+        "NegationAttnProcessor",
+    ],
 )
 def test_other_processors_are_refused_by_name(name: str) -> None:
-    arguments = {"SlicedAttnProcessor": (1,), "IPAdapterAttnProcessor2_0": (WIDTH, TEXT)}.get(name, ())
+    arguments = {"SlicedAttnProcessor": (1,), "IPAdapterXFormersAttnProcessor": (WIDTH, TEXT)}.get(name, ())
     inner = getattr(attention_processor, name, NegationAttnProcessor)(*arguments)
     with pytest.raises(fn.UnsupportedModelError, match=f"{name}.*AttnProcessor2_0, AttnProcessor"):
         NegationAttnProcessor(bank(), inner=inner)

@@ -61,7 +61,8 @@ class Audit:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # An image is a pipeline call and a batch row of it.
+        # An image is a pipeline call and a row of it, counted from the first that is conditional: calls of a
+        # step may have unconditional rows before those or not.
         self._totals: dict[tuple[_Image, str], _Totals] = defaultdict(_Totals)
         self._asked: set[tuple[_Image, str]] = set()
         self._requests: dict[_Image, int | None] = {}
@@ -74,13 +75,15 @@ class Audit:
     def __call__(self, record: Record) -> None:
         stats = record.statistics
         self._calls[record.call, record.step][record.layer] += 1
-        self._asked |= {((record.call, row), concept) for row, concept in record.asked}
+        first = next((row for row, request in enumerate(record.requests) if request is not None), 0)
+        self._asked |= {((record.call, row - first), concept) for row, concept in record.asked}
         groups: dict[tuple[int, str], list[int]] = defaultdict(list)
         for entry, row, concept in record.entries:
             groups[row, concept].append(entry)
         for (row, concept), entries in groups.items():
-            self._requests[record.call, row] = record.requests[row]
-            total = self._totals[(record.call, row), concept]
+            image = record.call, row - first
+            self._requests[image] = record.requests[row]
+            total = self._totals[image, concept]
             total.calls += 1
             total.gate_max = max(total.gate_max, stats.gate_max[entries].max().item())
             total.gate_mean += stats.gate_mean[entries].max().item()
@@ -91,7 +94,7 @@ class Audit:
             total.heat[len(heat)] = total.heat.get(len(heat), torch.zeros_like(heat)) + heat
             total.heats[len(heat)] = total.heats.get(len(heat), 0) + 1
         for row in {row for row, _ in groups}:
-            self._removed[record.call, row].append(stats.removed_energy[row].item())
+            self._removed[record.call, row - first].append(stats.removed_energy[row].item())
         self._nonfinite += int(stats.nonfinite.sum().item())
 
     @_alone

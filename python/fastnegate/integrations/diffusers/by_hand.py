@@ -10,20 +10,31 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
-from torch import nn
+from diffusers.models.attention_processor import (
+    Attention,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+    SanaLinearAttnProcessor2_0,
+)
+from torch import Tensor, nn
 
-from ...engine.errors import DisplacedProcessorError, UnsupportedModelError
+from ...engine.bank import ConceptBank
+from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
+from ...engine.session.slots import Slots
+from ...operator.rule import Rule, check_number
+from ...operator.tokens import ConceptTokens
 from .around import put_around, take_away
-from .contract import InProgress, bare, denoisers, in_progress
+from .contract import InProgress, bare, denoisers, in_progress, project_for
 from .layers.places import Places
 
+_ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 # The pipeline call that a watched model is called in.
 PROGRESS: ContextVar[InProgress | None] = ContextVar("fastnegate_by_hand", default=None)
 
@@ -136,6 +147,82 @@ def called(attn: Any, processor: Any) -> None:
         _watch(model, attn, processor, processor.inner)
 
 
+class Concepts:
+    """What a processor negates that was made by hand: all of its bank, in every conditional row.
+
+    Raises:
+        ValueError: unknown concept or strength.
+    """
+
+    def __init__(self, bank: ConceptBank, rule: Rule, strengths: Mapping[str, float] | None) -> None:
+        self._bank, self._rule = bank, rule
+        self._strengths = None if strengths is None else dict(strengths)
+        for name, strength in (self._strengths or {}).items():
+            bank[name]
+            check_number(f"strength of {name!r}", strength, low=0.0)
+        self._look()
+
+    def _look(self) -> None:
+        self._version, concepts = self._bank.snapshot()
+        self._slots = Slots(concepts, self._rule, self._bank.width)
+
+    def context(self, attn: Any, query: Tensor) -> Tensor:
+        """The bank as it is now, [1, T, C] as the layer receives text."""
+        if self._version != self._bank.version:
+            self._look()
+        embeddings = self._slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
+        return project_for(model_of(attn, self._bank.pipe), embeddings)
+
+    def tokens(self, key: Tensor, value: Tensor, conditional: Sequence[bool]) -> ConceptTokens:
+        """Of a layer, from keys and values [T, H, D] of the context."""
+        given, slots = self._strengths, self._slots.slots
+        for name in given or ():
+            if name not in self._bank:
+                raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
+        strengths = [1.0 if given is None else given.get(slot.concept, 0.0) for slot in slots]
+        entries = [
+            {"concept": i, "strength": relative * self._rule.strength}
+            for i, relative in enumerate(strengths)
+            if relative
+        ]
+        spans = [slice(slot.begin, slot.begin + slot.length) for slot in slots]
+        return ConceptTokens.pack(
+            [key[span] for span in spans],
+            [value[span] for span in spans],
+            [entries if negated else [] for negated in conditional],
+            token_weight=self._slots.weight,
+        )
+
+
+def conditional_rows(processor: Any, attn: Any, batch: int) -> list[bool]:
+    """Which of the rows at hand a processor negates.
+
+    Raises:
+        ValueError: it was told of another number of rows.
+        NegationNotAppliedError: it was told of none, and no pipeline call is in progress that can tell.
+    """
+    if processor.conditional == "all":
+        return [True] * batch
+    if processor.conditional is not None:
+        rows = [bool(c) for c in processor.conditional]
+        if len(rows) != batch:
+            raise ValueError(f"conditional has {len(rows)} rows, the batch has {batch}")
+        return rows
+    pipe = processor.bank.pipe if processor.bank is not None else None
+    progress = PROGRESS.get()
+    if progress is None and (around := in_progress(model_of(attn, pipe), sys._getframe(1))):
+        progress = around._replace(own=True)  # who calls a model that is not watched is not known
+    if progress is None:
+        raise NegationNotAppliedError(
+            "cannot tell which batch rows are conditional outside a pipeline call: pass conditional="
+        )
+    if progress.unconditional or not (progress.own and progress.guided):
+        return [not progress.unconditional] * batch
+    if batch % 2:
+        raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")
+    return [False] * (batch // 2) + [True] * (batch // 2)
+
+
 def watch_processors() -> None:
     """Have `Attention.set_processor` tell us."""
     set_processor = Attention.set_processor
@@ -143,15 +230,24 @@ def watch_processors() -> None:
     @functools.wraps(set_processor)
     def told(attn: Any, processor: Any, *args: Any, **kwargs: Any) -> None:
         before = getattr(attn, "processor", None)
-        if getattr(processor, "by_hand", False) and isinstance(before, SanaLinearAttnProcessor2_0):
-            raise UnsupportedModelError(
-                "a NegationAttnProcessor set by hand would take the place of linear attention: use "
-                "fastnegate.install or fastnegate.negate"
-            )
+        if getattr(processor, "by_hand", False):
+            _check_place(processor, before)
         set_processor(attn, processor, *args, **kwargs)
         _was_set(attn, processor, before)
 
     Attention.set_processor = told
+
+
+def _check_place(processor: Any, before: Any) -> None:
+    """Raise UnsupportedModelError where a processor of ours would drop what is computed `before` it."""
+    lost = "linear attention" if isinstance(before, SanaLinearAttnProcessor2_0) else None
+    if isinstance(before, _ADAPTERS) and not isinstance(processor, _ADAPTERS):
+        lost = "an IP-Adapter's (wrap that, layer by layer: inner=)"
+    if lost is not None:
+        raise UnsupportedModelError(
+            f"a NegationAttnProcessor set by hand would take the place of {lost}: use fastnegate.install or "
+            "fastnegate.negate"
+        )
 
 
 def _was_set(attn: Any, processor: Any, before: Any) -> None:

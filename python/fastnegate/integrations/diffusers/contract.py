@@ -25,7 +25,13 @@ def _code(pipeline: type) -> CodeType:
     return code
 
 
-_OF_CODE = {_code(getattr(diffusers, name)): entry for name, entry in TABLE.items() if not entry.guider}
+# diffusers puts something else in the place of classes that need a package which is not installed.
+_KNOWN: dict[Any, Family] = {
+    known: entry
+    for known, entry in ((getattr(diffusers, name), entry) for name, entry in TABLE.items())
+    if issubclass(known, (diffusers.DiffusionPipeline, diffusers.ModularPipeline))
+}
+_OF_CODE = {_code(known): entry for known, entry in _KNOWN.items() if not entry.guider}
 
 
 def family(pipe: Any) -> Family:
@@ -35,8 +41,7 @@ def family(pipe: Any) -> Family:
         UnsupportedModelError: not in the table, or a subclass that changes `__call__`, whose batch
             layout is therefore unknown.
     """
-    for name, entry in TABLE.items():
-        known = getattr(diffusers, name)
+    for known, entry in _KNOWN.items():
         if isinstance(pipe, known) and base_class(pipe).__call__ is known.__call__:
             if entry.variant is not None and pipe.config.get(entry.variant[0]):
                 return entry.variant[1]
@@ -98,6 +103,10 @@ def project_for(model: Any, embeddings: Tensor) -> Tensor:
 
 def _part(model: Any, path: str) -> Any:
     """A module of a model, or None."""
+    if path == "encoder_hid_proj":  # of a UNet: images that an adapter brings take its place
+        moved = getattr(model, "text_encoder_hid_proj", None)
+        of_text = moved is None and model.config.get("encoder_hid_dim_type") == "text_proj"
+        return model.encoder_hid_proj if of_text else moved
     for name in path.split("."):
         model = getattr(model, name, None)
     return model
@@ -117,7 +126,7 @@ class InProgress(NamedTuple):
         timesteps: those that it runs; the object is this call's own.
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
-        part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
+        part: which of the step's denoiser calls this is: there may be one for each kind of rows.
         image: tokens of the image that is made, where latents are tokens.
         unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
     """
@@ -134,9 +143,11 @@ class InProgress(NamedTuple):
     image: int | None = None
 
 
-def in_progress(model: Any, frame: FrameType | None, text: Any = None) -> InProgress | None:
-    """The pipeline call around a frame that calls `model`, with that text, or runs within it; None if there
-    is none.
+def in_progress(
+    model: Any, frame: FrameType | None, given: Mapping[str, Any] | None = None
+) -> InProgress | None:
+    """The pipeline call around a frame that calls `model`, with the arguments `given`, or runs within it;
+    None if there is none.
 
     What a pipeline remembers of its last call says nothing about rows that somebody else sends to the
     denoiser, so the call itself is looked for on the stack; not all pipelines keep these facts anywhere but
@@ -155,7 +166,7 @@ def in_progress(model: Any, frame: FrameType | None, text: Any = None) -> InProg
         if entry is not None and facts is not None and _has(pipe, entry, model):
             if entry.guider:
                 return _by_guider(pipe, facts, frame, frame is first)
-            return _by_call(pipe, entry, facts, frame is first, text)
+            return _by_call(pipe, entry, facts, frame is first, given or {})
         frame = frame.f_back
     return None
 
@@ -175,26 +186,29 @@ def _guider_family(pipe: Any) -> Family | None:
     return entry if entry.guider else None
 
 
-def _by_call(pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, text: Any) -> InProgress:
+def _by_call(
+    pipe: Any, entry: Family, facts: Mapping[str, Any], own: bool, given: Mapping[str, Any]
+) -> InProgress:
     guided = False
     if entry.guided is not None:
         guided = bool(facts[entry.guided] if entry.guided in facts else getattr(pipe, entry.guided))
     latents = facts.get("latents")
     unconditional: bool | None = False
+    part = next((i for i, name in enumerate(entry.further, 1) if given.get(name)), 0)
     if entry.texts is not None and own:
         # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
-        is_prompt, is_negative = (facts.get(name) is text for name in entry.texts)
+        is_prompt, is_negative = (facts.get(n) is given.get("encoder_hidden_states") for n in entry.texts)
         is_negative &= guided  # else it is there, and not used
         unconditional = is_negative if is_prompt != is_negative else None
     return InProgress(
         pipe=pipe,
         own=own,
         prompts=facts[entry.prompts],
-        guided=guided and entry.texts is None,
+        guided=guided and entry.texts is None and not part,
         timesteps=facts[entry.timesteps],
         at=facts[entry.index],
         callback=any(facts.get(name) is not None for name in entry.callbacks),
-        part=int(unconditional is True),
+        part=part or int(unconditional is True),
         unconditional=unconditional,
         image=latents.shape[1] if isinstance(latents, Tensor) and latents.dim() == 3 else None,
     )

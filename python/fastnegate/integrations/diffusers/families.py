@@ -34,6 +34,7 @@ class Family:
         masked_padding: whether the model masks padding tokens (else it attends to them).
         projection: modules of the denoiser between text encoder and attention, in the order of their calls.
         encoding: arguments of the pipeline's `encode_prompt` besides texts and device.
+        connectors: a module of the pipeline that makes of an encoding one text for video and one for sound.
         cleaned: what the pipeline makes of a text before it tokenizes it.
         framed: with what around it, of pipeline, tokenizer and text (a chat template, say).
         dropped: how many of the first tokens are left out once they are encoded, of a pipeline.
@@ -48,7 +49,12 @@ class Family:
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
+        further: arguments of the denoiser that are true in further calls of it at a step, which have
+            conditional rows alone.
         variant: a word of the pipeline's config, and the family that it is where that is set.
+        rides: whether concepts ride behind the prompt, through a model that attends to text by itself.
+        left: whether the padding of a text comes before it.
+        at_once: how many texts are encoded at once.
         joint: how concepts board a model whose image and text attend to each other in one softmax.
         guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
             above are then not used.
@@ -61,6 +67,7 @@ class Family:
     masked_padding: bool = False
     projection: tuple[str, ...] = ()
     encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1, **_UNGUIDED})
+    connectors: str | None = None
     cleaned: Callable[[str], str] = str
     framed: Callable[[Any, Any, str], str] | None = None
     dropped: Callable[[Any], int] = lambda _pipe: 0
@@ -74,7 +81,11 @@ class Family:
     timesteps: str = "timesteps"
     index: str = "i"
     callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
+    further: tuple[str, ...] = ()
     variant: tuple[str, Family] | None = None
+    rides: bool = False
+    left: Callable[[Any], bool] = lambda pipe: False
+    at_once: int = 32
     joint: JointFamily | None = None
     guider: bool = False
 
@@ -129,6 +140,26 @@ _LTX = Family(
     masked_padding=True,
     projection=("caption_projection",),
     encoding=_UNGUIDED,
+)
+_LTX2 = Family(
+    ("transformer",),
+    (("tokenizer", "text_encoder"), ("tokenizer", "connectors")),
+    lambda pipe: "wan",
+    "nag",
+    masked_padding=True,
+    encoding=_UNGUIDED,
+    connectors="connectors",
+    further=("spatio_temporal_guidance_blocks", "isolate_modalities"),
+    left=lambda pipe: pipe.connectors.video_connector.learnable_registers is None,  # else they follow it
+    rides=True,
+    at_once=4,  # of each the outputs of all layers of the text encoder
+)
+_KOLORS = Family(
+    ("unet",),
+    (("tokenizer", "text_encoder"),),
+    lambda pipe: "sdxl",  # its UNet is SDXL's
+    projection=("encoder_hid_proj",),
+    left=lambda pipe: True,
 )
 _SANA = Family(
     ("transformer",),
@@ -195,6 +226,7 @@ _SD3 = Family(
     lambda pipe: "sd35",
     "nag",
     encoding={"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **_UNGUIDED},
+    further=("skip_layers",),
     joint=SD3,
 )
 
@@ -221,11 +253,15 @@ TABLE: dict[str, Family] = {
     "StableDiffusionXLModularPipeline": dataclasses.replace(
         _SDXL, guider=True, encoder="StableDiffusionXLPipeline"
     ),
+    "KolorsPipeline": _KOLORS,
+    "KolorsImg2ImgPipeline": _KOLORS,
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "SanaPipeline": _SANA,
     "LTXPipeline": _LTX,
     "LTXImageToVideoPipeline": _LTX,
+    "LTX2Pipeline": _LTX2,
+    "LTX2ImageToVideoPipeline": _LTX2,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
     "FluxPipeline": _FLUX,

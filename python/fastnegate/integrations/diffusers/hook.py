@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ...engine.engine import Engine
 from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
-from ...engine.session.call import Call, Loop, PipelineCall
+from ...engine.session.call import Call, Loop, PipelineCall, Running
 from ...engine.session.rows import Step
 from .around import put_around, take_away
 from .calls import WATCHED, Calls, Watched
 from .contract import InProgress, bare, denoisers, family, in_progress, project_context
 from .joint.hook import Boarding
 from .layers.held import Held
+from .layers.ltx2 import board
 
 log = logging.getLogger("fastnegate")
 # Weak on both sides: the processors on the model own the engine.
@@ -174,13 +175,16 @@ class Hook:
         held = next(held for held in self._held.values() if held.model() is model)
         self._watch(held, bare(model))
         given = {**dict(zip(held.parameters, args)), **kwargs}
-        progress = in_progress(model, frame, _first(given, TEXT))
+        progress = in_progress(model, frame, given)
         with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             if self._boarding is not None and running.asks:
                 image = None if progress is None or not progress.own else progress.image
                 with self._boarding.aboard(bare(model), given, running, image) as boarded:
                     return call(**boarded)
+            if self._family.rides and (running.live or running.call.compiled or _captures(running)):
+                running.joint = running.context.shape[1]
+                return call(**board(bare(model), given, running.context))
             return call(*args, **kwargs)
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], progress: InProgress | None) -> Call:
@@ -224,7 +228,7 @@ class Hook:
     def _quiet(self, model: Any, progress: InProgress | None, of: PipelineCall) -> bool:
         """Whether nobody's code runs between the steps of this pipeline call: it might change weights in ways
         that leave no trace."""
-        if self._family.projection:
+        if self._family.projection or self._family.rides:
             return False
         if progress is None:
             return isinstance(of, Loop)
@@ -249,6 +253,11 @@ class Hook:
 
 def _first(given: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((given[name] for name in names if name in given), None)
+
+
+def _captures(running: Running) -> bool:
+    """Whether a graph is captured: its layers always negate."""
+    return running.call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _guided(progress: InProgress | None) -> bool:

@@ -66,8 +66,8 @@ def install(
         on_displaced: what to do when something else has replaced an installed processor, an attention module
             or the pipeline's denoiser: `raise` (default), `warn`, or `reinstall`.
         rule: `Rule` or preset name; presets take the constants of the pipeline's family. Default: that of the
-            family, which is `protore` for UNets and PixArt, and `nag` as published for Sana, for video, and where
-            image and text attend to each other in one softmax.
+            family: `protore` for UNets and PixArt, and `nag` as published for Sana, for video, and where image
+            and text attend to each other in one softmax.
         backend: as for `negated_attention`; a named backend never falls back.
         unasked: what becomes of a call that is in no `engine.batch` while nothing is set for everybody:
             `plain` (default) runs it without negation, which is logged once; `raise` stops it, so that no

@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+)
 from torch import Tensor
 
 from ...engine.bank import ConceptBank
 from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.session.call import RUNNING, Running
-from ...engine.session.slots import Slots
 from ...operator.attention import negated_attention, negated_attention_with_statistics
 from ...operator.choice import check_backend
-from ...operator.rule import Rule, check_number
+from ...operator.rule import Rule
 from ...operator.tokens import ConceptTokens
 from . import by_hand, recompute
-from .contract import family, in_progress, project_for
+from .contract import family
 from .layers.classic import CLASSIC
+from .layers.ip_adapter import Adapted
 from .layers.kept import Kept
 from .layers.known import kind_of
+from .layers.ltx2 import apart
 
 
 class NegationAttnProcessor:
@@ -55,6 +61,12 @@ class NegationAttnProcessor:
         ValueError: unknown rule, concept or strength.
     """
 
+    inner: Any
+
+    def __new__(cls, *_arguments: Any, inner: Any = None, **_options: Any) -> NegationAttnProcessor:
+        made: NegationAttnProcessor = object.__new__(_ADAPTED.get(type(inner), cls))
+        return made
+
     def __init__(
         self,
         bank: ConceptBank | None = None,
@@ -66,7 +78,8 @@ class NegationAttnProcessor:
         backend: str = "auto",
     ) -> None:
         check_backend(backend)
-        self.inner = AttnProcessor2_0() if inner is None else inner
+        # A module's weights stay where they are named: it is no part of ours.
+        object.__setattr__(self, "inner", AttnProcessor2_0() if inner is None else inner)
         self.backend = backend
         self.bank = bank
         if isinstance(rule, str):
@@ -81,12 +94,7 @@ class NegationAttnProcessor:
         self._tokens: ConceptTokens | None = None
         if isinstance(conditional, str) and conditional != "all":
             raise ValueError(f"conditional={conditional!r}: must be 'all', one bool per row, or None")
-        if bank is not None:
-            self._slots, self._version = _slots(bank, self.rule)
-            self._strengths = None if strengths is None else dict(strengths)
-            for name, strength in (self._strengths or {}).items():
-                bank[name]
-                check_number(f"strength of {name!r}", strength, low=0.0)
+        self._own = None if bank is None else by_hand.Concepts(bank, self.rule, strengths)
 
     @classmethod
     def bound(cls, engine: Engine, layer: str, inner: Any, backend: str = "auto") -> NegationAttnProcessor:
@@ -100,12 +108,20 @@ class NegationAttnProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        text: Tensor | None = encoder_hidden_states
+        if isinstance(encoder_hidden_states, tuple):
+            if not isinstance(self, Adapted):
+                raise NegationNotAppliedError(
+                    f"layer {self.layer or '?'} is given images, and the processor that is wrapped is not an "
+                    "IP-Adapter's: load that first"
+                )
+            text, _images = encoder_hidden_states
         engine, compiling = self.engine, torch.compiler.is_compiling()
         if engine is None and not isinstance(attn, Attention):
             raise UnsupportedModelError(
@@ -114,22 +130,28 @@ class NegationAttnProcessor:
             )
         running = None if engine is None or compiling else RUNNING.get()
         if engine is not None and (running is None or running.engine is not engine):
-            running = self._unprepared(encoder_hidden_states)
-        elif running is not None and running.gradients and encoder_hidden_states is not None:
-            recompute.remember(encoder_hidden_states, running)
+            running = self._unprepared(text)
+        elif running is not None and running.gradients and text is not None:
+            recompute.remember(text, running)
         # Compiled code always takes the negated path: one graph, whatever the schedule.
         acts = running.live if running is not None else compiling if engine is not None else self.by_hand
         if engine is not None and running is not None and running.call.fixed and _capturing(hidden_states):
             acts = engine.fixed.captured = True  # so does a graph that is captured
+        if self._kind.rides and running is not None:
+            acts = running.joint is not None
         rest = () if temb is None and not args else (temb, *args)  # not every processor takes that
-        if encoder_hidden_states is None or not acts:
+        if text is None or not acts:
             result: Tensor = self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs
             )
             if running is not None and running.gradients:
                 recompute.hold(result, running)
             return result
-        attend = functools.partial(self._attend, attn, running)
+        context = None
+        if self._kind.rides:
+            text, attention_mask, context = apart(text, attention_mask, self._aboard(running))
+            encoder_hidden_states = text
+        attend = functools.partial(self._attend, attn, running, context)
         output = self._kind.forward(
             self.inner, attn, attend, hidden_states, encoder_hidden_states, attention_mask, *rest
         )
@@ -182,16 +204,29 @@ class NegationAttnProcessor:
             f"layer {self.layer}: the denoiser runs without the hook that prepares its rows"
         )
 
-    def _concepts(self, attn: Any, query: Tensor, running: Running | None) -> ConceptTokens:
-        """The tokens of this layer for the rows at hand."""
+    def _aboard(self, running: Running | None) -> int:
+        """How many concept tokens come with the text."""
+        if running is not None:
+            return int(running.joint)
+        assert self.engine is not None and self.engine.fixed.context is not None
+        return self.engine.fixed.context.shape[1]
+
+    def _concepts(
+        self, attn: Any, query: Tensor, running: Running | None, context: Tensor | None
+    ) -> ConceptTokens:
+        """The tokens of this layer for the rows at hand, of concepts [1, T, C] that came with the text or
+        else of those that the denoiser call has."""
         engine = self.engine
         if engine is None:
-            return self._own_tokens(attn, query)
+            assert self._own is not None
+            if not torch.compiler.is_compiling():
+                by_hand.called(attn, self)
+            own = self._projected(attn, self._own.context(attn, query))
+            return self._own.tokens(*own, by_hand.conditional_rows(self, attn, query.shape[0]))
         if running is None:
             fixed = engine.fixed
             assert fixed.context is not None
-            key, value = self._kind.project(attn, fixed.context)
-            return fixed.tokens(key[0].transpose(0, 1), value[0].transpose(0, 1))
+            return fixed.tokens(*self._projected(attn, fixed.context if context is None else context))
         running.negated = True
         call, slots = running.call, running.slots
         assert slots is not None
@@ -199,7 +234,7 @@ class NegationAttnProcessor:
         if call.keep and kept is not None and kept.fits(attn, query, call.of, slots):
             key, value = kept.key, kept.value
         else:
-            key, value = (t[0].transpose(0, 1) for t in self._kind.project(attn, running.context))
+            key, value = self._projected(attn, running.context if context is None else context)
             parts = self._kind.parts(attn)
             self._kept = Kept.made(attn, parts, call.of, slots, key, value) if call.keep else None
         tokens = self._tokens
@@ -208,17 +243,23 @@ class NegationAttnProcessor:
             tokens = self._tokens = running.tokens(key, value)
         return tokens
 
+    def _projected(self, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, H, D] of embeddings [1, T, C]."""
+        key, value = self._kind.project(attn, context)
+        return key[0].transpose(0, 1), value[0].transpose(0, 1)
+
     def _attend(
         self,
         attn: Any,
         running: Running | None,
+        context: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
         """The softmax over the text, negated: query [B, H, N, D], key and value [B, H, M, D]."""
-        tokens = self._concepts(attn, query, running)
+        tokens = self._concepts(attn, query, running, context)
         scale = attn.scale if self._kind.scaled else None
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
@@ -233,60 +274,6 @@ class NegationAttnProcessor:
         )
         engine.observe(running, self.layer, statistics)
         return output
-
-    # ---- made by hand -----------------------------------------------------------------------
-
-    def _own_tokens(self, attn: Any, query: Tensor) -> ConceptTokens:
-        """Concept tokens of a processor made by hand: projected here, the same for all rows."""
-        bank = self.bank
-        assert bank is not None
-        if self._version != bank.version:
-            self._slots, self._version = _slots(bank, self.rule)
-        slots = self._slots
-        if not torch.compiler.is_compiling():
-            by_hand.called(attn, self)
-        context = slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
-        context = project_for(by_hand.model_of(attn, bank.pipe), context)
-        key, value = (t[0].transpose(0, 1) for t in self._kind.project(attn, context))
-        spans = [(s.begin, s.begin + s.length) for s in slots.slots]
-        given = self._strengths
-        for name in given or ():
-            if name not in bank:
-                raise NegationNotAppliedError(f"concept {name!r} was removed from the bank")
-        strengths = [1.0 if given is None else given.get(s.concept, 0.0) for s in slots.slots]
-        entries = [
-            {"concept": i, "strength": relative * self.rule.strength}
-            for i, relative in enumerate(strengths)
-            if relative
-        ]
-        return ConceptTokens.pack(
-            [key[a:b] for a, b in spans],
-            [value[a:b] for a, b in spans],
-            [entries if negated else [] for negated in self._conditional_rows(attn, query.shape[0])],
-            token_weight=slots.weight,
-        )
-
-    def _conditional_rows(self, attn: Any, batch: int) -> list[bool]:
-        if self.conditional == "all":
-            return [True] * batch
-        if self.conditional is not None:
-            rows = [bool(c) for c in self.conditional]
-            if len(rows) != batch:
-                raise ValueError(f"conditional has {len(rows)} rows, the batch has {batch}")
-            return rows
-        pipe = self.bank.pipe if self.bank is not None else None
-        progress = by_hand.PROGRESS.get()
-        if progress is None and (around := in_progress(by_hand.model_of(attn, pipe), sys._getframe(1))):
-            progress = around._replace(own=True)  # who calls a model that is not watched is not known
-        if progress is None:
-            raise NegationNotAppliedError(
-                "cannot tell which batch rows are conditional outside a pipeline call: pass conditional="
-            )
-        if progress.unconditional or not (progress.own and progress.guided):
-            return [not progress.unconditional] * batch
-        if batch % 2:
-            raise NegationNotAppliedError(f"{batch} rows are not [unconditional, conditional] halves")
-        return [False] * (batch // 2) + [True] * (batch // 2)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy of an installed processor is not installed: it is what that wraps."""
@@ -304,13 +291,22 @@ class NegationAttnProcessor:
         )
 
 
-def _slots(bank: ConceptBank, rule: Rule) -> tuple[Slots, int]:
-    version, concepts = bank.snapshot()
-    return Slots(concepts, rule, bank.width), version
-
-
 def _capturing(query: Tensor) -> bool:
     return query.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class IPAdapterNegationAttnProcessor2_0(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
+    """With image prompts."""
+
+
+class IPAdapterNegationAttnProcessor(Adapted, NegationAttnProcessor, IPAdapterAttnProcessor):  # type: ignore[misc]
+    """With image prompts, of the older processor."""
+
+
+_ADAPTED: dict[type, Any] = {
+    IPAdapterAttnProcessor2_0: IPAdapterNegationAttnProcessor2_0,
+    IPAdapterAttnProcessor: IPAdapterNegationAttnProcessor,
+}
 
 
 def _register() -> None:
@@ -318,7 +314,7 @@ def _register() -> None:
     plain = AttentionProcessorRegistry.get(AttnProcessor2_0)
     AttentionProcessorRegistry.register(NegationAttnProcessor, plain)
     before = attention_processor.CROSS_ATTENTION_PROCESSORS
-    after = (*before, NegationAttnProcessor)
+    after = (*before, NegationAttnProcessor, *_ADAPTED.values())
     attention_processor.CROSS_ATTENTION_PROCESSORS = after
     # Other modules hold the tuple under the same name.
     for name, module in list(sys.modules.items()):

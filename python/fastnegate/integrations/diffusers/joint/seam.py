@@ -210,8 +210,8 @@ def open_seam() -> None:
 
 
 def members(processor: type) -> dict[str, Any]:
-    """What a class of processors needs so that `install` knows it. Its objects have a `_layer`, and as `inner`
-    the processor, of class `processor`, that was there before."""
+    """What a class of processors needs so that `install` knows it. Its objects have a `_layer`, and the
+    processor that was there before, of class `processor`, as `inner`."""
 
     def restored(self: Any, protocol: Any) -> Any:
         state = {name: item for name, item in self.__dict__.items() if name not in ("_layer", "inner")}

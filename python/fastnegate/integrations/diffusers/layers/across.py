@@ -14,7 +14,7 @@ from .kind import Attend, mask_of
 class Across:
     """LTX-Video; in other kinds something is different."""
 
-    scaled = False
+    scaled = rides = False
 
     def parts(self, attn: Any) -> list[str]:
         return ["to_k", "to_v"] + ["norm_k"] * (attn.norm_k is not None)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class Classic:
     `attn.scale` and ignores norm_q and norm_k."""
 
     scaled: bool = False
+    rides: ClassVar[bool] = False
 
     def parts(self, attn: Any) -> list[str]:
         return ["to_k", "to_v"] + ["norm_cross"] * bool(attn.norm_cross) + ["norm_k"] * bool(attn.norm_k)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ....engine.engine import Engine
+from ....engine.errors import UnsupportedModelError
 from ..contract import bare, cross_attention_layers
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
@@ -45,13 +46,22 @@ class Held:
         ours = {id(attn): self.processors[name] for name, attn in self.layers.items()}
         layers, processors = cross_attention_layers(model), {}
         for name, attn in layers.items():
-            processor, known = attn.processor, ours.get(id(attn))
-            if known is None and getattr(processor, "engine", None) is not self._engine:
-                processor = wrap(self._joint, self._engine, name, processor, self._backend)
-            processors[name] = processor if known is None else known
+            processors[name] = self._around(name, attn.processor, ours.get(id(attn)))
             processors[name].layer = self._prefix + name  # a block that was wrapped has another name
         self.layers, self.processors = layers, processors
         self._places = Places(model, layers)
+
+    def _around(self, name: str, processor: Any, known: Any) -> Any:
+        """Ours for a layer: around the processor that it has now or, where that cannot be wrapped, the one
+        that it is `known` to have had."""
+        if getattr(processor, "engine", None) is self._engine:
+            return processor if known is None else known
+        try:
+            return wrap(self._joint, self._engine, name, processor, self._backend)
+        except UnsupportedModelError:
+            if known is None:
+                raise
+            return known
 
     @property
     def names(self) -> list[str]:

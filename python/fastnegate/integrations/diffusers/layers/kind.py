@@ -22,6 +22,10 @@ class Kind(Protocol):
     def scaled(self) -> bool:
         """Whether logits are scaled by `attn.scale`; else by 1 / sqrt(D)."""
 
+    @property
+    def rides(self) -> bool:
+        """Whether concepts come with the text, behind it, as its model changes it from layer to layer."""
+
     def parts(self, attn: Any) -> list[str]:
         """The modules that `project` calls."""
 

@@ -6,11 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+)
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor
+from diffusers.models.transformers.transformer_ltx2 import (
+    LTX2Attention,
+    LTX2AudioVideoAttnProcessor,
+    LTX2PerturbedAttnProcessor,
+)
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import nn
@@ -18,15 +29,21 @@ from torch import nn
 from ....engine.errors import UnsupportedModelError
 from .across import Across, Sana
 from .classic import CLASSIC, Classic
+from .ip_adapter import WithImages
 from .kind import Kind
+from .ltx2 import Ltx2
 from .wan import Wan
 
-# The processors whose arithmetic is repeated; others (IP-Adapter, PAG, ...) add their own.
+# The processors whose arithmetic is repeated; others (PAG, xformers, ...) add their own.
 _KINDS: dict[type, Kind] = {
     AttnProcessor2_0: CLASSIC,
     AttnProcessor: Classic(scaled=True),
+    IPAdapterAttnProcessor2_0: WithImages(),
+    IPAdapterAttnProcessor: WithImages(scaled=True),
     SanaAttnProcessor2_0: Sana(),
     LTXVideoAttnProcessor: Across(),
+    LTX2AudioVideoAttnProcessor: Ltx2(),
+    LTX2PerturbedAttnProcessor: Ltx2(),  # what it perturbs is attention of video to itself
     WanAttnProcessor: Wan(),
 }
 
@@ -42,6 +59,7 @@ def _attention(attn: Any, name: str) -> bool:
 _IS_TEXT: dict[type[nn.Module], Callable[[Any, str], bool]] = {
     Attention: _attention,
     LTXAttention: lambda _attn, name: name.rpartition(".")[2] == "attn2",
+    LTX2Attention: lambda _attn, name: name.rpartition(".")[2] == "attn2",
     WanAttention: lambda attn, _name: attn.is_cross_attention,
     FluxAttention: lambda _attn, _name: True,
     Flux2Attention: lambda _attn, _name: True,

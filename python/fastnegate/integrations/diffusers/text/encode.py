@@ -24,7 +24,6 @@ from ..contract import encoder_of, family
 from .words import Span, Words, turn
 
 log = logging.getLogger("fastnegate")
-BATCH = 32  # texts in one call of the text encoders
 
 
 class Plan(NamedTuple):
@@ -101,13 +100,17 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
     shown = {"delay": 2, "leave": False, "unit": "text", "desc": "encoding concepts"}
     shown.update(getattr(words.pipe, "_progress_bar_config", {}))
     with torch.inference_mode(False), tqdm(total=len(texts), **shown) as bar:
-        for i in range(0, len(texts), BATCH):
-            batch = texts[i : i + BATCH]
+        at_once = family(words.pipe).at_once
+        for i in range(0, len(texts), at_once):
+            batch = texts[i : i + at_once]
             for text, embeddings, kept in zip(batch, *_encode(words.pipe, batch)):
+                begin = words.begin(text, len(embeddings))
                 if text in whole:
-                    prompts[text] = embeddings[kept], words.roles(text, len(embeddings))[kept]
+                    roles = words.roles(text, begin, len(embeddings))
+                    prompts[text] = embeddings[kept], roles[kept]
                 for span in wanted[text]:
-                    parts[span] = embeddings[span.first : span.last].clone()  # the rest is let go
+                    within = slice(begin + span.first, begin + span.last)
+                    parts[span] = embeddings[within].clone()  # the rest is let go
             bar.update(len(batch))
         concepts = []
         for plan in plans:
@@ -125,6 +128,9 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         embeddings, mask, *_ = pipe.encode_prompt(
             list(texts), device=pipe._execution_device, **entry.encoding
         )
+        if entry.connectors is not None:
+            connectors, side = getattr(pipe, entry.connectors), pipe.tokenizer.padding_side
+            embeddings, _of_sound, mask = connectors(embeddings, mask, padding_side=side)
     if isinstance(embeddings, list):  # one of its own length for each
         lengths = torch.tensor([len(part) + -len(part) % entry.multiple for part in embeddings])
         embeddings = pad_sequence(embeddings, batch_first=True)

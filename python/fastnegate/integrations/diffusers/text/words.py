@@ -42,7 +42,7 @@ def beside(pipe: Any) -> Any:
 
 
 class Span(NamedTuple):
-    """Tokens `first` to `last` of the encoding of `text`."""
+    """Tokens `first` to `last` of `text`, special ones before it counted."""
 
     text: str
     first: int
@@ -194,11 +194,18 @@ class Words:
                 raise ValueError(f"templates: {caption.span!r} in {caption.text!r} must be whole tokens")
         return Span(caption.text, self.starts + self.count(begin), self.starts + self.count(end))
 
-    def roles(self, text: str, length: int) -> Tensor:
+    def begin(self, text: str, length: int) -> int:
+        """Where a text begins in its encoding."""
+        if not self._family.left(self.pipe):
+            return 0
+        return int(length - self.starts - self.count(text) - self.ends)
+
+    def roles(self, text: str, begin: int, length: int) -> Tensor:
         """int8 [length], the `Role` of each token of an encoded text."""
-        end = self.starts + self.count(text)
+        start = begin + self.starts
+        end = start + self.count(text)
         roles = torch.full((length,), Role.PADDING, dtype=torch.int8)
-        roles[: self.starts] = Role.SOT
-        roles[self.starts : end] = Role.CONTENT
+        roles[begin:start] = Role.SOT
+        roles[start:end] = Role.CONTENT
         roles[end : end + self.ends] = Role.EOT
         return roles

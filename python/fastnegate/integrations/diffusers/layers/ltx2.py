@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LTX-2: six attentions in a block, of which the one from video to text is negated, before its output is
+gated head by head. Blocks of LTX-2.3 modulate text by the timestep before it becomes keys and values, so
+concepts ride behind the prompt: what happens to a prompt's tokens happens to theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....engine.errors import UnsupportedModelError
+from .across import Across
+from .kind import Attend
+
+
+class Ltx2(Across):
+    """`LTX2Attention`."""
+
+    rides = True
+
+    def forward(
+        self, inner: Any, attn: Any, attend: Attend, hidden: Tensor, text: Tensor, mask: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        if attn.to_gate_logits is None:
+            return super().forward(inner, attn, attend, hidden, text, mask, *rest)
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden))  # [B, N, H]
+
+        def gated(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+            return attend(query, key, value, bias) * gates.transpose(1, 2).unsqueeze(-1)
+
+        return super().forward(inner, attn, gated, hidden, text, mask, *rest)
+
+
+def board(model: Any, given: Mapping[str, Any], concepts: Tensor) -> dict[str, Any]:
+    """The arguments of a denoiser call, with concepts [1, T, C] behind each row's prompt.
+
+    Raises:
+        UnsupportedModelError: the rows are at different timesteps, and the model modulates text by them.
+    """
+    text, mask, sigma = (given.get(n) for n in ("encoder_hidden_states", "encoder_attention_mask", "sigma"))
+    assert text is not None
+    if hasattr(model, "prompt_adaln") and sigma is not None and not _alike(sigma):
+        raise UnsupportedModelError(
+            f"sigma={sigma.tolist()}: rows must be at one timestep, by which this model modulates text"
+        )
+    boarded = {**given, "encoder_hidden_states": torch.cat([text, concepts.expand(len(text), -1, -1)], 1)}
+    if mask is not None:  # 1 where a token is attended to; models that are given a bias add it: 0
+        shape = *mask.shape[:-1], concepts.shape[1]
+        boarded["encoder_attention_mask"] = torch.cat([mask, mask.new_full(shape, int(mask.ndim == 2))], -1)
+    return boarded
+
+
+def apart(text: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What a layer gets of a boarded call: the text, its mask, and the `count` concept tokens [1, T, C], the
+    same in all rows."""
+    length = text.shape[1] - count
+    return text[:, :length], mask if mask is None else mask[..., :length], text[:1, length:]
+
+
+def _alike(values: Tensor) -> bool:
+    """Of a tensor that repeats one number this is known without asking the device."""
+    return values.numel() == 1 or values.stride(0) == 0 or bool((values == values[0]).all())
