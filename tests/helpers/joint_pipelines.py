@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-JOINT = ("flux", "kontext", "klein", "klein_edit", "qwen", "qwen_edit", "zimage", "sd3")
+JOINT = ("flux", "kontext", "flux2", "klein", "klein_edit", "qwen", "qwen_edit", "zimage", "sd3")
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _CHAT = (
     "{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -34,7 +34,7 @@ def build(kind: str, seed: int = 0) -> Any:
     """One of JOINT, with random weights, but such that its text matters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe = {"flux": pipelines._flux, "sd3": _sd3, **_BUILDERS}[kind]()
+        pipe = _BUILDERS[kind]()
     with torch.no_grad():  # random models hardly look at their text
         for name, weight in pipe.transformer.named_parameters():
             if name.endswith(("add_v_proj.weight", "context_embedder.weight", "cap_embedder.1.weight")):
@@ -98,20 +98,38 @@ def _flow() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler()
 
 
-def _klein() -> Any:
+class Processor:
+    """Of pictures and texts, but these tests show it no pictures."""
+
+    def __init__(self) -> None:
+        self.tokenizer = qwen_tokenizer()
+        self.tokenizer.padding_side = "left"
+
+    def apply_chat_template(self, messages: list[Any], tokenize: bool, **options: Any) -> Any:
+        if isinstance(messages[0], list):
+            texts = [self.apply_chat_template(said, tokenize=False) for said in messages]
+            del options["add_generation_prompt"], options["return_dict"]
+            return self.tokenizer(texts, **options)
+        return "".join(f"<|im_start|>{m['content'][0]['text']}<|im_end|>" for m in messages)
+
+
+def _klein(
+    pipeline: Any = diffusers.Flux2KleinPipeline, layers: int = 28, tokenizer: Any = None, **options: Any
+) -> Any:
+    distilled = pipeline is not diffusers.Flux2KleinPipeline
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=distilled,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",), norm_num_groups=1, latent_channels=4, layers_per_block=1,
         sample_size=16,
     )  # fmt: skip
-    return diffusers.Flux2KleinPipeline(
-        transformer=transformer.eval(), vae=vae.eval(), text_encoder=_qwen3(28, 8),
-        tokenizer=qwen_tokenizer(), scheduler=_flow(), is_distilled=True,
+    return pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=_qwen3(layers, 8),
+        tokenizer=tokenizer or qwen_tokenizer(), scheduler=_flow(), **options,
     )  # fmt: skip
 
 
@@ -169,21 +187,53 @@ def _sd3() -> Any:
 
 
 def _with_picture(pipe: Any, side: int = 16) -> Any:
-    pipe.picture = _PICTURE.resize((side, side))
+    pipe.picture = _PICTURE.resize((32, 64) if "ZImage" in type(pipe).__name__ else (side, side))
     return pipe
 
 
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[[], Any]] = {
+    "flux": pipelines._flux,
+    "sd3": _sd3,
     "kontext": lambda: _with_picture(pipelines._around(pipelines._flux(), diffusers.FluxKontextPipeline)),
-    "klein": _klein,
-    "klein_edit": lambda: _with_picture(_klein(), 64),
+    "flux2": lambda: _klein(diffusers.Flux2Pipeline, 31, Processor()),
+    "klein": lambda: _klein(is_distilled=True),
+    "klein_edit": lambda: _with_picture(_klein(is_distilled=True), 64),
     "qwen": _qwen,
     "qwen_edit": _qwen_edit,
     "zimage": _zimage,
 }
+_MASK = Image.new("L", (16, 16), 255)
+
+
+def _from(kind: str, pipeline: Any, **parts: Any) -> Callable[[], Any]:
+    """Another pipeline around the same parts, which begins with a picture."""
+    return lambda: _with_picture(pipelines._around(_BUILDERS[kind](), pipeline, **parts))
+
+
+def _fill() -> Any:
+    pipe = pipelines._flux()
+    with torch.no_grad():
+        pipe.transformer.x_embedder = torch.nn.Linear(12, 32)
+    return _with_picture(pipelines._around(pipe, diffusers.FluxFillPipeline))
+
+
+_BUILDERS |= {
+    "flux_img2img": _from("flux", diffusers.FluxImg2ImgPipeline),
+    "flux_inpaint": _from("flux", diffusers.FluxInpaintPipeline),
+    "flux_fill": _fill,
+    "qwen_img2img": _from("qwen", diffusers.QwenImageImg2ImgPipeline),
+    "zimage_img2img": _from("zimage", diffusers.ZImageImg2ImgPipeline),
+    "sd3_img2img": _from("sd3", diffusers.StableDiffusion3Img2ImgPipeline),
+}
 _CALLS: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"max_sequence_length": 512},
     "FluxKontextPipeline": {"max_sequence_length": 512, "_auto_resize": False, "max_area": 24 * 16},
+    "FluxInpaintPipeline": {"mask_image": _MASK, "strength": 1.0},
+    "FluxFillPipeline": {"mask_image": _MASK},
+    "FluxImg2ImgPipeline": {"strength": 1.0},
+    "QwenImageImg2ImgPipeline": {"strength": 1.0},
+    "ZImageImg2ImgPipeline": {"strength": 1.0, "guidance_scale": 0.0},
+    "StableDiffusion3Img2ImgPipeline": {"strength": 1.0, "guidance_scale": 1.0},
     "ZImagePipeline": {"guidance_scale": 0.0},
     "StableDiffusion3Pipeline": {"guidance_scale": 1.0},
 }

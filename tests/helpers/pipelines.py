@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 import types
 from collections.abc import Iterator, Sequence
@@ -200,8 +201,11 @@ def _sdxl() -> Any:
 
 def _around(pipe: Any, pipeline: Any, **components: Any) -> Any:
     """Another pipeline around the same parts."""
-    of_sd = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
-    return pipeline(**{**pipe.components, **components}, **of_sd)
+    parts = {**pipe.components, **components}
+    if "safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    taken = inspect.signature(pipeline.__init__).parameters
+    return pipeline(**{name: part for name, part in parts.items() if name in taken})
 
 
 def _controlled(pipe: Any, pipeline: Any) -> Any:

@@ -160,7 +160,7 @@ class Literal:
         return rule.blend * y + (1 - rule.blend) * z
 
     def joint(self, logits: Tensor, value: Tensor, text: slice, guided: slice) -> Tensor:
-        """Published VSF: one softmax over the prompt's row's keys and those of the concept, whose values turn."""
+        """Published VSF: one softmax over the keys of both rows; values of the concept change their sign."""
         both = torch.cat([logits[:1, :, guided], logits[1:, :, guided, text] - self.rule.logit_bias], -1)
         values = torch.cat([value[:1], -self.rule.strength * value[1:, :, text]], 2)
         return (both.softmax(-1) @ values).transpose(1, 2)
@@ -196,7 +196,8 @@ def concept(pipe: Any, text: str, rule: Rule) -> tuple[Tensor, Tensor]:
         bank = ConceptBank.from_prompts(pipe, {"it": text}, templates=["{}"])
         words = bank["it"].prompt[bank["it"].roles == 1]
         seen = torch.isclose(encoded[:, None], words[None].to(encoded), rtol=1e-4, atol=1e-5).all(-1).any(1)
-        assert seen.sum() == len(words) == 2  # two words, and nothing of what is around them
+        # Two words, of one encoder or of two, and nothing of what is around them.
+        assert seen.sum() == len(words) == (4 if kind.startswith("StableDiffusion3") else 2)
     return encoded.detach(), seen
 
 
@@ -406,3 +407,57 @@ def test_every_rule_acts(kind: str, method: str) -> None:
         handle.engine.set_requests([Policy({"dog": 1.0})])
         assert errs(generate(pipe), plain) > 1e-4
     assert torch.equal(generate(pipe), plain)
+
+
+def test_words_stand_where_they_stood_whatever_their_row_mates_have() -> None:
+    """Padding before a text moves its words, and all rows of a batch have one set of positions."""
+    pipe = build("flux2")
+    engine = fn.install(pipe, bank_of(pipe), rule=VSF)
+    engine.bank.update("own", torch.zeros(3, engine.bank.width).normal_(generator=torch.manual_seed(0)))
+    policies = [
+        Policy({"dog": 1.0}),
+        Policy({"red": 1.0, "own": 1.0}),
+        Policy(negative_prompt="a painting of a cat"),
+    ]
+    prompts, seeds = ["a cat", "a dog", "a photo"], (0, 1, 2)
+    with engine.batch(policies):
+        together = generate(pipe, prompts, seeds)
+    for row, policy in enumerate(policies):
+        with engine.batch([policy]):
+            alone = generate(pipe, prompts[row], seeds[row : row + 1])
+        if row != 1:  # embeddings of no text stand where the words beside them do
+            assert errs(together[row : row + 1], alone) <= 5e-6
+        else:
+            assert errs(together[row : row + 1], alone) <= 1e-2
+
+
+FURTHER = ("flux_img2img", "flux_inpaint", "flux_fill", "qwen_img2img", "zimage_img2img", "sd3_img2img")
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_pipelines_of_a_family(kind: str) -> None:
+    pipe = build(kind)
+    plain = generate(pipe)
+    engine = fn.install(pipe, bank_of(pipe), rule=STRONG)
+    assert torch.equal(generate(pipe), plain)
+    with engine.batch([Policy({"dog": 1.0})]):
+        assert errs(generate(pipe), plain) > 1e-4
+    engine.remove()
+
+
+def test_skip_layer_guidance_has_a_call_of_conditional_rows() -> None:
+    pipe = build("sd3")
+    options = {
+        "guidance_scale": 3.0,
+        "negative_prompt": "red",
+        "skip_guidance_layers": [1],
+        "num_inference_steps": 8,
+    }
+    plain = generate(pipe, **options)
+    engine = fn.install(pipe, bank_of(pipe), rule=STRONG)
+    rows: list[tuple[int | None, ...]] = []
+    end = engine.watch(lambda record: rows.append(record.requests))
+    with engine.batch([Policy({"dog": 1.0})]):
+        assert errs(generate(pipe, **options), plain) > 1e-4
+    end()
+    assert {*rows} == {(None, 0), (0,)}

@@ -34,11 +34,11 @@ class Role(enum.IntEnum):
 @dataclass(frozen=True)
 class Group:
     """Tokens that share one softmax: embeddings [T, C] and value weights [T] (None: all 1). In the text that
-    they are of, they begin at token `first`."""
+    they are of they begin at token `first`; None: there is none."""
 
     embeddings: Tensor
     weight: Tensor | None = None
-    first: int = 0
+    first: int | None = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Concept:
             ValueError: the concept has none of them, so it could not be negated.
         """
         content = self.roles == Role.CONTENT
-        first = int(content.int().argmax()) if content.any() else 0
+        first = None if content.all() else int(content.int().argmax())
         if rule.tokens in ("full", "content", "weighted") and not len(self.prompt) and self.prototypes:
             raise ValueError(
                 f"{self!r} has more members than one prompt holds, and rule {rule.name!r} reads that prompt: "

@@ -25,14 +25,14 @@ class Slot:
     """One entry's worth of concept tokens: a prototype, or a whole prompt.
 
     `concept` is the name in the bank, or the text of a negative prompt (`text`); `first` is where its tokens
-    begin in that text.
+    begin in that text, None if they are of none.
     """
 
     concept: str
     begin: int
     length: int
     text: bool = False
-    first: int = 0
+    first: int | None = 0
 
 
 class Room(NamedTuple):

@@ -6,7 +6,7 @@ progress, which step this is and how classifier-free guidance lays out the rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -61,6 +61,23 @@ def encoder_of(pipe: Any) -> Any:
     whole = kind(**{name: getattr(pipe, name) for name in parts})
     whole.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return whole
+
+
+def encoders_of(pipe: Any, seen: Container[str] = ()) -> list[tuple[str, str]]:
+    """Attributes of its tokenizers and text encoders, without one that it does without and that was not
+    `seen` in it before."""
+    entry = family(pipe)
+    optional = entry.encoders[-1][1] if entry.tail else None
+    return [
+        names
+        for names in entry.encoders
+        if names[1] != optional or names[1] in seen or getattr(pipe, names[1]) is not None
+    ]
+
+
+def text_tokenizer(component: Any) -> Any:
+    """The tokenizer of a pipeline: some have one within what prepares pictures as well."""
+    return getattr(component, "tokenizer", component)
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:

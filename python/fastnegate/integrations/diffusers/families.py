@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from .joint.families import JointFamily
@@ -28,7 +29,9 @@ class Family:
 
     Attributes:
         denoisers: attributes of the pipeline that hold models, which share its steps; they may be None.
-        encoders: (tokenizer, text encoder) attributes, in the order of their use.
+        encoders: (tokenizer, text encoder) attributes, in the order of their use. They speak of the same
+            tokens, unless
+        tail: the tokens of the last one, which a pipeline may do without, follow those of the others.
         constants: which published constants presets take (`Rule.preset(family=...)`).
         method: the preset that is used where none is asked for.
         masked_padding: whether the model masks padding tokens (else it attends to them).
@@ -36,7 +39,7 @@ class Family:
         encoding: arguments of the pipeline's `encode_prompt` besides texts and device.
         connectors: a module of the pipeline that makes of an encoding one text for video and one for sound.
         cleaned: what the pipeline makes of a text before it tokenizes it.
-        framed: with what around it, of pipeline, tokenizer and text (a chat template, say).
+        framed: a text with what the pipeline puts around it (a chat template, say), of pipeline and text.
         dropped: how many of the first tokens are left out once they are encoded, of a pipeline.
         multiple: texts are padded to a multiple of so many tokens, which the model does with tokens of zeros.
         encoder: the pipeline class that encodes texts as this one does, if it is another.
@@ -64,12 +67,13 @@ class Family:
     encoders: tuple[tuple[str, str], ...]
     constants: Callable[[Any], str]
     method: str = "protore"
+    tail: bool = False
     masked_padding: bool = False
     projection: tuple[str, ...] = ()
     encoding: Mapping[str, Any] = field(default_factory=lambda: {"num_images_per_prompt": 1, **_UNGUIDED})
     connectors: str | None = None
     cleaned: Callable[[str], str] = str
-    framed: Callable[[Any, Any, str], str] | None = None
+    framed: Callable[[Any, str], str] | None = None
     dropped: Callable[[Any], int] = lambda _pipe: 0
     multiple: int = 1
     encoder: str | None = None
@@ -94,11 +98,23 @@ def _of_a_thousand(timestep: float) -> float:
     return timestep / 1000
 
 
-def _chat(_pipe: Any, tokenizer: Any, text: str, **options: Any) -> str:
+def _chat(pipe: Any, text: str, **options: Any) -> str:
     """A text as what a user says."""
     said = [{"role": "user", "content": text}]
-    framed: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **options)
+    options = {"tokenize": False, "add_generation_prompt": True, **options}
+    framed: str = pipe.tokenizer.apply_chat_template(said, **options)
     return framed
+
+
+def _instructed(pipe: Any, text: str) -> str:
+    """A text as what a user says after the system."""
+    (said,) = format_input([text], pipe.system_message)
+    framed: str = pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=False)
+    return framed
+
+
+def _pads_left(pipe: Any) -> bool:
+    return bool(getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer).padding_side == "left")
 
 
 _SD = Family(
@@ -187,6 +203,7 @@ _FLUX2_KLEIN = Family(
     "nag",
     encoding={"num_images_per_prompt": 1},
     framed=functools.partial(_chat, enable_thinking=False),
+    left=_pads_left,
     texts=("prompt_embeds", "negative_prompt_embeds"),
     clock=_of_a_thousand,
     joint=FLUX2,
@@ -198,7 +215,7 @@ _QWEN = Family(
     "nag",
     masked_padding=True,
     encoding={"num_images_per_prompt": 1},
-    framed=lambda pipe, _tokenizer, text: pipe.prompt_template_encode.format(text),
+    framed=lambda pipe, text: pipe.prompt_template_encode.format(text),
     dropped=lambda pipe: pipe.prompt_template_encode_start_idx,
     guided="do_true_cfg",
     texts=("prompt_embeds", "negative_prompt_embeds"),
@@ -221,10 +238,14 @@ _ZIMAGE = Family(
 )
 _SD3 = Family(
     ("transformer",),
-    # The third one's tokens follow those of the first two.
-    (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+    (
+        ("tokenizer", "text_encoder"),
+        ("tokenizer_2", "text_encoder_2"),
+        ("tokenizer_3", "text_encoder_3"),
+    ),
     lambda pipe: "sd35",
     "nag",
+    tail=True,
     encoding={"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **_UNGUIDED},
     further=("skip_layers",),
     joint=SD3,
@@ -269,6 +290,7 @@ TABLE: dict[str, Family] = {
     "FluxInpaintPipeline": _FLUX,
     "FluxFillPipeline": _without_guidance(_FLUX),
     "FluxKontextPipeline": _FLUX,
+    "Flux2Pipeline": dataclasses.replace(_without_guidance(_FLUX2_KLEIN), framed=_instructed),
     "Flux2KleinPipeline": _FLUX2_KLEIN,
     "QwenImagePipeline": _QWEN,
     "QwenImageImg2ImgPipeline": _QWEN,

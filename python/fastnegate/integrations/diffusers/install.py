@@ -17,7 +17,7 @@ from ...engine.policy import Policy
 from ...operator.choice import check_backend
 from ...operator.rule import Rule
 from .by_hand import release
-from .contract import bare, cross_attention_layers, denoiser, denoisers, family
+from .contract import bare, cross_attention_layers, denoiser, denoisers, encoders_of, family, text_tokenizer
 from .hook import INSTALLED, Hook
 from .joint.hook import wrap
 
@@ -65,9 +65,8 @@ def install(
         max_batch: the most images (requests x images per prompt) in one call.
         on_displaced: what to do when something else has replaced an installed processor, an attention module
             or the pipeline's denoiser: `raise` (default), `warn`, or `reinstall`.
-        rule: `Rule` or preset name; presets take the constants of the pipeline's family. Default: that of the
-            family: `protore` for UNets and PixArt, and `nag` as published for Sana, for video, and where image
-            and text attend to each other in one softmax.
+        rule: `Rule` or preset name; presets take the constants of the pipeline's family. By default the
+            family's: `protore` for UNets and PixArt, `nag` as published for Sana, video and joint models.
         backend: as for `negated_attention`; a named backend never falls back.
         unasked: what becomes of a call that is in no `engine.batch` while nothing is set for everybody:
             `plain` (default) runs it without negation, which is logged once; `raise` stops it, so that no
@@ -134,11 +133,11 @@ def _encoder_state(pipe: weakref.ref[Any]) -> Hashable:
     words and adapters change what a text means. None if an encoder was freed."""
     living = pipe()
     state: list[int] = []
-    for names in family(living).encoders if living is not None else ():
+    for names in encoders_of(living) if living is not None else ():
         tokenizer, encoder = (getattr(living, name, None) for name in names)
         if tokenizer is None or encoder is None:
             return None
-        state += [id(tokenizer), len(tokenizer), id(encoder)]
+        state += [id(tokenizer), len(text_tokenizer(tokenizer)), id(encoder)]
         for weight in encoder.parameters():
             state += [id(weight), 0 if weight.is_inference() else weight._version]
     return tuple(state)

@@ -66,8 +66,8 @@ class Layout(NamedTuple):
 class Riders:
     """The concept tokens of the rows of one batch. Nobody changes it.
 
-    The entries of a row sit in *lanes* behind each other, the longest first. A lane is as wide as the longest
-    entry in it, so a column is the same place of a text in every row: models give one position to a column.
+    The entries of a row sit in *lanes* behind each other, the longest first. A column of a lane is the same
+    place of a text in every row, since models give one position to a column.
 
     Args:
         rows: who negates what.
@@ -94,17 +94,20 @@ class Riders:
     ) -> None:
         slots, batch = rows.slots.slots, len(rows.requests)
         of = [slots[entry.slot] for entry in rows.entries]  # each entry's
-        begins = [0] * len(of)
+        begins, firsts = [0] * len(of), [0] * len(of)
         place: list[int] = []
         longest_first = [
             sorted(range(a, b), key=lambda i: -of[i].length) for a, b in itertools.pairwise(rows.offsets)
         ]
         for lane in itertools.zip_longest(*longest_first):
             taken = [i for i in lane if i is not None]
-            first = max(of[i].first for i in taken)
+            known = [first for i in taken if (first := of[i].first) is not None]
+            base, at = min(known, default=0), len(place)
             for i in taken:
-                begins[i] = len(place)
-            place += range(first, first + max(of[i].length for i in taken))
+                first = of[i].first
+                firsts[i] = base if first is None else first
+                begins[i] = at + firsts[i] - base
+            place += range(base, max(firsts[i] + of[i].length for i in taken))
         if most is not None and len(place) > most:
             raise NegationNotAppliedError(
                 f"the concepts of a row take {len(place)} tokens: the engine was installed with "
@@ -116,11 +119,11 @@ class Riders:
         pick = torch.full((batch, self.count), nothing)
         owner, ends = torch.full_like(pick, -1), torch.zeros_like(pick)
         weight = torch.ones(batch, self.count)
-        for i, (entry, slot, begin) in enumerate(zip(rows.entries, of, begins)):
+        for i, (entry, slot, begin, first) in enumerate(zip(rows.entries, of, begins, firsts)):
             span, tokens = slice(begin, begin + slot.length), slice(slot.begin, slot.begin + slot.length)
             pick[entry.row, span] = torch.arange(tokens.start, tokens.stop)
             owner[entry.row, span] = i
-            ends[entry.row, span] = slot.first + slot.length
+            ends[entry.row, span] = first + slot.length
             if rows.slots.weight is not None:
                 weight[entry.row, span] = rows.slots.weight[tokens]
         alike = owner[:, :, None] == owner[:, None, :]
@@ -138,7 +141,7 @@ class Riders:
             len(slots) if fixed else max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
         )
         place += range(len(place), self.count)
-        self.reach = self.count + max((slot.first for slot in of), default=0)
+        self.reach = self.count + max(firsts, default=0)
         with torch.inference_mode(False):  # later calls may be outside of it
             self.pick, self.ends, self.bias = pick.to(device), ends.to(device), bias.to(device)
             self.place = torch.tensor(place, dtype=torch.int64, device=device)

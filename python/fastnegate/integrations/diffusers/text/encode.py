@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ....engine.concepts import Concept, Templates
 from ....engine.prototypes import prototype
-from ..contract import encoder_of, family
+from ..contract import encoder_of, encoders_of, family
 from .words import Span, Words, turn
 
 log = logging.getLogger("fastnegate")
@@ -109,8 +109,9 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
                     roles = words.roles(text, begin, len(embeddings))
                     prompts[text] = embeddings[kept], roles[kept]
                 for span in wanted[text]:
-                    within = slice(begin + span.first, begin + span.last)
-                    parts[span] = embeddings[within].clone()  # the rest is let go
+                    within = [slice(begin + span.first, begin + span.last)]
+                    within += [slice(*span.tail)] if span.tail is not None else []
+                    parts[span] = torch.cat([embeddings[at] for at in within])  # the rest is let go
             bar.update(len(batch))
         concepts = []
         for plan in plans:
@@ -124,7 +125,7 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
 def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """float32 embeddings [texts, L, C] on the CPU, and bool [texts, L]: which the model does not mask."""
     entry = family(pipe)
-    with turn, _evaluating([getattr(pipe, encoder) for _, encoder in entry.encoders]):
+    with turn, _evaluating([getattr(pipe, encoder) for _, encoder in encoders_of(pipe)]):
         embeddings, mask, *_ = pipe.encode_prompt(
             list(texts), device=pipe._execution_device, **entry.encoding
         )

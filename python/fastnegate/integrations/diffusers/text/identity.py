@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ....engine.concepts import Fingerprint
 from ....engine.errors import UnsupportedModelError
-from ..contract import family
+from ..contract import encoders_of, text_tokenizer
 
 Seen = TypeVar("Seen")
 
@@ -36,7 +36,7 @@ def fingerprint(pipe: Any) -> Fingerprint:
     """
     facts: dict[str, Any] = {}
     samples = []
-    for tokenizer, encoder in family(pipe).encoders:
+    for tokenizer, encoder in encoders_of(pipe, seen=_pipelines.get(pipe, {})):
         facts[encoder], sample = _look(pipe, encoder, _encoder)
         facts[tokenizer] = _look(pipe, tokenizer, _vocabulary)
         samples.append(sample)
@@ -61,7 +61,7 @@ def _look(pipe: Any, name: str, describe: Callable[[Any, str], Seen]) -> Seen:
 
 
 def _vocabulary(tokenizer: Any, name: str) -> str:
-    words = "\n".join(f"{i} {word}" for word, i in sorted(tokenizer.get_vocab().items()))
+    words = "\n".join(f"{i} {word}" for word, i in sorted(text_tokenizer(tokenizer).get_vocab().items()))
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....engine.concepts import Role, Templates
 from ....engine.errors import UnsupportedModelError
 from ....engine.prototypes import DEFAULT_TEMPLATES, Caption
-from ..contract import family
+from ..contract import encoders_of, family, text_tokenizer
 
 # A tokenizer remembers the padding and truncation of its last call and reads them when it works. Two threads
 # that share one therefore pad each other's texts. The pipeline's may be in use, so ours are copies, one
@@ -31,10 +31,11 @@ _copies: weakref.WeakKeyDictionary[Any, tuple[object, Any]] = weakref.WeakKeyDic
 def beside(pipe: Any) -> Any:
     """The same pipeline with tokenizers of its own; to be used within `turn`."""
     twin = copy.copy(pipe)
-    for name, _ in family(pipe).encoders:
+    for name, _ in encoders_of(pipe):
         tokenizer = getattr(pipe, name)
         with turn:
-            state = (len(tokenizer), tokenizer.model_max_length, str(tokenizer.special_tokens_map))
+            words = text_tokenizer(tokenizer)
+            state = (len(words), words.model_max_length, str(words.special_tokens_map))
             if _copies.get(tokenizer, (None,))[0] != state:  # new, or words were added since
                 _copies[tokenizer] = state, copy.deepcopy(tokenizer)
             vars(twin)[name] = _copies[tokenizer][1]
@@ -42,11 +43,17 @@ def beside(pipe: Any) -> Any:
 
 
 class Span(NamedTuple):
-    """Tokens `first` to `last` of `text`, special ones before it counted."""
+    """Tokens `first` to `last` of `text`, special ones before it counted; and of its encoding by another
+    encoder, which follows, the `tail`."""
 
     text: str
     first: int
     last: int
+    tail: tuple[int, int] | None = None
+
+    @property
+    def length(self) -> int:
+        return self.last - self.first + (0 if self.tail is None else self.tail[1] - self.tail[0])
 
 
 class Words:
@@ -64,7 +71,7 @@ class Words:
 
     def __init__(self, pipe: Any) -> None:
         self._family = family(pipe)
-        encoders = self._family.encoders
+        encoders = encoders_of(pipe)
         for name in (name for names in encoders for name in names):
             if getattr(pipe, name) is None:
                 raise UnsupportedModelError(
@@ -73,7 +80,9 @@ class Words:
                 )
         self._offers = getattr(getattr(pipe, encoders[0][0]), "concept_templates", None)
         self.pipe = beside(pipe)
-        self.tokenizers = [getattr(self.pipe, tokenizer) for tokenizer, _ in encoders]
+        self.tokenizers = [text_tokenizer(getattr(self.pipe, tokenizer)) for tokenizer, _ in encoders]
+        behind = self._family.tail and len(encoders) == len(self._family.encoders)
+        self._tail = self.tokenizers.pop() if behind else None
         with turn:
             self.starts, self.ends = self._around()
         length = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
@@ -87,6 +96,7 @@ class Words:
         tokenizer = self.tokenizers[0]
 
         def ids(text: str, special: bool = True) -> list[int]:
+            special &= self._family.framed is None  # a frame has them all
             made: list[int] = tokenizer(text, add_special_tokens=special).input_ids
             return made
 
@@ -94,7 +104,7 @@ class Words:
             starts = ids("a").index(ids("a", False)[0])  # CLIP and Gemma begin a text, CLIP and T5 end it
             return starts, len(ids("")) - starts
         mark = "\ufffc"  # which no frame holds
-        before, after = self._family.framed(self.pipe, tokenizer, mark).split(mark)
+        before, after = self._family.framed(self.pipe, mark).split(mark)
         starts, ends = len(ids(before)) - self._family.dropped(self.pipe), len(ids(after))
         if starts < 0 or len(ids(f"{before}a{after}")) != len(ids(before) + ids("a", False)) + ends:
             raise UnsupportedModelError(
@@ -163,7 +173,7 @@ class Words:
         else:
             given = templates(member) if callable(templates) else templates
             spans = [self._span(template, member) for template in given]
-        lengths = {span.last - span.first for span in spans}
+        lengths = {span.length for span in spans}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
                 f"templates: {member!r} has {sorted(lengths)} tokens in the marked spans: must be one length"
@@ -182,8 +192,8 @@ class Words:
                 spans.append(self._span(template, member))
             except ValueError:
                 self.left_out[template] = None
-        usual = Counter(span.last - span.first for span in spans).most_common(1)[0][0]
-        return [span for span in spans if span.last - span.first == usual]
+        usual = Counter(span.length for span in spans).most_common(1)[0][0]
+        return [span for span in spans if span.length == usual]
 
     def _span(self, template: str, member: str) -> Span:
         caption = Caption.of(template, member)
@@ -192,7 +202,19 @@ class Words:
         for whole, before, until in zip(self.ids(caption.text), self.ids(begin), self.ids(end)):
             if whole[: len(before)] != before or whole[: len(until)] != until:
                 raise ValueError(f"templates: {caption.span!r} in {caption.text!r} must be whole tokens")
-        return Span(caption.text, self.starts + self.count(begin), self.starts + self.count(end))
+        first, last = (self.starts + self.count(part) for part in (begin, end))
+        if self._tail is None:
+            return Span(caption.text, first, last)
+        with turn:
+            whole, before, until = (self._ids(part, self._tail) for part in (caption.text, begin, end))
+        if whole[: len(before)] != before or whole[: len(until)] != until:
+            raise ValueError(f"templates: {caption.span!r} in {caption.text!r} must be whole tokens")
+        return Span(caption.text, first, last, (self._behind + len(before), self._behind + len(until)))
+
+    @property
+    def _behind(self) -> int:
+        """Where the tail begins."""
+        return int(self.tokenizers[0].model_max_length)
 
     def begin(self, text: str, length: int) -> int:
         """Where a text begins in its encoding."""
@@ -208,4 +230,9 @@ class Words:
         roles[begin:start] = Role.SOT
         roles[start:end] = Role.CONTENT
         roles[end : end + self.ends] = Role.EOT
+        if self._tail is not None:
+            with turn:
+                end = self._behind + len(self._ids(text, self._tail))
+            roles[self._behind : end] = Role.CONTENT
+            roles[end] = Role.EOT
         return roles
