@@ -33,7 +33,7 @@ from .operator.attention import (
 from .operator.backends import BackendError
 from .operator.partials import partial_attention
 from .operator.problem import Partial, Statistics
-from .operator.rule import Rule, presets
+from .operator.rule import Rule, presets, strength_range
 from .operator.tokens import ConceptTokens
 
 __version__ = "0.1.0"
@@ -72,6 +72,7 @@ __all__ = [
     "negated_attention_with_statistics",
     "partial_attention",
     "presets",
+    "strength_range",
     *_LAZY,
 ]
 

@@ -72,6 +72,7 @@ NAG = {
     "sana": (4.0, 2.5, 0.375),
     "sd35": (4.0, 2.5, 0.125),
     "flux": (4.0, 2.5, 0.25),
+    "zimage": (1.0, 2.5, 0.25),
     "wan": (4.0, 2.5, 0.25),
 }
 NASA = {"sd15": 0.1, "sd2": 0.2, "pixart": 0.5}
@@ -85,6 +86,16 @@ def test_family_constants(family: str) -> None:
     for name in set(TABLE) - {"nag", "nasa"}:
         assert Rule.preset(name, family=family) == Rule.preset(name)
     assert nag.name == "nag" and set(NAG) == set(FAMILIES)
+
+
+def test_strength_ranges_hold_the_preset() -> None:
+    for name in presets():
+        for family in (None, *FAMILIES):
+            low, high = strength_range(name, family=family)
+            assert 0 < low <= Rule.preset(name, family=family).strength <= high
+    assert strength_range("nag", family="zimage") == (0.5, 1.3) and strength_range("nag") == (1.0, 4.0)
+    with pytest.raises(ValueError, match="family='flux9'"):
+        strength_range("nag", family="flux9")
 
 
 def test_overrides_are_told_in_the_name_where_they_change_the_method() -> None:

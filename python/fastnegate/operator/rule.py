@@ -172,7 +172,7 @@ class Rule:
         Args:
             name: one of `fastnegate.presets()`.
             family: model family whose published constants to use (`sd15`, `sd2`, `sdxl`, `pixart`,
-                `sana`, `sd35`, `flux`, `wan`); only `nag` and `nasa` have such constants. None and
+                `sana`, `sd35`, `flux`, `zimage`, `wan`); only `nag` and `nasa` have such constants. None and
                 families without published constants mean the Stable Diffusion 1.5 values.
             overrides: fields of `Rule`. A field that changes the method itself (a word, not a
                 number) is written into the rule's name, e.g. `nag[scope=head]`: a per-head NAG is
@@ -277,7 +277,7 @@ def check_number(
         raise ValueError(f"{name}={value!r}: must be in [{low:g}, {high:g}]")
 
 
-FAMILIES = ("sd15", "sd2", "sdxl", "pixart", "sana", "sd35", "flux", "wan")
+FAMILIES = ("sd15", "sd2", "sdxl", "pixart", "sana", "sd35", "flux", "zimage", "wan")
 
 # Sources: docs/semantics.md, section 5. `protore` and `ong` are reconstructions: the equations
 # of those papers are not public.
@@ -315,10 +315,33 @@ _PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     ("nag", "sd35"): _nag(4.0, 0.125),
     ("nag", "flux"): _nag(4.0, 0.25),
     ("nag", "wan"): _nag(4.0, 0.25),
+    # Its attention output is normed and gated, so a difference is enlarged: ComfyUI-NAG, pull request 64.
+    ("nag", "zimage"): _nag(1.0, 0.25),
     ("nasa", "sd15"): {"strength": 0.1},
     ("nasa", "sd2"): {"strength": 0.2},
     ("nasa", "pixart"): {"strength": 0.5},
 }
+
+
+# Smallest and largest strength that somebody reports to work.
+_RANGES = {("nag", "zimage"): (0.5, 1.3)}
+
+
+def strength_range(name: str, *, family: str | None = None) -> tuple[float, float]:
+    """Between which strengths to look for one's own.
+
+    Args:
+        name, family: as for `Rule.preset`.
+
+    Returns:
+        The smallest and the largest that are reported to work; where nobody reports any, half and twice the
+        preset's own, which is a rule of thumb. A policy's strengths are factors of `Rule.strength`.
+
+    Raises:
+        ValueError: unknown preset or family.
+    """
+    strength = Rule.preset(name, family=family).strength
+    return _RANGES.get((name, family or ""), (strength / 2, 2 * strength))
 
 
 def presets() -> dict[str, Rule]:

@@ -225,7 +225,7 @@ _QWEN = Family(
 _ZIMAGE = Family(
     ("transformer",),
     (("tokenizer", "text_encoder"),),
-    lambda pipe: "flux",  # as above
+    lambda pipe: "zimage",
     "nag",
     masked_padding=True,
     encoding=_UNGUIDED,
