@@ -22,6 +22,8 @@ from fastnegate.operator.rule import (
     SIMILARITIES,
     TOKENS,
     Rule,
+    presets,
+    strength_range,
 )
 
 # The table of the definition: similarity, gate, direction, combine, select, norm, order, limit, blend,

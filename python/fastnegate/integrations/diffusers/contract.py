@@ -17,6 +17,7 @@ from ...engine.errors import UnsupportedModelError
 from .around import base_class
 from .families import TABLE, Family
 from .layers.known import text_layers
+from .refused import reason
 
 
 def _code(pipeline: type) -> CodeType:
@@ -46,8 +47,10 @@ def family(pipe: Any) -> Family:
             if entry.variant is not None and pipe.config.get(entry.variant[0]):
                 return entry.variant[1]
             return entry
+    name = type(pipe).__name__
+    because = f" ({why})" if (why := reason(name)) is not None else ""
     raise UnsupportedModelError(
-        f"{type(pipe).__name__} is not supported; supported pipelines are {', '.join(TABLE)}"
+        f"{name} is not supported{because}; supported pipelines are {', '.join(TABLE)}"
     )
 
 
