@@ -163,6 +163,7 @@ class Hook:
         given = {**dict(zip(held.parameters, args)), **kwargs}
         with self.engine.running(self._facts(held, model, given, frame)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
+            held.caches.heed(bare(model), running)
             if self._boarding is not None and running.asks:
                 with self._boarding.aboard(bare(model), given, running) as boarded:
                     return call(**boarded)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families x features: what is negated under a feature is what is negated without its machinery, whenever it
+is switched on; what is not is the untouched pipeline's, to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+import features
+from caches import CACHES, WINDOWS, Cache
+from features import FAMILIES, FEATURES, STEPS, Family, Feature, parked  # noqa: F401
+from pipelines import generate, one_thread  # noqa: F401
+
+import fastnegate as fn
+from fastnegate import ConceptBank, Policy, Rule
+
+pytestmark = pytest.mark.usefixtures("parked")
+# Random models hardly look at their text, so everything is stronger than published.
+STRONG = Rule.preset("nag", strength=10.0, norm_limit=5.0, blend=1.0)
+DOG = Policy({"dog": 1.0})
+PROMPTS = ["a cat", "a photo"]
+
+every_family = pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, id=f.name, marks=() if f.default else pytest.mark.full) for f in FAMILIES],
+)
+
+
+def run(family: Family, pipe: Any, feature: Feature | None = None, **options: Any) -> Tensor:
+    """Latents of two prompts."""
+    more = {} if feature is None else feature.call(pipe)
+    return generate(pipe, PROMPTS, steps=STEPS, **{**family.call, **more, **options})
+
+
+def negated(family: Family, pipe: Any, engine: fn.Engine, *args: Any, policy: Policy = DOG, **options: Any) -> Tensor:
+    """The first of the two is."""
+    with engine.batch([policy, None]):
+        return run(family, pipe, *args, **options)
+
+
+def bank_of(pipe: Any) -> ConceptBank:
+    return ConceptBank.from_prompts(pipe, {"dog": ["dog"]}, templates=["{}"])
+
+
+@contextmanager
+def installed(pipe: Any, bank: ConceptBank) -> Iterator[fn.Engine]:
+    engine = fn.install(pipe, bank, rule=STRONG)
+    yield engine
+    engine.remove()
+
+
+def error(actual: Tensor, wanted: Tensor) -> float:
+    """Relative to the largest output."""
+    return float((actual - wanted).abs().max() / wanted.abs().max())
+
+
+@every_family
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
+def test_a_feature(family: Family, feature: Feature) -> None:
+    if feature.needs is not None and importlib.util.find_spec(feature.needs) is None:
+        pytest.skip(f"needs {feature.needs}")
+    pipe = family.build()
+    if not feature.offered(pipe):
+        return
+    bank = bank_of(pipe)
+
+    untouched = run(family, pipe)
+    with installed(pipe, bank) as engine:
+        without = negated(family, pipe, engine)
+
+    if feature.refused is not None:
+        feature.on(pipe)
+        plain = run(family, pipe)
+        with installed(pipe, bank) as engine:
+            assert torch.equal(run(family, pipe), plain)
+            with pytest.raises(fn.UnsupportedModelError, match=feature.refused):
+                negated(family, pipe, engine)
+        return
+
+    reference = family.build()
+    feature.literal(reference)
+    wanted_plain = run(family, reference)
+    with installed(reference, bank_of(reference)) as engine:
+        wanted = negated(family, reference, engine)
+    assert error(wanted[0], wanted_plain[0]) > 1e-3
+
+    def check(pipe: Any, engine: fn.Engine) -> None:
+        assert torch.equal(run(family, pipe, feature), plain)
+        actual = negated(family, pipe, engine, feature)
+        assert error(actual, wanted) <= feature.near, error(actual, wanted)
+        assert error(actual[1], plain[1]) <= 5e-6
+        assert torch.equal(run(family, pipe, feature), plain)
+
+    # Before, and installed then.
+    off = feature.on(pipe)
+    plain = run(family, pipe, feature)
+    assert error(plain, wanted_plain) <= feature.near, error(plain, wanted_plain)
+    with installed(pipe, bank) as engine:
+        check(pipe, engine)
+        if off is not None:
+            off()
+            back, far = (run(family, pipe), untouched), (negated(family, pipe, engine), without)
+            for actual, expected in (back, far):
+                assert torch.equal(actual, expected) if feature.exact else error(actual, expected) <= 5e-6
+            # On again, while installed.
+            off = feature.on(pipe)
+            check(pipe, engine)
+            off()
+    if off is not None:
+        final = run(family, pipe)
+        assert torch.equal(final, untouched) if feature.exact else error(final, untouched) <= 5e-6
+        return
+    assert torch.equal(run(family, pipe, feature), plain)
+
+    # After.
+    pipe = family.build()
+    with installed(pipe, bank_of(pipe)) as engine:
+        feature.on(pipe)
+        check(pipe, engine)
+    assert torch.equal(run(family, pipe, feature), plain)
+
+
+@every_family
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_a_cache(family: Family, cache: Cache, window: str) -> None:
+    """What it kept before a window began, or ended, is not used after."""
+    pipe, policy = family.build(), Policy({"dog": 1.0}, **WINDOWS[window])
+    if not features.has_caches(pipe):
+        return
+    bank = bank_of(pipe)
+    with installed(pipe, bank) as engine:
+        without = negated(family, pipe, engine, policy=policy)
+
+    reference = family.build()
+    cache.write_out(reference, window, family.calls)
+    with installed(reference, bank_of(reference)) as engine:
+        wanted = negated(family, reference, engine, policy=policy)
+
+    for model in features.models(pipe):
+        model.enable_cache(cache.config)
+    plain = run(family, pipe)
+    with installed(pipe, bank) as engine:
+        assert torch.equal(run(family, pipe), plain)
+        actual = negated(family, pipe, engine, policy=policy)
+        assert torch.equal(run(family, pipe), plain)
+    assert error(actual, wanted) <= 5e-6, error(actual, wanted)
+    assert error(actual[0], plain[0]) > 1e-3
+    assert error(wanted, without) > 1e-4 or not cache.apart
