@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of diffusers and of what it is used with: how each is switched on and off, and the same thing
-written out without its machinery. Families and features are rows of two tables; docs/models.md has the matrix.
-"""
+written out without its machinery. Families and features are rows of two tables."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import accelerate
 import diffusers
 import pipelines
-import pytest
 import torch
-from diffusers.hooks import group_offloading
 from torch import Tensor, nn
 
 from fastnegate.integrations.diffusers.contract import denoisers
 
 CPU = torch.device("cpu")
 STEPS = 4
-Off = Callable[[], None]
+Off = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,9 @@ def _factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA of every attention projection, and of what is between text encoder and attention."""
     found, generator = {}, torch.Generator().manual_seed(3)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and any(part in name for part in ("attn", "caption", "text_embedder")):
+        if isinstance(module, nn.Linear) and any(
+            part in name for part in ("attn", "caption", "text_embedder")
+        ):
             a, b = torch.randn(RANK, module.in_features), torch.randn(module.out_features, RANK)
             a.normal_(0, 0.2, generator=generator), b.normal_(0, 0.2, generator=generator)
             found[name] = a, b
@@ -192,7 +190,7 @@ def _quantise(pipe: Any) -> Off:
     before = _linears(pipe)
     for parent, name, linear in before:
         setattr(parent, name, FourBits(linear))  # of a ModuleList: by its number
-    return lambda: [setattr(*place) for place in before]  # type: ignore[return-value]
+    return lambda: [setattr(*place) for place in before]
 
 
 def _round_to_four_bits(pipe: Any) -> None:
@@ -215,66 +213,19 @@ def _torchao_written_out(pipe: Any) -> None:
         linear.weight.data = quantised.weight.dequantize().float()
 
 
-def _cast(model: nn.Module) -> None:
-    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+def _cast(pipe: Any) -> None:
+    for model in models(pipe):
+        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
 
 
 def _round_to_bfloat16(pipe: Any) -> None:
-    for model in models(pipe):
-        twin = copy.deepcopy(model)
-        _cast(twin)
-        model.load_state_dict({name: tensor.float() for name, tensor in twin.state_dict().items()})
+    twin = copy.deepcopy(pipe)
+    _cast(twin)
+    for model, rounded in zip(models(pipe), models(twin)):
+        model.load_state_dict({name: tensor.float() for name, tensor in rounded.state_dict().items()})
 
 
-# ---- offload -----------------------------------------------------------------------------------
-
-
-class Parked:
-    """Weights that are away are NaN, so that whoever computes with them is found out without an accelerator."""
-
-    def __init__(self) -> None:
-        self._away: dict[Tensor, Tensor] = {}
-
-    def park(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.is_floating_point() and tensor not in self._away:
-                self._away[tensor] = tensor.data
-                tensor.data = torch.full_like(tensor, torch.nan)
-
-    def bring(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.data = self._away.pop(tensor, tensor.data)
-
-
-def _of_module(module: nn.Module) -> Iterator[Tensor]:
-    yield from itertools.chain(module.parameters(), module.buffers())
-
-
-def _of_group(group: Any) -> Iterator[Tensor]:
-    yield from itertools.chain(*map(_of_module, group.modules), group.parameters, group.buffers)
-
-
-@pytest.fixture
-def parked(monkeypatch: pytest.MonkeyPatch) -> Parked:
-    """What moves weights between devices parks them and brings them back."""
-    away, groups, whole = Parked(), group_offloading.ModuleGroup, accelerate.hooks.CpuOffload
-
-    def init_hook(_hook: Any, model: nn.Module) -> nn.Module:
-        if hasattr(model, "attn_processors"):  # of text encoders it is asked whether a bank is theirs
-            away.park(_of_module(model))
-        return model
-
-    def pre_forward(hook: Any, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if hook.prev_module_hook is not None:
-            hook.prev_module_hook.offload()
-        away.bring(_of_module(model))
-        return args, kwargs
-
-    monkeypatch.setattr(groups, "_offload_to_memory", lambda group: away.park(_of_group(group)))
-    monkeypatch.setattr(groups, "_onload_from_memory", lambda group: away.bring(_of_group(group)))
-    monkeypatch.setattr(whole, "init_hook", init_hook)
-    monkeypatch.setattr(whole, "pre_forward", pre_forward)
-    return away
+# ---- offload: to where `parked` says -------------------------------------------------------------
 
 
 def _offload_groups(offload_type: str, blocks: int | None = None) -> Callable[[Any], Off | None]:
@@ -308,7 +259,7 @@ def _offload_models(pipe: Any) -> None:
 def _choose_backend(pipe: Any) -> Off:
     for model in models(pipe):
         model.set_attention_backend("_native_math")
-    return lambda: [model.set_attention_backend("native") for model in models(pipe)]  # type: ignore[return-value]
+    return lambda: [model.set_attention_backend("native") for model in models(pipe)]
 
 
 def _has_backends(pipe: Any) -> bool:
@@ -319,11 +270,10 @@ def _has_backends(pipe: Any) -> bool:
 # ---- caches ------------------------------------------------------------------------------------
 
 
-def _caches(config: Any) -> Callable[[Any], Off]:
-    def on(pipe: Any) -> Off:
+def _caches(config: Any) -> Callable[[Any], None]:
+    def on(pipe: Any) -> None:
         for model in models(pipe):
             model.enable_cache(config)
-        return lambda: [model.disable_cache() for model in models(pipe)]  # type: ignore[return-value]
 
     return on
 
@@ -332,25 +282,27 @@ def has_caches(pipe: Any) -> bool:
     return all(hasattr(model, "enable_cache") for model in models(pipe))
 
 
-FASTER = diffusers.FasterCacheConfig(
-    current_timestep_callback=lambda: 1000, is_guidance_distilled=True
-)  # fmt: skip
+FASTER = diffusers.FasterCacheConfig(current_timestep_callback=lambda: 1000, is_guidance_distilled=True)
 
 FEATURES = (
-    Feature("LoRA, loaded and weighed", _load_and_weigh, _add_factors, _takes_adapters),
+    Feature("LoRA, loaded and weighed", _load_and_weigh, _add_factors, _takes_adapters, needs="peft"),
     Feature(
         "LoRA, scaled by the call", _load, _add_factors,
         lambda pipe: _takes_adapters(pipe) and _scale_argument(pipe) is not None,
-        call=lambda pipe: {_scale_argument(pipe): {"scale": WEIGHT}},
+        call=lambda pipe: {_scale_argument(pipe): {"scale": WEIGHT}}, needs="peft",
     ),
-    Feature("LoRA, fused", _fuse, _add_factors, _takes_adapters, exact=False),
+    Feature("LoRA, fused", _fuse, _add_factors, _takes_adapters, exact=False, needs="peft"),
     Feature("quantised `Linear` (4 bits, as bitsandbytes)", _quantise, _round_to_four_bits),
     Feature("quantised weights (torchao, int8)", _torchao, _torchao_written_out, needs="torchao"),
-    Feature("layerwise casting", lambda pipe: [_cast(model) for model in models(pipe)][0], _round_to_bfloat16),
+    Feature("layerwise casting", _cast, _round_to_bfloat16),
     Feature("group offload, blocks", _offload_groups("block_level", 1), near=0.0),
     Feature("group offload, leaves", _offload_groups("leaf_level"), near=0.0),
     Feature("model offload", _offload_models, near=0.0),
     Feature("sequential offload", _offload_parameters, near=0.0),
     Feature("`set_attention_backend`", _choose_backend, offered=_has_backends),
     Feature("FasterCache", _caches(FASTER), offered=has_caches, refused="FasterCache"),
+    Feature(
+        "SeaCache", _caches(diffusers.SeaCacheConfig()),
+        offered=lambda pipe: "Wan" in type(pipe).__name__, refused="SeaCache",
+    ),
 )  # fmt: skip

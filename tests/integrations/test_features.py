@@ -7,7 +7,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+import diffusers
 import features
 from caches import CACHES, WINDOWS, Cache
-from features import FAMILIES, FEATURES, STEPS, Family, Feature, parked  # noqa: F401
+from features import FAMILIES, FEATURES, STEPS, Family, Feature
+from matrix import matrix
+from parked import parked  # noqa: F401
 from pipelines import generate, one_thread  # noqa: F401
 
 import fastnegate as fn
@@ -41,7 +46,9 @@ def run(family: Family, pipe: Any, feature: Feature | None = None, **options: An
     return generate(pipe, PROMPTS, steps=STEPS, **{**family.call, **more, **options})
 
 
-def negated(family: Family, pipe: Any, engine: fn.Engine, *args: Any, policy: Policy = DOG, **options: Any) -> Tensor:
+def negated(
+    family: Family, pipe: Any, engine: fn.Engine, *args: Any, policy: Policy = DOG, **options: Any
+) -> Tensor:
     """The first of the two is."""
     with engine.batch([policy, None]):
         return run(family, pipe, *args, **options)
@@ -70,7 +77,7 @@ def test_a_feature(family: Family, feature: Feature) -> None:
         pytest.skip(f"needs {feature.needs}")
     pipe = family.build()
     if not feature.offered(pipe):
-        return
+        pytest.skip("diffusers does not have it")
     bank = bank_of(pipe)
 
     untouched = run(family, pipe)
@@ -136,7 +143,7 @@ def test_a_cache(family: Family, cache: Cache, window: str) -> None:
     """What it kept before a window began, or ended, is not used after."""
     pipe, policy = family.build(), Policy({"dog": 1.0}, **WINDOWS[window])
     if not features.has_caches(pipe):
-        return
+        pytest.skip("diffusers does not have it")
     bank = bank_of(pipe)
     with installed(pipe, bank) as engine:
         without = negated(family, pipe, engine, policy=policy)
@@ -156,3 +163,31 @@ def test_a_cache(family: Family, cache: Cache, window: str) -> None:
     assert error(actual, wanted) <= 5e-6, error(actual, wanted)
     assert error(actual[0], plain[0]) > 1e-3
     assert error(wanted, without) > 1e-4 or not cache.apart
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_what_a_call_that_failed_left_in_a_cache_is_not_used(cache: Cache) -> None:
+    """diffusers forgets it at the end of a call alone."""
+    family, other = FAMILIES[0], Policy({"dog": 0.5})
+    pipe = family.build()
+    for model in features.models(pipe):
+        model.enable_cache(cache.config)
+    with installed(pipe, bank_of(pipe)) as engine:
+        wanted = negated(family, pipe, engine, policy=other)
+        with mock.patch.object(pipe.scheduler, "step", side_effect=ZeroDivisionError):
+            with pytest.raises(ZeroDivisionError):
+                negated(family, pipe, engine)
+        assert torch.equal(negated(family, pipe, engine, policy=other), wanted)
+
+
+def test_by_hand_too_a_cache_that_leaves_out_rows_is_refused() -> None:
+    pipe = FAMILIES[2].build()
+    bank = bank_of(pipe)
+    pipe.unet.set_attn_processor(fn.NegationAttnProcessor(bank, STRONG))
+    diffusers.hooks.apply_faster_cache(pipe.unet, features.FASTER)
+    with pytest.raises(fn.UnsupportedModelError, match="FasterCache"):
+        run(FAMILIES[2], pipe)
+
+
+def test_the_matrix_is_the_one_of_the_docs() -> None:
+    assert matrix() in (Path(__file__).parents[2] / "docs" / "models.md").read_text()

@@ -21,6 +21,7 @@ from torch import nn
 
 from ...engine.errors import DisplacedProcessorError, UnsupportedModelError
 from .around import put_around, take_away
+from .caches import check, stateful
 from .contract import InProgress, bare, denoisers, in_progress
 from .layers.places import Places
 
@@ -54,6 +55,8 @@ class Watch:
             )
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
+        for hook in stateful(bare(thing)):
+            check(hook)  # it may hand on other rows than it gets
         before = PROGRESS.set(in_progress(thing, frame))
         try:
             return call(*args, **kwargs)

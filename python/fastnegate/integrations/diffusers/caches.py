@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of diffusers (`enable_cache`), which reuse at a step what blocks or attention made at an earlier one.
+"""Caches of diffusers (`enable_cache`): at a step they reuse what blocks, or attention, made at another.
 
-They do not know that what acts may change from step to step. So whatever they kept while other entries acted,
-or for somebody else, is forgotten before a call that would reuse it: a step that is negated is made of negated
-parts alone, and the first one after a window of none.
+They do not know that what acts changes from step to step, and from call to call. So what they kept while
+other entries acted is forgotten before a denoiser call that would reuse it: a step that is negated is made of
+negated parts alone, and one that is not has none of them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from diffusers.hooks.mag_cache import MagCacheHeadHook
@@ -19,15 +19,18 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
 from torch import nn
 
 from ...engine.errors import UnsupportedModelError
-from ...engine.session.call import Running
+from ...engine.session.call import PipelineCall, Running
 
 
-def _forget_all(hook: Any) -> None:
-    hook.state_manager._state_cache.pop(_context(hook), None)
+def _forget_everything(hook: Any) -> None:
+    manager = getattr(hook, "state_manager", None)
+    if manager is None:
+        hook.state.reset()
+    else:
+        manager._state_cache.pop(_context(hook), None)
 
 
 def _forget_residual(hook: Any) -> None:
-    """What else it has counts steps."""
     state = hook.state_manager._state_cache.get(_context(hook))
     if state is not None:
         state.previous_residual = None
@@ -37,19 +40,30 @@ def _forget_output(hook: Any) -> None:
     hook.state.cache = None
 
 
+# What is done within a pipeline call; MagCache and Pyramid Attention Broadcast count its steps, too.
 _FORGET: dict[type, Callable[[Any], None]] = {
-    FBCHeadBlockHook: _forget_all,
-    TaylorSeerCacheHook: _forget_all,
+    FBCHeadBlockHook: _forget_everything,
+    TaylorSeerCacheHook: _forget_everything,
     MagCacheHeadHook: _forget_residual,
     PyramidAttentionBroadcastHook: _forget_output,
 }
+
+
+class Acting(NamedTuple):
+    """Whom a denoiser call is for, and what acts in it."""
+
+    of: PipelineCall | None
+    rows: tuple[Any, ...]
+
+
+_NOTHING = Acting(None, ())
 
 
 class Caches:
     """Those of one denoiser, and what acted when they were last used."""
 
     def __init__(self) -> None:
-        self._last: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[Any, dict[str, Acting]] = weakref.WeakKeyDictionary()
         self._of: Any = None
         self._config: Any = None
         self._hooks: list[Any] = []
@@ -62,18 +76,20 @@ class Caches:
         """
         if not running.asks and not self._last:
             return
-        acting = None
-        if running.asks and running.rows is not None:
-            rows = running.rows
-            acting = running.call.of, rows.assignment, rows.slots, rows.requests, running.active
+        acting, rows = _NOTHING, running.rows
+        if running.asks and rows is not None:
+            acting = Acting(running.call.of, (rows.assignment, rows.slots, rows.requests, running.active))
         for hook in self._found(model, running):
             if running.asks:
                 check(hook)
-            last = self._last.setdefault(hook, {})
-            context = _context(hook)
-            if last.get(context) != acting and type(hook) in _FORGET:
+            contexts, context = self._last.setdefault(hook, {}), _context(hook)
+            last, contexts[context] = contexts.get(context, _NOTHING), acting
+            if type(hook) not in _FORGET:
+                continue
+            if last.of is not acting.of:  # diffusers does it at the end of a call, unless that has failed
+                _forget_everything(hook)
+            elif last.rows != acting.rows:
                 _FORGET[type(hook)](hook)
-            last[context] = acting
 
     def _found(self, model: nn.Module, running: Running) -> list[Any]:
         """All modules are looked at once per pipeline call, and where a cache was switched on or off."""
@@ -100,7 +116,8 @@ def check(hook: Any) -> None:
         )
 
 
-def _context(hook: Any) -> Hashable:
-    """Of the denoiser call, as the pipeline names it: caches keep conditional and unconditional ones apart."""
+def _context(hook: Any) -> str:
+    """Of the denoiser call, as its pipeline names it: conditional and unconditional ones are kept apart."""
     context = getattr(getattr(hook, "state_manager", None), "_context", None)
-    return "inference" if context is None else context.name  # MagCache's own name for none
+    name: str = "inference" if context is None else context.name  # MagCache's own name for none
+    return name

@@ -30,14 +30,15 @@ class Family:
         guided: name of what says whether there are unconditional rows: a local variable of the pipeline's
             call, or else an attribute of the pipeline. Rows are [unconditional, conditional] halves, unless
         texts: unconditional rows get a call of their own: local variables with the text of the conditional
-            and of the unconditional call.
+            and of the unconditional call (with a guider: of the state of its loop).
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
         variant: a word of the pipeline's config, and the family that it is where that is set.
         joint: how concepts board a model whose image and text attend to each other in one softmax.
-        guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
-            above are then not used.
+        whole: of a pipeline made of blocks, the one with the same parts that is not: it encodes texts. Its
+            loop calls the denoiser once for each kind of rows that a guider wants; the other names of
+            variables are then not used.
     """
 
     denoisers: tuple[str, ...]
@@ -55,7 +56,7 @@ class Family:
     callbacks: tuple[str, ...] = ("callback_on_step_end", "callback")
     variant: tuple[str, Family] | None = None
     joint: JointFamily | None = None
-    guider: bool = False
+    whole: str | None = None
 
 
 _SD = Family(
@@ -128,7 +129,9 @@ TABLE: dict[str, Family] = {
     "StableDiffusionXLControlNetPipeline": _SDXL,
     "StableDiffusionXLControlNetImg2ImgPipeline": _SDXL,
     "StableDiffusionXLControlNetInpaintPipeline": _SDXL,
-    "StableDiffusionXLModularPipeline": dataclasses.replace(_SDXL, guider=True),
+    "StableDiffusionXLModularPipeline": dataclasses.replace(
+        _SDXL, whole="StableDiffusionXLPipeline", texts=("prompt_embeds", "negative_prompt_embeds")
+    ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
     "SanaPipeline": _SANA,
@@ -136,5 +139,7 @@ TABLE: dict[str, Family] = {
     "LTXImageToVideoPipeline": _LTX,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
+    "WanModularPipeline": dataclasses.replace(_WAN, whole="WanPipeline"),
+    "Wan22ModularPipeline": dataclasses.replace(_WAN, whole="WanPipeline"),
     "FluxPipeline": _FLUX,
 }
