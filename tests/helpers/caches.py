@@ -18,7 +18,7 @@ from torch import Tensor, nn
 WINDOWS: dict[str, dict[str, float]] = {"whole": {}, "late": {"start": 0.25}, "early": {"stop": 0.75}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cache:
     """One of them.
 

@@ -23,7 +23,7 @@ STEPS = 4
 Off = Callable[[], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A column of the matrix.
 
@@ -45,7 +45,7 @@ class Family:
         return pipelines.build(self.kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feature:
     """A row of the matrix.
 
@@ -215,10 +215,10 @@ def _torchao_written_out(pipe: Any) -> None:
 
 def _cast(pipe: Any) -> None:
     for model in models(pipe):
-        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-def _round_to_bfloat16(pipe: Any) -> None:
+def _round_to_float8(pipe: Any) -> None:
     twin = copy.deepcopy(pipe)
     _cast(twin)
     for model, rounded in zip(models(pipe), models(twin)):
@@ -294,7 +294,7 @@ FEATURES = (
     Feature("LoRA, fused", _fuse, _add_factors, _takes_adapters, exact=False, needs="peft"),
     Feature("quantised `Linear` (4 bits, as bitsandbytes)", _quantise, _round_to_four_bits),
     Feature("quantised weights (torchao, int8)", _torchao, _torchao_written_out, needs="torchao"),
-    Feature("layerwise casting", _cast, _round_to_bfloat16),
+    Feature("layerwise casting", _cast, _round_to_float8),
     Feature("group offload, blocks", _offload_groups("block_level", 1), near=0.0),
     Feature("group offload, leaves", _offload_groups("leaf_level"), near=0.0),
     Feature("model offload", _offload_models, near=0.0),

@@ -4,6 +4,7 @@ is switched on; what is not is the untouched pipeline's, to the bit."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ every_family = pytest.mark.parametrize(
 def run(family: Family, pipe: Any, feature: Feature | None = None, **options: Any) -> Tensor:
     """Latents of two prompts."""
     more = {} if feature is None else feature.call(pipe)
-    return generate(pipe, PROMPTS, steps=STEPS, **{**family.call, **more, **options})
+    return generate(pipe, PROMPTS, **{"steps": 2, **family.call, **more, **options})
 
 
 def negated(
@@ -70,6 +71,26 @@ def error(actual: Tensor, wanted: Tensor) -> float:
     return float((actual - wanted).abs().max() / wanted.abs().max())
 
 
+@functools.cache
+def without(family: Family) -> tuple[Tensor, Tensor]:
+    """Without any feature: untouched, and negated."""
+    pipe = family.build()
+    untouched = run(family, pipe)
+    with installed(pipe, bank_of(pipe)) as engine:
+        return untouched, negated(family, pipe, engine)
+
+
+def written_out(family: Family, feature: Feature) -> tuple[Tensor, Tensor]:
+    """The same without the machinery."""
+    pipe = family.build()
+    feature.literal(pipe)
+    plain = run(family, pipe)
+    with installed(pipe, bank_of(pipe)) as engine:
+        wanted = negated(family, pipe, engine)
+    assert error(wanted[0], plain[0]) > 1e-3
+    return plain, wanted
+
+
 @every_family
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_a_feature(family: Family, feature: Feature) -> None:
@@ -79,11 +100,6 @@ def test_a_feature(family: Family, feature: Feature) -> None:
     if not feature.offered(pipe):
         pytest.skip("diffusers does not have it")
     bank = bank_of(pipe)
-
-    untouched = run(family, pipe)
-    with installed(pipe, bank) as engine:
-        without = negated(family, pipe, engine)
-
     if feature.refused is not None:
         feature.on(pipe)
         plain = run(family, pipe)
@@ -93,42 +109,32 @@ def test_a_feature(family: Family, feature: Feature) -> None:
                 negated(family, pipe, engine)
         return
 
-    reference = family.build()
-    feature.literal(reference)
-    wanted_plain = run(family, reference)
-    with installed(reference, bank_of(reference)) as engine:
-        wanted = negated(family, reference, engine)
-    assert error(wanted[0], wanted_plain[0]) > 1e-3
+    literal, wanted = written_out(family, feature)
 
     def check(pipe: Any, engine: fn.Engine) -> None:
         assert torch.equal(run(family, pipe, feature), plain)
         actual = negated(family, pipe, engine, feature)
-        assert error(actual, wanted) <= feature.near, error(actual, wanted)
-        assert error(actual[1], plain[1]) <= 5e-6
-        assert torch.equal(run(family, pipe, feature), plain)
+        assert error(actual, wanted) <= feature.near
+        assert error(actual[1], plain[1]) <= 5e-6  # nobody asked for its negation
 
-    # Before, and installed then.
+    def check_restored(actual: Tensor, before: Tensor) -> None:
+        assert torch.equal(actual, before) if feature.exact else error(actual, before) <= 5e-6
+
     off = feature.on(pipe)
     plain = run(family, pipe, feature)
-    assert error(plain, wanted_plain) <= feature.near, error(plain, wanted_plain)
-    with installed(pipe, bank) as engine:
+    assert error(plain, literal) <= feature.near
+    with installed(pipe, bank) as engine:  # it was there before
         check(pipe, engine)
         if off is not None:
             off()
-            back, far = (run(family, pipe), untouched), (negated(family, pipe, engine), without)
-            for actual, expected in (back, far):
-                assert torch.equal(actual, expected) if feature.exact else error(actual, expected) <= 5e-6
-            # On again, while installed.
-            off = feature.on(pipe)
+            check_restored(negated(family, pipe, engine), without(family)[1])
+            off = feature.on(pipe)  # and comes again after
             check(pipe, engine)
             off()
     if off is not None:
-        final = run(family, pipe)
-        assert torch.equal(final, untouched) if feature.exact else error(final, untouched) <= 5e-6
+        check_restored(run(family, pipe), without(family)[0])
         return
     assert torch.equal(run(family, pipe, feature), plain)
-
-    # After.
     pipe = family.build()
     with installed(pipe, bank_of(pipe)) as engine:
         feature.on(pipe)
@@ -146,20 +152,20 @@ def test_a_cache(family: Family, cache: Cache, window: str) -> None:
         pytest.skip("diffusers does not have it")
     bank = bank_of(pipe)
     with installed(pipe, bank) as engine:
-        without = negated(family, pipe, engine, policy=policy)
+        without = negated(family, pipe, engine, policy=policy, steps=STEPS)
 
     reference = family.build()
     cache.write_out(reference, window, family.calls)
     with installed(reference, bank_of(reference)) as engine:
-        wanted = negated(family, reference, engine, policy=policy)
+        wanted = negated(family, reference, engine, policy=policy, steps=STEPS)
 
     for model in features.models(pipe):
         model.enable_cache(cache.config)
-    plain = run(family, pipe)
+    plain = run(family, pipe, steps=STEPS)
     with installed(pipe, bank) as engine:
-        assert torch.equal(run(family, pipe), plain)
-        actual = negated(family, pipe, engine, policy=policy)
-        assert torch.equal(run(family, pipe), plain)
+        assert torch.equal(run(family, pipe, steps=STEPS), plain)
+        actual = negated(family, pipe, engine, policy=policy, steps=STEPS)
+        assert torch.equal(run(family, pipe, steps=STEPS), plain)
     assert error(actual, wanted) <= 5e-6, error(actual, wanted)
     assert error(actual[0], plain[0]) > 1e-3
     assert error(wanted, without) > 1e-4 or not cache.apart
@@ -173,11 +179,22 @@ def test_what_a_call_that_failed_left_in_a_cache_is_not_used(cache: Cache) -> No
     for model in features.models(pipe):
         model.enable_cache(cache.config)
     with installed(pipe, bank_of(pipe)) as engine:
-        wanted = negated(family, pipe, engine, policy=other)
+        wanted = negated(family, pipe, engine, policy=other, steps=STEPS)
         with mock.patch.object(pipe.scheduler, "step", side_effect=ZeroDivisionError):
             with pytest.raises(ZeroDivisionError):
                 negated(family, pipe, engine)
-        assert torch.equal(negated(family, pipe, engine, policy=other), wanted)
+        assert torch.equal(negated(family, pipe, engine, policy=other, steps=STEPS), wanted)
+
+
+def test_an_audit_tells_of_layers_that_a_cache_skipped() -> None:
+    family = FAMILIES[0]
+    pipe = family.build()
+    features.models(pipe)[0].enable_cache(CACHES[0].config)
+    with installed(pipe, bank_of(pipe)) as engine, fn.audit(pipe) as audit:
+        negated(family, pipe, engine, steps=STEPS)
+    assert {line["calls"] for line in audit.report()} == {2 + (STEPS - 1)}  # two layers, then the first alone
+    with pytest.raises(fn.AuditError, match="ran 0 times at step 1"):
+        audit.verify()
 
 
 def test_by_hand_too_a_cache_that_leaves_out_rows_is_refused() -> None:
