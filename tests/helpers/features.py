@@ -14,6 +14,7 @@ import accelerate
 import diffusers
 import pipelines
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fastnegate.integrations.diffusers.contract import denoisers
@@ -57,7 +58,7 @@ class Feature:
         call: what a pipeline is called with while it is on.
         exact: whether switching it off restores the last bit.
         near: how far, relative to the largest output, the literal may be.
-        refused: by what it is, None if it is right.
+        refused: in whose name it is for a pipeline, None if it is right.
         needs: a package.
     """
 
@@ -68,7 +69,7 @@ class Feature:
     call: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     exact: bool = True
     near: float = 5e-6
-    refused: str | None = None
+    refused: Callable[[Any], str | None] = lambda pipe: None
     needs: str | None = None
 
 
@@ -262,6 +263,18 @@ def _choose_backend(pipe: Any) -> Off:
     return lambda: [model.set_attention_backend("native") for model in models(pipe)]
 
 
+def _fuse_projections(pipe: Any) -> Off:
+    for model in models(pipe):
+        model.fuse_qkv_projections()
+    return lambda: [model.unfuse_qkv_projections() for model in models(pipe)]
+
+
+def _by_another_processor(pipe: Any) -> str | None:
+    """Where fused projections are the business of a processor of their own."""
+    classic = all(type(attn) is Attention for attn in pipelines.attentions(pipe).values())
+    return "FusedAttnProcessor2_0" if classic and "Sana" not in type(pipe).__name__ else None
+
+
 def _has_backends(pipe: Any) -> bool:
     processors = [processor for model in models(pipe) for processor in model.attn_processors.values()]
     return any(hasattr(processor, "_attention_backend") for processor in processors)
@@ -300,9 +313,13 @@ FEATURES = (
     Feature("model offload", _offload_models, near=0.0),
     Feature("sequential offload", _offload_parameters, near=0.0),
     Feature("`set_attention_backend`", _choose_backend, offered=_has_backends),
-    Feature("FasterCache", _caches(FASTER), offered=has_caches, refused="FasterCache"),
+    Feature(
+        "`fuse_qkv_projections`", _fuse_projections, refused=_by_another_processor,
+        offered=lambda pipe: all(hasattr(model, "fuse_qkv_projections") for model in models(pipe)),
+    ),
+    Feature("FasterCache", _caches(FASTER), offered=has_caches, refused=lambda pipe: "FasterCache"),
     Feature(
         "SeaCache", _caches(diffusers.SeaCacheConfig()),
-        offered=lambda pipe: "Wan" in type(pipe).__name__, refused="SeaCache",
+        offered=lambda pipe: "Wan" in type(pipe).__name__, refused=lambda pipe: "SeaCache",
     ),
 )  # fmt: skip

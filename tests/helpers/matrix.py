@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from caches import CACHES
-from features import FAMILIES, FEATURES, has_caches
+from features import FAMILIES, FEATURES, Feature, has_caches
 
 from fastnegate.integrations.diffusers.families import TABLE
 
@@ -18,12 +18,17 @@ def matrix() -> str:
     pipes = [family.build() for family in FAMILIES]
     rows = [["", *(family.name for family in FAMILIES)], ["---"] * (len(pipes) + 1)]
     for feature in FEATURES:
-        verdict = "refused" if feature.refused is not None else "right"
-        rows.append([feature.name, *(verdict if feature.offered(pipe) else NONE for pipe in pipes)])
+        rows.append([feature.name, *(_verdict(feature, pipe) for pipe in pipes)])
     for cache in CACHES:
         rows.append([cache.name, *("right" if has_caches(pipe) else NONE for pipe in pipes)])
     rows.append(["guiders", *("right" if _has_guiders(pipe) else NONE for pipe in pipes)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _verdict(feature: Feature, pipe: Any) -> str:
+    if not feature.offered(pipe):
+        return NONE
+    return "right" if feature.refused(pipe) is None else "refused"
 
 
 def _has_guiders(pipe: Any) -> bool:

@@ -120,7 +120,7 @@ class InProgress(NamedTuple):
         at: which of them is at hand.
         callback: whether the user's code runs between steps.
         part: which of the step's denoiser calls this is: a guider makes one for each kind of rows.
-        unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
+        unconditional: whether all rows are, by the text that they get; None if that cannot be told.
     """
 
     pipe: Any
