@@ -32,6 +32,7 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from .around import put_around, take_away
 from .contract import InProgress, bare, denoisers, in_progress, project_for
+from .layers.caches import check, stateful
 from .layers.places import Places
 
 _ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
@@ -65,6 +66,8 @@ class Watch:
             )
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
+        for hook in stateful(bare(thing)):
+            check(hook)  # it may hand on other rows than it gets
         before = PROGRESS.set(in_progress(thing, frame))
         try:
             return call(*args, **kwargs)

@@ -6,7 +6,7 @@ progress, which step this is and how classifier-free guidance lays out the rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -43,7 +43,10 @@ def family(pipe: Any) -> Family:
             layout is therefore unknown.
     """
     for known, entry in _KNOWN.items():
-        if isinstance(pipe, known) and base_class(pipe).__call__ is known.__call__:
+        of = base_class(pipe)
+        # What is made of blocks is called alike whatever the blocks do.
+        same = of is known if entry.guider else issubclass(of, known) and of.__call__ is known.__call__
+        if same:
             if entry.variant is not None and pipe.config.get(entry.variant[0]):
                 return entry.variant[1]
             return entry
@@ -60,8 +63,8 @@ def encoder_of(pipe: Any) -> Any:
     if encoder is None:
         return pipe
     kind = getattr(diffusers, encoder)
-    parts = [name for name in inspect.signature(kind.__init__).parameters if hasattr(pipe, name)]
-    whole = kind(**{name: getattr(pipe, name) for name in parts})
+    taken = inspect.signature(kind.__init__).parameters
+    whole = kind(**{part: thing for part, thing in pipe.components.items() if part in taken})
     whole.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return whole
 
@@ -148,7 +151,7 @@ class InProgress(NamedTuple):
         callback: whether the user's code runs between steps.
         part: which of the step's denoiser calls this is: there may be one for each kind of rows.
         image: tokens of the image that is made, where latents are tokens.
-        unconditional: whether all rows are, as a guider or the text says; None if that cannot be told.
+        unconditional: whether all rows are, by the text that they get; None if that cannot be told.
     """
 
     pipe: Any
@@ -185,7 +188,7 @@ def in_progress(
             entry = _guider_family(pipe)
         if entry is not None and facts is not None and _has(pipe, entry, model):
             if entry.guider:
-                return _by_guider(pipe, facts, frame, frame is first)
+                return _by_guider(pipe, entry, facts, frame, frame is first)
             return _by_call(pipe, entry, facts, frame is first, given or {})
         frame = frame.f_back
     return None
@@ -216,10 +219,9 @@ def _by_call(
     unconditional: bool | None = False
     part = next((i for i, name in enumerate(entry.further, 1) if given.get(name)), 0)
     if entry.texts is not None and own:
-        # By identity: two prompts may have equal embeddings. One tensor for both does not tell.
-        is_prompt, is_negative = (facts.get(n) is given.get("encoder_hidden_states") for n in entry.texts)
-        is_negative &= guided  # else it is there, and not used
-        unconditional = is_negative if is_prompt != is_negative else None
+        prompt, negative = (facts.get(name) for name in entry.texts)
+        text = given.get("encoder_hidden_states")
+        unconditional = _is_negative([text], prompt, negative if guided else None)  # it may be there unused
     return InProgress(
         pipe=pipe,
         own=own,
@@ -234,23 +236,37 @@ def _by_call(
     )
 
 
-def _by_guider(pipe: Any, facts: Mapping[str, Any], frame: FrameType, own: bool) -> InProgress:
-    """diffusers' guiders call the denoiser once for each kind of rows, and say which it is. How many prompts
-    there are is in the state that the blocks hand on."""
-    guider, prompts, above = pipe.guider, None, frame.f_back
+def _by_guider(pipe: Any, entry: Family, facts: Mapping[str, Any], frame: FrameType, own: bool) -> InProgress:
+    """diffusers' guiders call the denoiser once for each kind of rows. Not all of them know which it is, but
+    the loop has what it gives to each call. How many prompts there are is in the state that the blocks hand
+    on."""
+    prompts, above = None, frame.f_back
     while prompts is None and above is not None:
         state = above.f_locals.get("state")
         if isinstance(state, diffusers.modular_pipelines.PipelineState):
             prompts = state.get("batch_size")
         above = above.f_back
+    state, batch = facts["block_state"], facts[_GUIDED]
+    assert entry.texts is not None
+    texts = (getattr(state, name, None) for name in entry.texts)
     return InProgress(
         pipe=pipe,
         own=own,
         prompts=prompts,
         guided=False,
-        timesteps=facts["block_state"].timesteps,
+        timesteps=state.timesteps,
         at=facts["i"],
         callback=False,
-        part=guider.get_state()["count_prepared"],
-        unconditional=own and not guider.is_conditional,
+        part=next(i for i, other in enumerate(facts["guider_state"]) if other is batch),
+        unconditional=own and _is_negative(batch.as_dict().values(), *texts),
     )
+
+
+def _is_negative(given: Iterable[Any], prompt: Any, negative: Any) -> bool | None:
+    """Whether a call is given the negative prompt's text rather than the prompt's; None if that cannot be
+    told. By identity: two prompts may have equal embeddings; one tensor for both does not tell."""
+    given = list(given)
+    is_prompt, is_negative = (
+        text is not None and any(x is text for x in given) for text in (prompt, negative)
+    )
+    return is_negative if is_prompt != is_negative else None

@@ -20,6 +20,7 @@ from .joint.qwen import QWEN
 from .joint.sd3 import SD3
 from .joint.zimage import MULTIPLE, ZIMAGE
 
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 _UNGUIDED = {"do_classifier_free_guidance": False}
 
 
@@ -48,7 +49,7 @@ class Family:
             call, or else an attribute of the pipeline; None: there are none. Rows are [unconditional,
             conditional] halves (or the other way round, `conditional_first`), unless
         texts: unconditional rows get a call of their own: local variables with the text of the conditional
-            and of the unconditional call.
+            and of the unconditional call (with a guider: of the state of its loop).
         prompts, timesteps, index: local variables of its call: how many prompts, the timesteps that it runs,
             and which of them is at hand.
         callbacks: local variables of its call that may hold the user's code, which runs between steps.
@@ -59,8 +60,8 @@ class Family:
         left: whether the padding of a text comes before it.
         at_once: how many texts are encoded at once.
         joint: how concepts board a model whose image and text attend to each other in one softmax.
-        guider: whether it is made of blocks, in whose loop a guider says which rows are conditional; names
-            above are then not used.
+        guider: whether it is made of blocks. Its loop calls the denoiser once for each kind of rows that a
+            guider wants; the other names of variables are then not used.
     """
 
     denoisers: tuple[str, ...]
@@ -146,7 +147,7 @@ _WAN = Family(
     # Zeros up to the length that the models were trained with: all tokens are attended to.
     encoding={"max_sequence_length": 512, **_UNGUIDED},
     cleaned=prompt_clean,
-    texts=("prompt_embeds", "negative_prompt_embeds"),
+    texts=_EMBEDS,
 )
 _LTX = Family(
     ("transformer",),
@@ -192,7 +193,7 @@ _FLUX = Family(
     "nag",
     encoding={"prompt_2": None, "num_images_per_prompt": 1},
     guided="do_true_cfg",
-    texts=("prompt_embeds", "negative_prompt_embeds"),
+    texts=_EMBEDS,
     clock=_of_a_thousand,
     joint=FLUX,
 )
@@ -204,7 +205,7 @@ _FLUX2_KLEIN = Family(
     encoding={"num_images_per_prompt": 1},
     framed=functools.partial(_chat, enable_thinking=False),
     left=_pads_left,
-    texts=("prompt_embeds", "negative_prompt_embeds"),
+    texts=_EMBEDS,
     clock=_of_a_thousand,
     joint=FLUX2,
 )
@@ -218,7 +219,7 @@ _QWEN = Family(
     framed=lambda pipe, text: pipe.prompt_template_encode.format(text),
     dropped=lambda pipe: pipe.prompt_template_encode_start_idx,
     guided="do_true_cfg",
-    texts=("prompt_embeds", "negative_prompt_embeds"),
+    texts=_EMBEDS,
     clock=_of_a_thousand,
     joint=QWEN,
 )
@@ -272,7 +273,7 @@ TABLE: dict[str, Family] = {
     "StableDiffusionXLControlNetImg2ImgPipeline": _SDXL,
     "StableDiffusionXLControlNetInpaintPipeline": _SDXL,
     "StableDiffusionXLModularPipeline": dataclasses.replace(
-        _SDXL, guider=True, encoder="StableDiffusionXLPipeline"
+        _SDXL, guider=True, encoder="StableDiffusionXLPipeline", texts=_EMBEDS
     ),
     "KolorsPipeline": _KOLORS,
     "KolorsImg2ImgPipeline": _KOLORS,
@@ -285,6 +286,8 @@ TABLE: dict[str, Family] = {
     "LTX2ImageToVideoPipeline": _LTX2,
     "WanPipeline": _WAN,
     "WanImageToVideoPipeline": _WAN,
+    "WanModularPipeline": dataclasses.replace(_WAN, guider=True, encoder="WanPipeline"),
+    "Wan22ModularPipeline": dataclasses.replace(_WAN, guider=True, encoder="WanPipeline"),
     "FluxPipeline": _FLUX,
     "FluxImg2ImgPipeline": _FLUX,
     "FluxInpaintPipeline": _FLUX,

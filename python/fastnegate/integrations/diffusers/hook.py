@@ -178,6 +178,7 @@ class Hook:
         progress = in_progress(model, frame, given)
         with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
+            held.caches.heed(bare(model), running)
             if self._boarding is not None and running.asks:
                 image = None if progress is None or not progress.own else progress.image
                 with self._boarding.aboard(bare(model), given, running, image) as boarded:

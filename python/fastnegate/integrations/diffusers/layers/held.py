@@ -14,6 +14,7 @@ from ....engine.errors import UnsupportedModelError
 from ..contract import bare, cross_attention_layers
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
+from .caches import Caches
 from .places import Places
 
 
@@ -24,6 +25,7 @@ class Held:
         model: weak reference to it, as the pipeline holds it (perhaps compiled).
         parameters: names of what its forward takes.
         layers, processors: its text layers, and ours for each, by their names in the model.
+        caches: what diffusers' caches of the model last kept, and for whom.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Held:
         self._engine, self._backend, self._prefix, self._joint = engine, backend, prefix, joint
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, Any] = {}
+        self.caches = Caches()
         self.look(bare(model))
 
     def look(self, model: nn.Module) -> None:
