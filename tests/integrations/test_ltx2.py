@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastnegate import Policy, Rule
 from fastnegate.engine.engine import Record
+from fastnegate.engine.errors import NegationNotAppliedError
 from fastnegate.engine.prototypes import prototype
 
 pytest.importorskip("diffusers")
@@ -116,8 +117,18 @@ def error(actual: Tensor, wanted: Tensor) -> float:
     return float((actual - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("image", [False, True], ids=["from text", "from an image"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "image"),
+    [
+        ("2.0", False),
+        ("2.3", True),
+        ("2.5", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("2.0", True), ("2.3", False), ("2.5", True))
+        ),
+    ],
+)
 def test_rows_with_other_negative_prompts_are_literal_nag(variant: str, image: bool) -> None:
     """In the three denoiser calls of a step; without a live entry the pipeline is untouched, to the bit."""
     pipe = cross_pipelines.ltx2(variant, image)
@@ -213,33 +224,55 @@ def test_windows_mates_and_audits(variant: str) -> None:
     assert {record.requests for record in records} == {(None, None, 0, 1), (0, 1)}
 
 
-def test_rows_at_other_timesteps() -> None:
+def transformed(pipe: Any, video: Tensor, *times: float) -> Tensor:
+    """A denoiser call of one's own, with rows [B, 8, 4] of a video at these times."""
+    text, kept = encoded(pipe, "a cat")
+    rows, t, model = len(times), torch.tensor(times), pipe.transformer
+    width = 32 if hasattr(model, "caption_projection") else 16  # of the sound's text
+    made, _sound = model(
+        hidden_states=video, num_frames=2, height=2, width=2, timestep=t, sigma=t, return_dict=False,
+        encoder_hidden_states=text[:, :LENGTH].expand(rows, -1, -1),
+        encoder_attention_mask=kept[None, :LENGTH].expand(rows, -1),
+        audio_hidden_states=torch.zeros(rows, 9, 4), audio_num_frames=9,
+        audio_encoder_hidden_states=torch.ones(rows, LENGTH, width),
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_at_other_timesteps(variant: str) -> None:
     """Only where text is modulated by them concepts would have to be other tokens in each row."""
-    for variant in VARIANTS:
-        pipe = cross_pipelines.ltx2(variant)
-        embeddings, kept = encoded(pipe, "a cat")
-        sound = torch.zeros(2, 9, 4)
-        given = {
-            "hidden_states": torch.ones(2, 8, 4), "audio_hidden_states": sound, "num_frames": 2, "height": 2,
-            "width": 2, "audio_num_frames": 9, "encoder_attention_mask": kept[None, :LENGTH].expand(2, -1),
-            "encoder_hidden_states": embeddings[:, :LENGTH].expand(2, -1, -1),
-            "audio_encoder_hidden_states": torch.ones(2, LENGTH, 32 if variant == "2.0" else 16),
-        }  # fmt: skip
-        with installed(pipe) as engine, torch.no_grad():
-            engine.set_rows([Policy({"dog": 1.0})], [0, 0])
+    pipe, video = cross_pipelines.ltx2(variant), torch.ones(2, 8, 4)
+    with installed(pipe) as engine, torch.no_grad():
+        engine.set_rows([Policy({"dog": 1.0})], [0, 0])
+        alike = transformed(pipe, video, 900.0, 900.0)
+        if variant == "2.3":
+            with pytest.raises(fn.UnsupportedModelError, match=r"sigma=\[900.0, 100.0\]: .* one timestep"):
+                transformed(pipe, video, 900.0, 100.0)
+        else:
+            torch.testing.assert_close(transformed(pipe, video, 900.0, 100.0)[0], alike[0])
 
-            def run(*times: float, given: dict[str, Any] = given, pipe: Any = pipe) -> Any:
-                t = torch.tensor(times)
-                return pipe.transformer(**given, timestep=t, sigma=t, return_dict=False)[0]
 
-            alike = run(900.0, 900.0)
-            if variant == "2.3":
-                with pytest.raises(
-                    fn.UnsupportedModelError, match=r"sigma=\[900.0, 100.0\]: .* one timestep"
-                ):
-                    run(900.0, 100.0)
-            else:
-                torch.testing.assert_close(run(900.0, 100.0)[0], alike[0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_checkpointing(variant: str) -> None:
+    """Blocks that modulate text make another tensor of it when they are computed again."""
+    pipe, gradients = cross_pipelines.ltx2(variant), []
+    with installed(pipe) as engine:
+        engine.set_rows([Policy({"dog": 1.0})], [0])
+        for checkpoints in (False, True):
+            pipe.transformer.train(checkpoints)
+            if checkpoints:
+                pipe.transformer.enable_gradient_checkpointing()
+            video = torch.ones(1, 8, 4).requires_grad_()
+            made = transformed(pipe, video, 900.0).square().mean()
+            if checkpoints and variant != "2.0":
+                with pytest.raises(NegationNotAppliedError, match="gradient checkpointing"):
+                    made.backward()
+                continue
+            made.backward()
+            gradients.append(video.grad)
+    if variant == "2.0":
+        torch.testing.assert_close(*gradients)
 
 
 def test_what_displaces_is_noticed() -> None:

@@ -138,7 +138,7 @@ class NegationAttnProcessor:
         if engine is not None and running is not None and running.call.fixed and _capturing(hidden_states):
             acts = engine.fixed.captured = True  # so does a graph that is captured
         if self._kind.rides and running is not None:
-            acts = running.joint is not None
+            acts = running.joint is not None  # then concepts came with the text, and have to leave it again
         rest = () if temb is None and not args else (temb, *args)  # not every processor takes that
         if text is None or not acts:
             result: Tensor = self.inner(
@@ -149,8 +149,7 @@ class NegationAttnProcessor:
             return result
         context = None
         if self._kind.rides:
-            text, attention_mask, context = apart(text, attention_mask, self._aboard(running))
-            encoder_hidden_states = text
+            encoder_hidden_states, context = apart(text, self._aboard(running))
         attend = functools.partial(self._attend, attn, running, context)
         output = self._kind.forward(
             self.inner, attn, attend, hidden_states, encoder_hidden_states, attention_mask, *rest

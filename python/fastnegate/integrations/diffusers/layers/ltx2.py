@@ -37,29 +37,25 @@ class Ltx2(Across):
 
 
 def board(model: Any, given: Mapping[str, Any], concepts: Tensor) -> dict[str, Any]:
-    """The arguments of a denoiser call, with concepts [1, T, C] behind each row's prompt.
+    """The arguments of a denoiser call, with concepts [1, T, C] behind each row's prompt. The prompt's mask
+    stays as it is: layers part the two again.
 
     Raises:
         UnsupportedModelError: the rows are at different timesteps, and the model modulates text by them.
     """
-    text, mask, sigma = (given.get(n) for n in ("encoder_hidden_states", "encoder_attention_mask", "sigma"))
-    assert text is not None
+    text, sigma = given["encoder_hidden_states"], given.get("sigma")
     if hasattr(model, "prompt_adaln") and sigma is not None and not _alike(sigma):
         raise UnsupportedModelError(
             f"sigma={sigma.tolist()}: rows must be at one timestep, by which this model modulates text"
         )
-    boarded = {**given, "encoder_hidden_states": torch.cat([text, concepts.expand(len(text), -1, -1)], 1)}
-    if mask is not None:  # 1 where a token is attended to; models that are given a bias add it: 0
-        shape = *mask.shape[:-1], concepts.shape[1]
-        boarded["encoder_attention_mask"] = torch.cat([mask, mask.new_full(shape, int(mask.ndim == 2))], -1)
-    return boarded
+    boarded = torch.cat([text, concepts.expand(len(text), -1, -1)], 1)
+    return {**given, "encoder_hidden_states": boarded}
 
 
-def apart(text: Tensor, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What a layer gets of a boarded call: the text, its mask, and the `count` concept tokens [1, T, C], the
-    same in all rows."""
-    length = text.shape[1] - count
-    return text[:, :length], mask if mask is None else mask[..., :length], text[:1, length:]
+def apart(boarded: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What a layer gets of that: the text, and `count` concept tokens [1, T, C], the same in all rows."""
+    length = boarded.shape[1] - count
+    return boarded[:, :length], boarded[:1, length:]
 
 
 def _alike(values: Tensor) -> bool:
