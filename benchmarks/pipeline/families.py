@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that people run, as data: how wide they are, how many tokens they see, and which published form of
+negation ours is measured against. Weights are random: no price depends on them.
+
+Another model is another line of `PRICED`, and, where its blocks are new, a function in published.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from fastnegate.operator.rule import Rule
+
+from . import models, published
+
+Inputs = Callable[[Any, int, int, int], dict[str, Any]]  # of config, image tokens, text tokens, text rows
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A model.
+
+    Attributes:
+        pipeline, denoiser: classes of diffusers.
+        config: of the denoiser, where it is not the class's own.
+        few: the changes that leave a block of each kind.
+        inputs: what a denoiser call gets, by name.
+        tokens: of the image, that few blocks are run with; `all_tokens`: that 1024 x 1024 pixels have.
+        text: tokens of a prompt and of a padded concept, `width`: channels of their embeddings.
+        two_passes: makes the denoiser negate as published.
+        words: the rule for concepts of a few words, of the preset of that name; padded ones take `nag`.
+    """
+
+    pipeline: str
+    denoiser: str
+    few: Mapping[str, Any]
+    inputs: Inputs
+    tokens: int
+    all_tokens: int
+    text: int
+    width: int
+    two_passes: Callable[[nn.Module, Rule, int], None]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, Mapping[str, Any]] = ("nag", {})
+
+    def model(self, whole: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The denoiser with all blocks, or with few."""
+        config = {**self.config, **({} if whole else self.few)}
+        torch.manual_seed(0)
+        with torch.device(device):
+            return nn.Module.to(getattr(diffusers, self.denoiser)(**config), dtype).eval()
+
+
+def _square(tokens: int) -> tuple[int, int]:
+    """Height and width, as near to a square as the number of tokens allows."""
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def _flux(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    height, width = _square(tokens)
+    grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1)
+    return {
+        "hidden_states": models.normal(0, rows, tokens, config.in_channels),
+        "encoder_hidden_states": models.normal(1, rows, text, config.joint_attention_dim),
+        "pooled_projections": models.normal(2, rows, config.pooled_projection_dim),
+        "guidance": torch.full((rows,), 3.5),
+        "timestep": torch.full((rows,), 0.5),
+        "img_ids": torch.nn.functional.pad(grid.flatten(0, 1), (1, 0)).float(),
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def _wan(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    """Videos of 81 frames where the tokens are those of one; else a picture."""
+    frames = WAN_FRAMES if tokens % (WAN_FRAMES * 1024) == 0 else 1
+    height, width = _square(tokens // frames)
+    return {
+        "hidden_states": models.normal(0, rows, config.in_channels, frames, 2 * height, 2 * width),
+        "encoder_hidden_states": models.normal(1, rows, text, config.text_dim),
+        "timestep": torch.full((rows,), 500),
+    }
+
+
+WAN_FRAMES = 21  # of latents, for 81 frames of video
+
+
+def _unet(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    height, width = _square(tokens)
+    return {
+        "sample": models.normal(0, rows, config.in_channels, height, width),
+        "encoder_hidden_states": models.normal(1, rows, text, config.cross_attention_dim),
+        "timestep": torch.full((rows,), 500),
+    }
+
+
+def _sdxl(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    added = {"text_embeds": models.normal(2, rows, pooled), "time_ids": torch.full((rows, 6), 1024.0)}
+    return {**_unet(config, tokens, text, rows), "added_cond_kwargs": added}
+
+
+_FEW: dict[str, Any] = {"layers_per_block": 1}
+PRICED = {
+    "flux1": Priced(
+        "FluxPipeline", "FluxTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}, _flux,
+        tokens=256, all_tokens=4096, text=512, width=4096, two_passes=published.flux,
+        config={"guidance_embeds": True}, words=("nag", {"shared": "outside"}),
+    ),
+    "wan": Priced(  # 2.1, 14B
+        "WanPipeline", "WanTransformer3DModel", {"num_layers": 1}, _wan,
+        tokens=256, all_tokens=WAN_FRAMES * 4096, text=512, width=4096, two_passes=published.cross,
+    ),
+    "sdxl": Priced(
+        "StableDiffusionXLPipeline", "UNet2DConditionModel",
+        _FEW | {"transformer_layers_per_block": 1}, _sdxl,
+        tokens=1024, all_tokens=128 * 128, text=77, width=2048, two_passes=published.cross,
+        config=models.MODELS["sdxl"].unet, words=("protore", {}),
+    ),
+    "sd15": Priced(
+        "StableDiffusionPipeline", "UNet2DConditionModel", _FEW, _unet,
+        tokens=1024, all_tokens=128 * 128, text=77, width=768, two_passes=published.cross,
+        config=models.MODELS["sd15"].unet, words=("protore", {}),
+    ),
+}  # fmt: skip

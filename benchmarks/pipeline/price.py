@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What negation costs a denoising step: operations of all blocks at 1024 x 1024, counted; bytes that live at
+once and milliseconds of few blocks, measured. Beside it what people do without this package: the published
+two passes, and a batch doubled for a negative prompt.
+
+Operations are counted on tensors without memory, of a later step: what is made once in a pipeline call is
+there already.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import fastnegate as fn
+from fastnegate.engine import host
+from fastnegate.engine.concepts import Concept
+from fastnegate.integrations.diffusers.families import TABLE
+from fastnegate.operator.rule import Rule
+
+from ..operator.cases import Concepts
+from ..operator.measure import Clock, interleave, ratio, wall
+from ..tables import table
+from .counting import operations, peak
+from .families import Priced
+from .models import normal, policy
+
+PLAIN, PASSES, DOUBLED = "plain", "two passes", "doubled batch"
+FEW_WORDS = {c.name: c for c in (Concepts("8", 1, 8), Concepts("4x8", 4, 8), Concepts("77", 1, 77))}
+
+Step = Callable[[], Tensor]
+
+
+def processor(call: Callable[[], object]) -> float:
+    """Seconds of processor time that a call takes, of all threads: what others do is not in it."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def price(priced: Priced, tokens: int, rounds: int, clock: Clock = wall) -> dict[str, dict[str, Any]]:
+    """Of each variant all that a report has."""
+    model = priced.model(whole=False)
+    steps = {name: make() for name, make in variants(priced, model, tokens)}
+    peaks = {name: _second(step, peak) for name, step in steps.items()}
+    times = interleave(steps, rounds, warm=1, clock=clock)
+    counts = counted(priced)
+    return {
+        name: {
+            "operations": counts[name],
+            "operations_over": counts[name] / counts[PLAIN],
+            "peak_mbytes": peaks[name] / 2**20,
+            "peak_over": peaks[name] / peaks[PLAIN],
+            "ms": 1e3 * statistics.median(times[name]),
+            "over": vars(ratio(times[name], times[PLAIN])),
+            "seconds": times[name],
+        }
+        for name in steps
+    }
+
+
+def counted(priced: Priced) -> dict[str, int]:
+    """Operations of a step at 1024 x 1024, all blocks, of each variant."""
+    model = priced.model(whole=True, device="meta")
+    return {name: _second(make(), operations) for name, make in variants(priced, model, priced.all_tokens)}
+
+
+def _second(step: Step, measure: Callable[[Step], int]) -> int:
+    step()
+    return measure(step)
+
+
+# ---- variants -------------------------------------------------------------------------------------------
+
+
+def variants(priced: Priced, model: Any, tokens: int) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """Names, and what makes a step of it, all on the same weights. The image has one row."""
+
+    def given(rows: int) -> dict[str, Any]:
+        made = priced.inputs(model.config, tokens, priced.text, rows)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(model.device), made)
+
+    yield PLAIN, lambda: plain(model, given(1))
+    for name, concepts in (*FEW_WORDS.items(), padded(priced)):
+        yield (
+            name,
+            lambda name=name, concepts=concepts: negated(
+                priced, twin(model), concepts, given(1), name not in FEW_WORDS
+            ),
+        )
+    yield PASSES, lambda: passes(priced, twin(model), given(1))
+    yield DOUBLED, lambda: plain(model, given(2))
+
+
+def padded(priced: Priced) -> tuple[str, Concepts]:
+    """A concept that is padded as a prompt is."""
+    name = f"padded {priced.text}"
+    return name, Concepts(name, 1, priced.text)
+
+
+def plain(model: Any, given: Mapping[str, Any]) -> Step:
+    return lambda: model(**given, return_dict=False)[0]
+
+
+def negated(
+    priced: Priced, model: Any, concepts: Concepts, given: Mapping[str, Any], is_padded: bool
+) -> Step:
+    """Through an installed engine, each concept of the row with gates that are open."""
+    pipe = around(priced, model)
+    constants = TABLE[priced.pipeline].constants(pipe)
+    preset, changes = ("nag", {}) if is_padded else priced.words
+    rule = Rule.preset(preset, family=constants, **changes)
+    embeddings = {
+        f"concept {i}": Concept.from_embeddings(normal(i, concepts.tokens, priced.width))
+        for i in range(concepts.count)
+    }
+    bank = fn.ConceptBank(embeddings, host.of(pipe).fingerprint(pipe), pipe)
+    engine = fn.install(pipe, bank, 1, rule=rule)
+    engine.set_rows([policy(bank, rule)])
+    loop = engine.loop()
+    loop.sampled = 2  # the steps whose gates are looked at have been
+
+    def step() -> Tensor:
+        with loop:
+            output: Tensor = pipe.components[TABLE[priced.pipeline].denoisers[0]](**given, return_dict=False)[
+                0
+            ]
+        return output
+
+    return step
+
+
+def passes(priced: Priced, model: Any, given: Mapping[str, Any]) -> Step:
+    """As published: one row of the image, and two of text, the prompt and the padded concept."""
+    rule = Rule.preset("nag", family=TABLE[priced.pipeline].constants(around(priced, model)))
+    priced.two_passes(model, rule, priced.text)
+    prompt = given["encoder_hidden_states"]
+    concept = normal(0, 1, priced.text, priced.width).to(prompt)
+    return plain(model, {**given, "encoder_hidden_states": torch.cat([prompt, concept])})
+
+
+def twin(model: Any) -> Any:
+    """The same weights in modules of its own."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def around(priced: Priced, model: Any) -> Any:
+    """The pipeline of a denoiser, with next to nothing else: concepts are given, so nobody is asked to encode
+    any."""
+    pipeline, entry = getattr(diffusers, priced.pipeline), TABLE[priced.pipeline]
+    wanted = inspect.signature(pipeline.__init__).parameters.values()
+    parts: dict[str, Any] = {p.name: None for p in wanted if p.default is p.empty and p.name != "self"}
+    if "requires_safety_checker" in {p.name for p in wanted}:
+        parts["requires_safety_checker"] = False
+    for tokenizer, encoder in entry.encoders:
+        parts |= {tokenizer: Words(), encoder: nn.Linear(1, 1)}
+    pipe = pipeline(
+        **parts | {entry.denoisers[0]: model, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    )
+    pipe.scheduler.timesteps = None  # steps are not told apart: what is negated is negated at all of them
+    return pipe
+
+
+class Words:
+    """A tokenizer that knows none."""
+
+    model_max_length = 0
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+# ---- report ---------------------------------------------------------------------------------------------
+
+
+def counts_table(counts: Mapping[str, int]) -> str:
+    rows = ((name, f"{n / 1e12:.2f}", f"{n / counts[PLAIN]:.4f}") for name, n in counts.items())
+    return table(("variant", "TFLOP a step", "over plain"), rows)
+
+
+def price_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = (
+        (
+            name, f"{of['operations_over']:.4f}", f"{of['peak_mbytes']:.0f}", f"{of['peak_over']:.3f}",
+            f"{of['ms']:.0f}", "{median:.3f} [{low:.3f}, {high:.3f}]".format(**of["over"]),
+        )
+        for name, of in found.items()
+    )  # fmt: skip
+    head = ("variant", "FLOP over plain", "peak, MiB", "over plain", "ms a step", "over plain")
+    return table(head, rows)
