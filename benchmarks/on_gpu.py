@@ -71,6 +71,7 @@ PLAN = (
     Step("times", "times", seconds=55, after=BUILT),
     Step("models, batch 2", "end_to_end", "2", seconds=55, after=BUILT),
     Step("tools", "tools", seconds=40, after=("build",)),
+    Step("blocks", "blocks", seconds=30, after=BUILT, rest=True),
     Step("models, batch 8", "end_to_end", "8", seconds=70, after=BUILT, rest=True),
     Step("models, compiled", "end_to_end", "compiled", seconds=100, after=BUILT, rest=True),
     Step("tests", "gpu_tests", seconds=60, after=BUILT, rest=True),

@@ -2,8 +2,8 @@
 """Time one denoising step of a full-size Stable Diffusion 1.5 UNet (512 x 512, batch 2) with random
 weights: negated through an installed engine, against the same step with diffusers' own processors.
 
-With --model NAME, the price of negation in that model instead: operations of a step at 1024 x 1024, and peak
-memory and milliseconds of a few of its blocks at full width; beside the published two passes and a doubled
+With --model, the price of negation in other models instead: operations of a step at 1024 x 1024, and peak
+memory and milliseconds of a few blocks at full width; beside the published two passes and a doubled
 batch.
 """
 
@@ -81,7 +81,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="negate both rows, or the second alone as with classifier-free guidance",
     )
     of_model = parser.add_argument_group("the price in a model")
-    of_model.add_argument("--model", choices=PRICED)
+    of_model.add_argument("--model", nargs="+", choices=PRICED)
     of_model.add_argument("--tokens", type=whole(1), help="of the image, where steps are timed")
     of_model.add_argument("--count", action="store_true", help="operations alone: nothing is timed")
     of_model.add_argument(
@@ -94,21 +94,25 @@ CLOCKS = {"wall": wall, "processor": price.processor}
 
 
 def priced(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and print a table."""
-    model = PRICED[options.model]
-    tokens = options.tokens or model.tokens
+    """Measure, and print tables."""
+    models = {name: PRICED[name] for name in options.model}
     with torch.no_grad():  # in inference mode nobody sees what operators are made of
         if options.count:
-            counts = price.counted(model)
+            counts = {name: price.counted(model) for name, model in models.items()}
             print(price.counts_table(counts))
-            return {"model": options.model, "operations": counts}
-        found = price.price(model, tokens, options.pairs, CLOCKS[options.clock])
-    print(
-        f"{options.model}, {tokens} image and {model.text} text tokens, {options.threads} threads, "
-        f"{options.clock} time, {options.pairs} rounds; FLOP of all blocks at 1024 x 1024\n"
-        f"{price.price_table(found)}"
-    )
-    return {"model": options.model, "tokens": tokens, "clock": options.clock, "variants": found}
+            return {"operations": counts}
+        found: dict[str, Any] = {"clock": options.clock, "models": {}}
+        for name, model in models.items():
+            tokens = options.tokens or model.tokens
+            variants = price.price(model, tokens, options.pairs, CLOCKS[options.clock])
+            found["models"][name] = {"tokens": tokens, "variants": variants}
+            print(
+                f"{name}, {tokens} image and {model.text} text tokens, {options.threads} threads, "
+                f"{options.clock} time, {options.pairs} rounds; FLOP of all blocks at 1024 x 1024\n"
+                f"{price.price_table(variants)}",
+                flush=True,
+            )
+    return found
 
 
 def run(method: str, concepts: str, rows: str, pairs: int) -> dict[str, Any]:

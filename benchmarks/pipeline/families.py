@@ -7,6 +7,7 @@ Another model is another line of `PRICED`, and, where its blocks are new, a func
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Priced:
         tokens: of the image, that few blocks are run with; `all_tokens`: that 1024 x 1024 pixels have.
         text: tokens of a prompt and of a padded concept, `width`: channels of their embeddings.
         two_passes: makes the denoiser negate as published.
+        narrow: the changes that make it small, with embeddings of `NARROW` channels.
         words: the rule for concepts of a few words, of the preset of that name; padded ones take `nag`.
     """
 
@@ -47,6 +49,7 @@ class Priced:
     text: int
     width: int
     two_passes: Callable[[nn.Module, Rule, int], None]
+    narrow: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, Mapping[str, Any]] = ("nag", {})
 
@@ -54,8 +57,21 @@ class Priced:
         """The denoiser with all blocks, or with few."""
         config = {**self.config, **({} if whole else self.few)}
         torch.manual_seed(0)
-        with torch.device(device):
-            return nn.Module.to(getattr(diffusers, self.denoiser)(**config), dtype).eval()
+        with torch.device(device), torch.no_grad():
+            model = getattr(diffusers, self.denoiser)(**config)
+            for name, weight in model.named_parameters():
+                if name.endswith(LOOKED_AT):
+                    weight *= 30  # random models hardly look at their text
+        return nn.Module.to(model, dtype).eval()
+
+    def small(self) -> Priced:
+        """The same layers, few and narrow: a processor makes a step of it at once."""
+        config = {**self.config, **self.few, **self.narrow}
+        return dataclasses.replace(self, config=config, width=NARROW, tokens=64, all_tokens=256)
+
+
+NARROW = 32
+LOOKED_AT = ("add_v_proj.weight", "attn2.to_v.weight")  # values of text
 
 
 def _square(tokens: int) -> tuple[int, int]:
@@ -108,25 +124,39 @@ def _sdxl(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
 
 
 _FEW: dict[str, Any] = {"layers_per_block": 1}
+_NARROW: dict[str, Any] = {"attention_head_dim": 2, "cross_attention_dim": NARROW}
 PRICED = {
     "flux1": Priced(
         "FluxPipeline", "FluxTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}, _flux,
         tokens=256, all_tokens=4096, text=512, width=4096, two_passes=published.flux,
+        narrow={
+            "in_channels": 4, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8),
+            "joint_attention_dim": NARROW, "pooled_projection_dim": 32,
+        },
         config={"guidance_embeds": True}, words=("nag", {"shared": "outside"}),
     ),
     "wan": Priced(  # 2.1, 14B
         "WanPipeline", "WanTransformer3DModel", {"num_layers": 1}, _wan,
         tokens=256, all_tokens=WAN_FRAMES * 4096, text=512, width=4096, two_passes=published.cross,
+        narrow={
+            "attention_head_dim": 16, "num_attention_heads": 2, "freq_dim": 16, "ffn_dim": 32,
+            "text_dim": NARROW,
+        },
     ),
     "sdxl": Priced(
         "StableDiffusionXLPipeline", "UNet2DConditionModel",
         _FEW | {"transformer_layers_per_block": 1}, _sdxl,
         tokens=1024, all_tokens=128 * 128, text=77, width=2048, two_passes=published.cross,
+        narrow=_NARROW | {
+            "block_out_channels": (32, 64, 64), "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        },
         config=models.MODELS["sdxl"].unet, words=("protore", {}),
     ),
     "sd15": Priced(
         "StableDiffusionPipeline", "UNet2DConditionModel", _FEW, _unet,
         tokens=1024, all_tokens=128 * 128, text=77, width=768, two_passes=published.cross,
+        narrow=_NARROW | {"block_out_channels": (32, 64, 64, 64)},
         config=models.MODELS["sd15"].unet, words=("protore", {}),
     ),
 }  # fmt: skip

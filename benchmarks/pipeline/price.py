@@ -14,6 +14,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 import fastnegate as fn
 from fastnegate.engine import host
 from fastnegate.engine.concepts import Concept
+from fastnegate.integrations.diffusers.contract import denoiser
 from fastnegate.integrations.diffusers.families import TABLE
 from fastnegate.operator.rule import Rule
 
@@ -31,11 +33,11 @@ from ..operator.cases import Concepts
 from ..operator.measure import Clock, interleave, ratio, wall
 from ..tables import table
 from .counting import operations, peak
-from .families import Priced
+from .families import PRICED, Priced
 from .models import normal, policy
 
-PLAIN, PASSES, DOUBLED = "plain", "two passes", "doubled batch"
-FEW_WORDS = {c.name: c for c in (Concepts("8", 1, 8), Concepts("4x8", 4, 8), Concepts("77", 1, 77))}
+PLAIN, PADDED, PASSES, DOUBLED = "plain", "padded", "two passes", "doubled batch"
+WORDS = {c.name: c for c in (Concepts("8", 1, 8), Concepts("4x8", 4, 8), Concepts("77", 1, 77))}
 
 Step = Callable[[], Tensor]
 
@@ -82,58 +84,48 @@ def _second(step: Step, measure: Callable[[Step], int]) -> int:
 # ---- variants -------------------------------------------------------------------------------------------
 
 
-def variants(priced: Priced, model: Any, tokens: int) -> Iterator[tuple[str, Callable[[], Step]]]:
+def variants(
+    priced: Priced, model: Any, tokens: int, backend: str = "auto"
+) -> Iterator[tuple[str, Callable[[], Step]]]:
     """Names, and what makes a step of it, all on the same weights. The image has one row."""
 
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+
     def given(rows: int) -> dict[str, Any]:
-        made = priced.inputs(model.config, tokens, priced.text, rows)
-        return tree_map_only(Tensor, lambda tensor: tensor.to(model.device), made)
+        made: dict[str, Any] = priced.inputs(model.config, tokens, priced.text, rows)
+        return tree_map_only(Tensor, there, made)
 
     yield PLAIN, lambda: plain(model, given(1))
-    for name, concepts in (*FEW_WORDS.items(), padded(priced)):
-        yield (
-            name,
-            lambda name=name, concepts=concepts: negated(
-                priced, twin(model), concepts, given(1), name not in FEW_WORDS
-            ),
-        )
+    for name, concepts in {**WORDS, PADDED: Concepts(PADDED, 1, priced.text)}.items():
+        made = partial(negated, priced, concepts=concepts, backend=backend)
+        yield name, lambda made=made: made(twin(model), given=given(1))
     yield PASSES, lambda: passes(priced, twin(model), given(1))
     yield DOUBLED, lambda: plain(model, given(2))
-
-
-def padded(priced: Priced) -> tuple[str, Concepts]:
-    """A concept that is padded as a prompt is."""
-    name = f"padded {priced.text}"
-    return name, Concepts(name, 1, priced.text)
 
 
 def plain(model: Any, given: Mapping[str, Any]) -> Step:
     return lambda: model(**given, return_dict=False)[0]
 
 
-def negated(
-    priced: Priced, model: Any, concepts: Concepts, given: Mapping[str, Any], is_padded: bool
-) -> Step:
+def negated(priced: Priced, model: Any, concepts: Concepts, given: Mapping[str, Any], backend: str) -> Step:
     """Through an installed engine, each concept of the row with gates that are open."""
     pipe = around(priced, model)
-    constants = TABLE[priced.pipeline].constants(pipe)
-    preset, changes = ("nag", {}) if is_padded else priced.words
-    rule = Rule.preset(preset, family=constants, **changes)
+    preset, changes = ("nag", {}) if concepts.name == PADDED else priced.words
+    rule = Rule.preset(preset, family=TABLE[priced.pipeline].constants(pipe), **changes)
     embeddings = {
         f"concept {i}": Concept.from_embeddings(normal(i, concepts.tokens, priced.width))
         for i in range(concepts.count)
     }
     bank = fn.ConceptBank(embeddings, host.of(pipe).fingerprint(pipe), pipe)
-    engine = fn.install(pipe, bank, 1, rule=rule)
+    engine = fn.install(pipe, bank, 1, rule=rule, backend=backend)
     engine.set_rows([policy(bank, rule)])
     loop = engine.loop()
     loop.sampled = 2  # the steps whose gates are looked at have been
 
     def step() -> Tensor:
         with loop:
-            output: Tensor = pipe.components[TABLE[priced.pipeline].denoisers[0]](**given, return_dict=False)[
-                0
-            ]
+            output: Tensor = denoiser(pipe)(**given, return_dict=False)[0]
         return output
 
     return step
@@ -163,7 +155,7 @@ def around(priced: Priced, model: Any) -> Any:
     if "requires_safety_checker" in {p.name for p in wanted}:
         parts["requires_safety_checker"] = False
     for tokenizer, encoder in entry.encoders:
-        parts |= {tokenizer: Words(), encoder: nn.Linear(1, 1)}
+        parts |= {tokenizer: Tokenizer(), encoder: nn.Linear(1, 1)}
     pipe = pipeline(
         **parts | {entry.denoisers[0]: model, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
     )
@@ -171,8 +163,8 @@ def around(priced: Priced, model: Any) -> Any:
     return pipe
 
 
-class Words:
-    """A tokenizer that knows none."""
+class Tokenizer:
+    """One that knows no words."""
 
     model_max_length = 0
 
@@ -183,9 +175,17 @@ class Words:
 # ---- report ---------------------------------------------------------------------------------------------
 
 
-def counts_table(counts: Mapping[str, int]) -> str:
-    rows = ((name, f"{n / 1e12:.2f}", f"{n / counts[PLAIN]:.4f}") for name, n in counts.items())
-    return table(("variant", "TFLOP a step", "over plain"), rows)
+def counts_table(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """By model, what a step takes, and of each variant what its step takes of that."""
+    variants = [name for name in next(iter(counts.values())) if name != PLAIN]
+    rows = (
+        (
+            model, str(PRICED[model].all_tokens), str(PRICED[model].text), f"{of[PLAIN] / 1e12:.2f}",
+            *(f"{of[name] / of[PLAIN]:.4f}" for name in variants),
+        )
+        for model, of in counts.items()
+    )  # fmt: skip
+    return table(("model", "image tokens", "text", "TFLOP, plain", *variants), rows)
 
 
 def price_table(found: Mapping[str, Mapping[str, Any]]) -> str:

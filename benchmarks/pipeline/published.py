@@ -125,10 +125,10 @@ def cross(model: Any, rule: Rule, text: int) -> None:
     concept. Everything else runs once."""
     for name, module in model.named_modules():
         if name.endswith("attn2"):
-            module.set_processor(_Cross(rule))
+            module.set_processor(CrossPasses(rule))
 
 
-class _Cross:
+class CrossPasses:
     """Image [1, N, C], text [2, M, C]."""
 
     def __init__(self, rule: Rule) -> None:
