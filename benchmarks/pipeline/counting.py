@@ -25,6 +25,24 @@ def operations(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+class Told(TorchDispatchMode):
+    """Whoever reads a whole number of a tensor on `meta`, which has none, is told this one. FLUX.1 and FLUX.2
+    are asked so how many tokens of theirs are the image's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            if args[0].dtype != torch.int64:
+                raise TypeError(f"a number of dtype {args[0].dtype} is read of a tensor on meta")
+            return self.number
+        return func(*args, **(kwargs or {}))
+
+
 def _flash(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
     """Of torch's attention on processors."""
     flops: int = sdpa_flop(query, key, value)

@@ -23,6 +23,8 @@ from . import models, published
 
 Inputs = Callable[[Any, int, int, int], dict[str, Any]]  # of config, image tokens, text tokens, text rows
 
+TwoPasses = Callable[[nn.Module, Rule, int], None]  # of denoiser, rule and text tokens
+
 
 @dataclass(frozen=True)
 class Priced:
@@ -35,7 +37,8 @@ class Priced:
         inputs: what a denoiser call gets, by name.
         tokens: of the image, that few blocks are run with; `all_tokens`: that 1024 x 1024 pixels have.
         text: tokens of a prompt and of a padded concept, `width`: channels of their embeddings.
-        two_passes: makes the denoiser negate as published.
+        two_passes: makes the denoiser negate as published; None where all that is published for it is a
+            doubled batch.
         narrow: the changes that make it small, with embeddings of `NARROW` channels.
         words: the rule for concepts of a few words, of the preset of that name; padded ones take `nag`.
     """
@@ -48,7 +51,7 @@ class Priced:
     all_tokens: int
     text: int
     width: int
-    two_passes: Callable[[nn.Module, Rule, int], None]
+    two_passes: TwoPasses | None
     narrow: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, Mapping[str, Any]] = ("nag", {})
@@ -71,7 +74,7 @@ class Priced:
 
 
 NARROW = 32
-LOOKED_AT = ("add_v_proj.weight", "attn2.to_v.weight")  # values of text
+LOOKED_AT = ("add_v_proj.weight", "attn2.to_v.weight", "cap_embedder.1.weight")  # values of text, or text
 
 
 def _square(tokens: int) -> tuple[int, int]:
@@ -80,17 +83,59 @@ def _square(tokens: int) -> tuple[int, int]:
     return height, tokens // height
 
 
-def _flux(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+def _of_flux(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    """What FLUX.1 and FLUX.2 have in common."""
     height, width = _square(tokens)
     grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1)
     return {
         "hidden_states": models.normal(0, rows, tokens, config.in_channels),
         "encoder_hidden_states": models.normal(1, rows, text, config.joint_attention_dim),
-        "pooled_projections": models.normal(2, rows, config.pooled_projection_dim),
-        "guidance": torch.full((rows,), 3.5),
         "timestep": torch.full((rows,), 0.5),
         "img_ids": torch.nn.functional.pad(grid.flatten(0, 1), (1, 0)).float(),
+    }
+
+
+def _flux(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    return {
+        **_of_flux(config, tokens, text, rows),
+        "pooled_projections": models.normal(2, rows, config.pooled_projection_dim),
+        "guidance": torch.full((rows,), 3.5),
         "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def _flux2(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    ids = torch.zeros(text, 4)
+    ids[:, 3] = torch.arange(text)
+    given = _of_flux(config, tokens, text, rows)
+    return {**given, "img_ids": torch.nn.functional.pad(given["img_ids"], (0, 1)), "txt_ids": ids}
+
+
+def _qwen(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    return {
+        "hidden_states": models.normal(0, rows, tokens, config.in_channels),
+        "encoder_hidden_states": models.normal(1, rows, text, config.joint_attention_dim),
+        "timestep": torch.full((rows,), 0.5),
+        "img_shapes": [[(1, *_square(tokens))]] * rows,
+    }
+
+
+def _zimage(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    height, width = _square(tokens)
+    return {
+        "x": [*models.normal(0, rows, config.in_channels, 1, 2 * height, 2 * width)],
+        "cap_feats": [*models.normal(1, rows, text, config.cap_feat_dim)],
+        "t": torch.full((rows,), 0.5),
+    }
+
+
+def _sd3(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    height, width = _square(tokens)
+    return {
+        "hidden_states": models.normal(0, rows, config.in_channels, 2 * height, 2 * width),
+        "encoder_hidden_states": models.normal(1, rows, text, config.joint_attention_dim),
+        "pooled_projections": models.normal(2, rows, config.pooled_projection_dim),
+        "timestep": torch.full((rows,), 500),
     }
 
 
@@ -134,6 +179,50 @@ PRICED = {
             "joint_attention_dim": NARROW, "pooled_projection_dim": 32,
         },
         config={"guidance_embeds": True}, words=("nag", {"shared": "outside"}),
+    ),
+    "flux2-klein": Priced(  # 4B
+        "Flux2KleinPipeline", "Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 1}, _flux2,
+        tokens=256, all_tokens=4096, text=512, width=7680, two_passes=None,
+        narrow={
+            "in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4,) * 4,
+            "joint_attention_dim": NARROW, "timestep_guidance_channels": 8,
+        },
+        config={
+            "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        words=("nag", {"shared": "outside"}),
+    ),
+    "qwen": Priced(
+        "QwenImagePipeline", "QwenImageTransformer2DModel", {"num_layers": 1}, _qwen,
+        tokens=256, all_tokens=4096, text=128, width=3584, two_passes=None,
+        narrow={
+            "in_channels": 16, "out_channels": 4, "attention_head_dim": 16, "num_attention_heads": 2,
+            "joint_attention_dim": NARROW, "axes_dims_rope": (4, 4, 8),
+        },
+        words=("nag", {"shared": "outside"}),
+    ),
+    "zimage": Priced(
+        "ZImagePipeline", "ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1}, _zimage,
+        tokens=256, all_tokens=4096, text=128, width=2560, two_passes=None,
+        narrow={
+            "in_channels": 4, "dim": 32, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": NARROW,
+            "axes_dims": [4, 4, 8], "axes_lens": [256, 64, 64],
+        },
+        words=("nag", {"shared": "outside"}),
+    ),
+    "sd35": Priced(  # large
+        "StableDiffusion3Pipeline", "SD3Transformer2DModel", {"num_layers": 2}, _sd3,  # the last has no text
+        tokens=256, all_tokens=4096, text=333, width=4096, two_passes=published.sd3,
+        narrow={
+            "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32,
+            "joint_attention_dim": NARROW, "pooled_projection_dim": 32,
+        },
+        config={
+            "num_layers": 38, "attention_head_dim": 64, "num_attention_heads": 38, "qk_norm": "rms_norm",
+            "caption_projection_dim": 2432, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+        },
+        words=("nag", {"shared": "outside"}),
     ),
     "wan": Priced(  # 2.1, 14B
         "WanPipeline", "WanTransformer3DModel", {"num_layers": 1}, _wan,

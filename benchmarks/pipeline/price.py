@@ -32,8 +32,8 @@ from fastnegate.operator.rule import Rule
 from ..operator.cases import Concepts
 from ..operator.measure import Clock, interleave, ratio, wall
 from ..tables import table
-from .counting import operations, peak
-from .families import PRICED, Priced
+from .counting import Told, operations, peak
+from .families import PRICED, Priced, TwoPasses
 from .models import normal, policy
 
 PLAIN, PADDED, PASSES, DOUBLED = "plain", "padded", "two passes", "doubled batch"
@@ -73,7 +73,10 @@ def price(priced: Priced, tokens: int, rounds: int, clock: Clock = wall) -> dict
 def counted(priced: Priced) -> dict[str, int]:
     """Operations of a step at 1024 x 1024, all blocks, of each variant."""
     model = priced.model(whole=True, device="meta")
-    return {name: _second(make(), operations) for name, make in variants(priced, model, priced.all_tokens)}
+    with Told(priced.all_tokens):
+        return {
+            name: _second(make(), operations) for name, make in variants(priced, model, priced.all_tokens)
+        }
 
 
 def _second(step: Step, measure: Callable[[Step], int]) -> int:
@@ -100,12 +103,18 @@ def variants(
     for name, concepts in {**WORDS, PADDED: Concepts(PADDED, 1, priced.text)}.items():
         made = partial(negated, priced, concepts=concepts, backend=backend)
         yield name, lambda made=made: made(twin(model), given=given(1))
-    yield PASSES, lambda: passes(priced, twin(model), given(1))
+    if priced.two_passes is not None:
+        yield PASSES, lambda: passes(priced, priced.two_passes, twin(model), given(1))
     yield DOUBLED, lambda: plain(model, given(2))
 
 
 def plain(model: Any, given: Mapping[str, Any]) -> Step:
-    return lambda: model(**given, return_dict=False)[0]
+    return lambda: _output(model(**given, return_dict=False))
+
+
+def _output(returned: Any) -> Tensor:
+    """Some models return a list with an image for each row."""
+    return torch.stack(returned[0]) if isinstance(returned[0], list) else returned[0]
 
 
 def negated(priced: Priced, model: Any, concepts: Concepts, given: Mapping[str, Any], backend: str) -> Step:
@@ -125,16 +134,15 @@ def negated(priced: Priced, model: Any, concepts: Concepts, given: Mapping[str, 
 
     def step() -> Tensor:
         with loop:
-            output: Tensor = denoiser(pipe)(**given, return_dict=False)[0]
-        return output
+            return _output(denoiser(pipe)(**given, return_dict=False))
 
     return step
 
 
-def passes(priced: Priced, model: Any, given: Mapping[str, Any]) -> Step:
+def passes(priced: Priced, two_passes: TwoPasses, model: Any, given: Mapping[str, Any]) -> Step:
     """As published: one row of the image, and two of text, the prompt and the padded concept."""
     rule = Rule.preset("nag", family=TABLE[priced.pipeline].constants(around(priced, model)))
-    priced.two_passes(model, rule, priced.text)
+    two_passes(model, rule, priced.text)
     prompt = given["encoder_hidden_states"]
     concept = normal(0, 1, priced.text, priced.width).to(prompt)
     return plain(model, {**given, "encoder_hidden_states": torch.cat([prompt, concept])})
@@ -177,11 +185,11 @@ class Tokenizer:
 
 def counts_table(counts: Mapping[str, Mapping[str, int]]) -> str:
     """By model, what a step takes, and of each variant what its step takes of that."""
-    variants = [name for name in next(iter(counts.values())) if name != PLAIN]
+    variants = [*WORDS, PADDED, PASSES, DOUBLED]
     rows = (
         (
             model, str(PRICED[model].all_tokens), str(PRICED[model].text), f"{of[PLAIN] / 1e12:.2f}",
-            *(f"{of[name] / of[PLAIN]:.4f}" for name in variants),
+            *(f"{of[name] / of[PLAIN]:.4f}" if name in of else "-" for name in variants),
         )
         for model, of in counts.items()
     )  # fmt: skip

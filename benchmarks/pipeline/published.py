@@ -113,8 +113,40 @@ class _Single:
 
 def _projected(attn: Any, states: Tensor, layers: Any, norms: Any) -> list[Tensor]:
     """Query, key and value [B, S, H, D]."""
-    q, k, v = (layer(states).unflatten(-1, (-1, attn.head_dim)) for layer in layers)
+    q, k, v = (layer(states).unflatten(-1, (attn.heads, -1)) for layer in layers)
     return [norms[0](q), norms[1](k), v]
+
+
+# ---- Stable Diffusion 3 ---------------------------------------------------------------------------------
+
+
+def sd3(model: Any, rule: Rule, text: int) -> None:
+    """One image everywhere, which attends with each text."""
+    for block in model.transformer_blocks:
+        block.attn.set_processor(_Joint(rule))
+
+
+class _Joint:
+    """Image [1, N, C] before text [2, M, C]."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
+        image = _projected(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), norms[0])
+        layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        text = _projected(attn, encoder_hidden_states, layers, norms[1])
+        count, passes = hidden_states.shape[1], []
+        for row in range(2):
+            passes.append(_attention(*(torch.cat([i, t[row : row + 1]], 1) for i, t in zip(image, text))))
+        of_image = guided(passes[0][:, :count], passes[1][:, :count], self.rule)
+        of_text = torch.cat([seen[:, count:] for seen in passes])
+        if not attn.context_pre_only:
+            of_text = attn.to_add_out(of_text)
+        return attn.to_out[1](attn.to_out[0](of_image)), of_text
 
 
 # ---- attention to text ----------------------------------------------------------------------------------

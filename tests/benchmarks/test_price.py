@@ -72,13 +72,14 @@ def test_variants_do_what_their_names_say(name: str) -> None:
     priced = PRICED[name].small()
     model = priced.model(whole=False)
     steps = {variant: make() for variant, make in price.variants(priced, model, priced.tokens)}
-    assert [*steps] == ["plain", "8", "4x8", "77", "padded", "two passes", "doubled batch"]
+    expected = ["plain", "8", "4x8", "77", "padded", "two passes", "doubled batch"]
+    assert [*steps] == [v for v in expected if v != price.PASSES or priced.two_passes is not None]
     found = {variant: step() for variant, step in steps.items()}
     doubled = found.pop(price.DOUBLED)
-    plain, published = found.pop(price.PLAIN), found.pop(price.PASSES)
+    plain, published = found.pop(price.PLAIN), found.pop(price.PASSES, None)
     assert len(doubled) == 2
     assert _apart(doubled[:1], plain) < 1e-5
-    assert _apart(found["padded"], published) < 1e-5
+    assert published is None or _apart(found["padded"], published) < 1e-5
     different = [plain, *found.values()]
     assert all(_apart(a, b) > 1e-4 for i, a in enumerate(different) for b in different[:i])
     assert torch.equal(steps["8"](), found["8"])  # it stays so, step by step
