@@ -4,7 +4,7 @@ minutes, in order of worth, and writes OUT/report.json and OUT/report.md.
 
     python -m benchmarks.on_gpu --prepare build/carried                 before, where there is an index
     python -m benchmarks.on_gpu --carried build/carried --out OUT       there
-    python -m benchmarks.on_gpu --carried build/carried --out OUT --minutes 4 --resume OUT/report.json
+    python -m benchmarks.on_gpu --carried build/carried --out OUT --resume OUT/report.json
 
 Each step is a process of its own with a limit, after which it is killed; what it had found by then is in the
 report. The files are whole after every step. An error that the device does not recover from stops the run.

@@ -87,7 +87,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     of_model.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="processor: of all threads, on a machine with others"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for group, wanted in ((step, options.model is None), (of_model, options.model is not None)):
+        for action in group._group_actions:
+            if not wanted and getattr(options, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} is of {group.title}")
+    return options
 
 
 CLOCKS = {"wall": wall, "processor": price.processor}
