@@ -74,7 +74,7 @@ class Priced:
 
 
 NARROW = 32
-LOOKED_AT = ("add_v_proj.weight", "attn2.to_v.weight", "cap_embedder.1.weight")  # values of text, or text
+LOOKED_AT = ("add_v_proj.weight", ".attn2.to_v.weight", "cap_embedder.1.weight")  # values of text, or text
 
 
 def _square(tokens: int) -> tuple[int, int]:
@@ -151,6 +151,23 @@ def _wan(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
 
 
 WAN_FRAMES = 21  # of latents, for 81 frames of video
+
+
+def _ltx2(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
+    frames = LTX2_FRAMES if tokens % LTX2_FRAMES == 0 else 1
+    height, width = _square(tokens // frames)
+    return {
+        "hidden_states": models.normal(0, rows, tokens, config.in_channels),
+        "audio_hidden_states": models.normal(1, rows, LTX2_SOUND, config.audio_in_channels),
+        "encoder_hidden_states": models.normal(2, rows, text, config.cross_attention_dim),
+        "audio_encoder_hidden_states": models.normal(3, rows, text, config.audio_cross_attention_dim),
+        "timestep": torch.full((rows,), 500.0),
+        "sigma": torch.full((rows,), 500.0),
+        **{"num_frames": frames, "height": height, "width": width, "audio_num_frames": LTX2_SOUND},
+    }
+
+
+LTX2_FRAMES, LTX2_SOUND = 16, 126  # of latents, for 121 frames of video, and of their sound
 
 
 def _unet(config: Any, tokens: int, text: int, rows: int) -> dict[str, Any]:
@@ -230,6 +247,20 @@ PRICED = {
         narrow={
             "attention_head_dim": 16, "num_attention_heads": 2, "freq_dim": 16, "ffn_dim": 32,
             "text_dim": NARROW,
+        },
+    ),
+    "ltx2": Priced(  # 2.3
+        "LTX2Pipeline", "LTX2VideoTransformer3DModel", {"num_layers": 1}, _ltx2,
+        tokens=256, all_tokens=LTX2_FRAMES * 1024, text=1024, width=4096, two_passes=published.cross,
+        narrow={
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 4, "attention_head_dim": 8,
+            "cross_attention_dim": NARROW, "audio_in_channels": 8, "audio_out_channels": 8,
+            "audio_num_attention_heads": 4, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 16,
+        },
+        config={
+            "use_prompt_embeddings": False, "perturbed_attn": True, "rope_double_precision": False,
+            "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True,
+            "audio_cross_attn_mod": True,
         },
     ),
     "sdxl": Priced(

@@ -156,7 +156,7 @@ def cross(model: Any, rule: Rule, text: int) -> None:
     """Models whose image attends to text in layers of its own, `attn2`: once to the prompt and once to the
     concept. Everything else runs once."""
     for name, module in model.named_modules():
-        if name.endswith("attn2"):
+        if name.endswith(".attn2"):
             module.set_processor(CrossPasses(rule))
 
 
@@ -177,5 +177,9 @@ class CrossPasses:
         key = heads(attn.to_k(encoder_hidden_states), attn.norm_k)
         value = heads(attn.to_v(encoder_hidden_states))
         passes = [_attention(query, key[row : row + 1], value[row : row + 1]) for row in range(2)]
-        output: Tensor = attn.to_out[1](attn.to_out[0](guided(*passes, self.rule)))
+        seen = guided(*passes, self.rule)
+        if getattr(attn, "to_gate_logits", None) is not None:  # LTX-2 gates each head, last of all
+            gates = 2 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            seen = (seen.unflatten(-1, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+        output: Tensor = attn.to_out[1](attn.to_out[0](seen))
         return output
