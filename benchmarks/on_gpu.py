@@ -4,7 +4,7 @@ minutes, in order of worth, and writes OUT/report.json and OUT/report.md.
 
     python -m benchmarks.on_gpu --prepare build/carried                 before, where there is an index
     python -m benchmarks.on_gpu --carried build/carried --out OUT       there
-    python -m benchmarks.on_gpu --carried build/carried --out OUT --minutes 4 --resume OUT/report.json
+    python -m benchmarks.on_gpu --carried build/carried --out OUT --resume OUT/report.json
 
 Each step is a process of its own with a limit, after which it is killed; what it had found by then is in the
 report. The files are whole after every step. An error that the device does not recover from stops the run.
@@ -71,6 +71,7 @@ PLAN = (
     Step("times", "times", seconds=55, after=BUILT),
     Step("models, batch 2", "end_to_end", "2", seconds=55, after=BUILT),
     Step("tools", "tools", seconds=40, after=("build",)),
+    Step("blocks", "blocks", seconds=30, after=BUILT, rest=True),
     Step("models, batch 8", "end_to_end", "8", seconds=70, after=BUILT, rest=True),
     Step("models, compiled", "end_to_end", "compiled", seconds=100, after=BUILT, rest=True),
     Step("tests", "gpu_tests", seconds=60, after=BUILT, rest=True),

@@ -211,7 +211,7 @@ def _times(content: Content) -> str:
 
 def _models(content: Content) -> str:
     text = []
-    for step in ("models, batch 2", "models, batch 8", "models, compiled"):
+    for step in ("models, batch 2", "blocks", "models, batch 8", "models, compiled"):
         for name, item in _items(content, step).items():
             if "ms" not in item:
                 continue

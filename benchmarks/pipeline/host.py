@@ -47,17 +47,17 @@ def calls(backend: str) -> dict[str, Callable[[], object]]:
             engine.running(Call(ROWS, image.device, lambda: False, of=of, keep=True)) as running,
         ):
             pass
-        return partial(_running, running, ours, attn, image, text)
+        return partial(within_call, running, ours, attn, image, text)
 
     plain = Running(engine, Call(ROWS, image.device, lambda: False))  # as much around it as around ours
     return {
-        "AttnProcessor2_0": partial(_running, plain, inner, attn, image, text),
+        "AttnProcessor2_0": partial(within_call, plain, inner, attn, image, text),
         "nobody asks": within(None),
         "one concept": within(fn.Policy({"concept": 1.0})),
     }
 
 
-def _running(running: Running, processor: Any, *layer: Any) -> Any:
+def within_call(running: Running, processor: Any, *layer: Any) -> Any:
     """A call of a layer within a denoiser call."""
     before = RUNNING.set(running)
     output = processor(*layer)
