@@ -12,6 +12,7 @@ from typing import Any
 
 import accelerate
 import diffusers
+import joint_pipelines
 import pipelines
 import torch
 from diffusers.models.attention_processor import Attention
@@ -30,10 +31,11 @@ class Family:
 
     Attributes:
         name: its title.
-        kind: of `pipelines.build`.
+        kind: of `pipelines.build`, or of `joint_pipelines.build`.
         call: what its pipeline is called with besides.
         calls: of the denoiser at a step; the first is the conditional one.
         default: whether it is the family that its mechanism is tested with by default.
+        fails: features with which diffusers itself fails.
     """
 
     name: str
@@ -41,9 +43,19 @@ class Family:
     call: dict[str, Any] = field(default_factory=dict)
     calls: int = 1
     default: bool = False
+    fails: tuple[str, ...] = ()
 
     def build(self) -> Any:
-        return pipelines.build(self.kind)
+        return (joint_pipelines if self.kind in joint_pipelines.JOINT else pipelines).build(self.kind)
+
+    def generate(self, pipe: Any, prompts: list[str], steps: int, **options: Any) -> Tensor:
+        """Latents, one per prompt."""
+        options = {**self.call, **options}
+        if self.kind in joint_pipelines.JOINT:
+            return joint_pipelines.generate(
+                pipe, prompts, range(len(prompts)), num_inference_steps=steps, **options
+            )
+        return pipelines.generate(pipe, prompts, steps=steps, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +86,11 @@ class Feature:
 
 
 FAMILIES = (
-    Family("FLUX.1", "flux", {"height": 24, "width": 16, "max_sequence_length": 64}, default=True),
+    Family("FLUX.1", "flux", {"max_sequence_length": 64}, default=True),
+    Family("FLUX.2", "klein", fails=("First-Block cache", "MagCache")),
+    Family("Qwen-Image", "qwen"),
+    Family("Z-Image", "zimage"),
+    Family("SD 3.5", "sd3", fails=("`fuse_qkv_projections`",)),
     Family("Wan", "wan", {"guidance": 2.0}, calls=2, default=True),
     Family("SDXL", "sdxl", default=True),
     Family("SD 1.5", "sd15"),
@@ -98,7 +114,7 @@ def _factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     found, generator = {}, torch.Generator().manual_seed(3)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(
-            part in name for part in ("attn", "caption", "text_embedder")
+            part in name for part in ("attn", "attention", "cap", "text_embedder")
         ):
             a, b = torch.randn(RANK, module.in_features), torch.randn(module.out_features, RANK)
             a.normal_(0, 0.2, generator=generator), b.normal_(0, 0.2, generator=generator)
@@ -183,7 +199,8 @@ def _linears(pipe: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
         for model in models(pipe)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and any(part in name for part in ("block", "caption", "text_embedder"))
+        if type(module) is nn.Linear
+        and any(part in name for part in ("block", "layers", "cap", "text_embedder"))
     ]
 
 
@@ -272,12 +289,13 @@ def _fuse_projections(pipe: Any) -> Off:
 def _by_another_processor(pipe: Any) -> str | None:
     """Where fused projections are the business of a processor of their own."""
     classic = all(type(attn) is Attention for attn in pipelines.attentions(pipe).values())
-    return "FusedAttnProcessor2_0" if classic and "Sana" not in type(pipe).__name__ else None
+    own = any(name in type(pipe).__name__ for name in ("Sana", "Qwen"))
+    return "FusedAttnProcessor2_0" if classic and not own else None
 
 
 def _has_backends(pipe: Any) -> bool:
-    processors = [processor for model in models(pipe) for processor in model.attn_processors.values()]
-    return any(hasattr(processor, "_attention_backend") for processor in processors)
+    modules = [module for model in models(pipe) for module in model.modules()]
+    return any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in modules)
 
 
 # ---- caches ------------------------------------------------------------------------------------
