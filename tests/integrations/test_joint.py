@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 pytest.importorskip("diffusers")
 
 import pipelines
+from diffusers import guiders, modular_pipelines
 from diffusers.models import attention_processor
 from diffusers.models.transformers import (
     transformer_flux,
@@ -24,6 +25,7 @@ from diffusers.models.transformers import (
     transformer_qwenimage,
     transformer_z_image,
 )
+from diffusers.modular_pipelines.qwenimage import prompt_templates
 from joint_pipelines import JOINT, build, generate
 from pipelines import one_thread  # noqa: F401
 
@@ -461,3 +463,42 @@ def test_skip_layer_guidance_has_a_call_of_conditional_rows() -> None:
         assert errs(generate(pipe, **options), plain) > 1e-4
     end()
     assert {*rows} == {(None, 0), (0,)}
+
+
+@pytest.mark.parametrize("kind", ("qwen", "zimage"))
+def test_made_of_blocks_it_is_the_whole_pipeline(kind: str) -> None:
+    """Whose guider calls the denoiser once for each kind of rows."""
+    whole = build(kind)
+    if kind == "qwen":  # which the blocks have, too
+        whole.prompt_template_encode = prompt_templates.QWENIMAGE_PROMPT_TEMPLATE
+        whole.prompt_template_encode_start_idx = prompt_templates.QWENIMAGE_PROMPT_TEMPLATE_START_IDX
+    blocks = {"qwen": modular_pipelines.QwenImageAutoBlocks, "zimage": modular_pipelines.ZImageAutoBlocks}
+    made_of = blocks[kind]()
+    del made_of.sub_blocks["decode"]
+    pipe = made_of.init_pipeline()
+    names = pipe.components.keys() & whole.components.keys()
+    pipe.update_components(**{name: whole.components[name] for name in names})
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 32} if kind == "zimage" else {"height": 24, "width": 16}
+
+    def by_blocks() -> Tensor:
+        pipe.update_components(guider=guiders.ClassifierFreeGuidance(4.0 if kind == "zimage" else 3.0))
+        made: Tensor = pipe(
+            prompt="a cat", negative_prompt="red", num_inference_steps=2, output="latents",
+            generator=torch.Generator().manual_seed(0), **size,
+        )  # fmt: skip
+        return made
+
+    def by_whole() -> Tensor:
+        made = generate(whole, **GUIDED[kind])
+        return whole._unpack_latents(made, 24, 16, whole.vae_scale_factor) if kind == "qwen" else made
+
+    plain = by_whole()
+    assert errs(by_blocks(), plain) <= 5e-6
+    outputs = []
+    for which, run in ((whole, by_whole), (pipe, by_blocks)):
+        engine = fn.install(which, bank_of(whole), rule=STRONG)
+        with engine.batch([Policy({"dog": 1.0})]):
+            outputs.append(run())
+        engine.remove()
+    assert errs(outputs[1], outputs[0]) <= 5e-6 < 1e-3 < errs(plain, outputs[0])

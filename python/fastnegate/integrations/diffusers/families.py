@@ -300,9 +300,13 @@ TABLE: dict[str, Family] = {
     "QwenImageInpaintPipeline": _QWEN,
     "QwenImageEditPipeline": dataclasses.replace(_QWEN, encoder="QwenImagePipeline"),
     "QwenImageEditPlusPipeline": dataclasses.replace(_QWEN, encoder="QwenImagePipeline"),
+    "QwenImageModularPipeline": dataclasses.replace(_QWEN, guider=True, encoder="QwenImagePipeline"),
     "ZImagePipeline": _ZIMAGE,
     "ZImageImg2ImgPipeline": _ZIMAGE,
     "ZImageInpaintPipeline": _ZIMAGE,
+    "ZImageModularPipeline": dataclasses.replace(
+        _ZIMAGE, guider=True, encoder="ZImagePipeline", texts=_EMBEDS
+    ),
     "StableDiffusion3Pipeline": _SD3,
     "StableDiffusion3Img2ImgPipeline": _SD3,
     "StableDiffusion3InpaintPipeline": _SD3,
