@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import fastnegate as fn
+from fastnegate import Rule, strength_range
 from fastnegate.operator import rule as words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,12 +38,15 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a page downloads is tiny, what it draws takes few steps, what it writes is temporary."""
     diffusers = pytest.importorskip("diffusers")
+    import joint_pipelines
+    import pipelines
     from cross_pipelines import load_image_adapter, ltx2
-    from pipelines import build
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
     of_few_steps = [*kinds]
-    kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana", "FluxPipeline": "flux"}
+    kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana"}
+    joint = {"FluxPipeline": "flux", "Flux2KleinPipeline": "klein", "QwenImagePipeline": "qwen"}
+    joint |= {"ZImagePipeline": "zimage", "StableDiffusion3Pipeline": "sd3"}
     for kind in of_few_steps:
         module = sys.modules[getattr(diffusers, kind).__module__]
         retrieve = module.retrieve_timesteps
@@ -54,7 +58,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def from_pretrained(cls: type, name: str, **_options: Any) -> Any:
         assert "/" in name, f"{name} is no model of the hub"
-        return ltx2() if cls.__name__ == "LTX2Pipeline" else build(kinds[cls.__name__])
+        if cls.__name__ == "LTX2Pipeline":
+            return ltx2()
+        if cls.__name__ in joint:
+            return joint_pipelines.build(joint[cls.__name__])
+        return pipelines.build(kinds[cls.__name__])
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_ip_adapter", load_image_adapter)
@@ -69,6 +77,27 @@ def test_the_code_of_a_page_runs(page: Path, tiny: None, capsys: pytest.CaptureF
         if f"{page.name}:{line}" not in NOT_RUN:
             # Tracebacks show the line of the page.
             exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
+
+
+def test_what_is_refused_is_told() -> None:
+    pytest.importorskip("diffusers")
+    from fastnegate.integrations.diffusers.families import TABLE
+    from fastnegate.integrations.diffusers.refused import REFUSED, reason
+
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert all(f"| `{begin}...` | {why} |" in page for begin, why in REFUSED.items())
+    assert not any(reason(name) for name in TABLE)
+
+
+def test_the_numbers_are_those_of_the_code() -> None:
+    def shown(number: float) -> str:
+        return f"{number:g}".removeprefix("0") if number else "0"
+
+    page = (ROOT / "docs" / "models.md").read_text()
+    for family in ("sd15", "sdxl", "pixart", "sana", "wan", "flux", "zimage", "sd35"):
+        nag, (low, high) = Rule.preset("nag", family=family), strength_range("nag", family=family)
+        constants = ", ".join(map(shown, (nag.strength, nag.norm_limit, nag.blend)))
+        assert f"| {constants} | {shown(low)} and {shown(high)} |" in page, family
 
 
 def test_the_blocks_were_found() -> None:
