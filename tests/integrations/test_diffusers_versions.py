@@ -29,8 +29,8 @@ assert Version(diffusers.__version__) == Version(oldest), f"{diffusers.__version
 sys.exit(pytest.main(arguments))
 """
 RUNS = {
-    "joint": ["test_joint.py", "-k", "literal_passes and published or blocks or guidance"],
-    "families": ["test_families.py", "test_processor.py", "-k", "not compile"],
+    "joint": ["models/test_joint.py", "-k", "literal_passes and published or blocks or guidance"],
+    "families": ["models/test_families.py", "test_processor.py", "-k", "not compile"],
 }
 
 
