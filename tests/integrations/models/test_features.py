@@ -207,4 +207,4 @@ def test_by_hand_too_a_cache_that_leaves_out_rows_is_refused() -> None:
 
 
 def test_the_matrix_is_the_one_of_the_docs() -> None:
-    assert matrix() in (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert matrix() in (Path(__file__).parents[3] / "docs" / "models.md").read_text()
