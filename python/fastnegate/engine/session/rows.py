@@ -186,7 +186,7 @@ class Rows:
         if step is None and not all(entry.policy.always(stop) for entry in self.entries):
             raise NegationNotAppliedError(
                 "a policy has a start/stop window, but the progress of the denoising is unknown: the "
-                "timestep is not one of the scheduler's"
+                "timestep is not one of the scheduler's (as it is in float32)"
             )
         return tuple(e.policy.active(0.0 if step is None else step.progress, stop) for e in self.entries)
 

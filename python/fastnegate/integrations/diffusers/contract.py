@@ -81,6 +81,16 @@ def encoders_of(pipe: Any, seen: Container[str] = ()) -> list[tuple[str, str]]:
     ]
 
 
+def frame(pipe: Any) -> tuple[str, str]:
+    """What a pipeline puts before and behind a text, in a chat template say."""
+    framed = family(pipe).framed
+    if framed is None:
+        return "", ""
+    mark = "\ufffc"  # which no frame holds
+    before, after = framed(pipe, mark).split(mark)
+    return before, after
+
+
 def text_tokenizer(component: Any) -> Any:
     """The tokenizer of a pipeline: some have one within what prepares pictures as well."""
     return getattr(component, "tokenizer", component)

@@ -293,7 +293,9 @@ TABLE: dict[str, Family] = {
     "FluxInpaintPipeline": _FLUX,
     "FluxFillPipeline": _without_guidance(_FLUX),
     "FluxKontextPipeline": _FLUX,
-    "Flux2Pipeline": dataclasses.replace(_without_guidance(_FLUX2_KLEIN), framed=_instructed),
+    "Flux2Pipeline": dataclasses.replace(
+        _without_guidance(_FLUX2_KLEIN), framed=_instructed, cleaned=lambda text: text.replace("[IMG]", "")
+    ),
     "Flux2KleinPipeline": _FLUX2_KLEIN,
     "QwenImagePipeline": _QWEN,
     "QwenImageImg2ImgPipeline": _QWEN,

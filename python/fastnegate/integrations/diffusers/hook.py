@@ -4,9 +4,10 @@ took our place (processors, attention modules, the denoiser itself) is noticed b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -179,18 +180,49 @@ class Hook:
         with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
             held.caches.heed(bare(model), running)
-            if self._boarding is not None and running.asks:
-                image = None if progress is None or not progress.own else progress.image
-                with self._boarding.aboard(bare(model), given, running, image) as boarded:
-                    return call(**boarded)
-            if self._family.rides and (running.live or running.call.compiled or _captures(running)):
-                running.joint = running.context.shape[1]
-                return call(**board(bare(model), given, running.context))
-            return call(*args, **kwargs)
+            image = None if progress is None or not progress.own else progress.image
+            try:
+                with self._aboard(model, given, running, image) as boarded:
+                    result = call(*args, **kwargs) if boarded is None else call(**boarded)
+            except Exception as error:
+                self._check_undisturbed(held, model, running, error)
+                raise
+            self._check_undisturbed(held, model, running)
+            return result
+
+    @contextlib.contextmanager
+    def _aboard(
+        self, model: Any, given: dict[str, Any], running: Running, image: int | None
+    ) -> Iterator[dict[str, Any] | None]:
+        """The arguments of the call by name, where concepts ride in its text; None: as they are."""
+        if self._boarding is not None and running.asks:
+            with self._boarding.aboard(bare(model), given, running, image) as boarded:
+                yield boarded
+        elif self._family.rides and (running.live or running.call.compiled or _captures(running)):
+            running.joint = running.context.shape[1]
+            yield board(bare(model), given, running.context)
+        else:
+            yield None
+
+    def _check_undisturbed(
+        self, held: Held, model: Any, running: Running, error: Exception | None = None
+    ) -> None:
+        """After a call of the denoiser: its layers were ours from the first to the last.
+
+        Raises:
+            NegationNotAppliedError: the engine was removed meanwhile.
+            DisplacedProcessorError: processors were replaced meanwhile.
+        """
+        if running.asks and self.engine.removed:
+            raise NegationNotAppliedError("the engine was removed while the denoiser ran") from error
+        if running.live and self._on_displaced == "raise" and (message := held.displaced(bare(model))):
+            raise DisplacedProcessorError(message + "; while the denoiser ran") from error
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], progress: InProgress | None) -> Call:
         sample, text = _first(given, SAMPLE), _first(given, TEXT)
-        batch, sample = len(sample), sample if isinstance(sample, Tensor) else sample[0]
+        batch = len(sample)
+        while not isinstance(sample, Tensor):  # a list of rows, which may be lists of pictures
+            sample = sample[0]
         entry, compiled = self._family, held.compiled(model)
         of: PipelineCall
         step: Step | None

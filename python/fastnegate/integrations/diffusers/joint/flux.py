@@ -27,8 +27,13 @@ def _flux(_model: Any, given: Given, riders: Riders, tokens: Tensor, image: int 
     theirs = ids.new_zeros(riders.count, ids.shape[1])
     if ids.shape[1] == 4:
         theirs[:, 3] = riders.place.to(ids.dtype)
-    if image is None:  # pictures to go by have another first coordinate
-        image = int((image_ids[:, 0] == 0).sum())
+    if image is None:  # nobody says: pictures to go by come after it, and their first coordinate is not 0
+        made = image_ids[:, 0] == 0
+        image = int(made.sum())
+        if not image or not made[:image].all():
+            raise UnsupportedModelError(
+                "img_ids: an image has 0 on their first axis, and comes before pictures to go by"
+            )
     boarded = {
         **given,
         "encoder_hidden_states": torch.cat([text, tokens.expand(len(text), -1, -1)], 1),

@@ -83,6 +83,7 @@ class Riders:
         bias: [B, 1, T, T], 0 between tokens of the same entry, and -inf between others: riders see the image
             and their own entry, not the prompt and not each other. What rides for nobody sees its like.
         alone: whether each row has one entry, which takes all the room.
+        spans: of each entry, its row and its columns.
         index, weight: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of its row.
 
     Raises:
@@ -119,8 +120,10 @@ class Riders:
         pick = torch.full((batch, self.count), nothing)
         owner, ends = torch.full_like(pick, -1), torch.zeros_like(pick)
         weight = torch.ones(batch, self.count)
+        self.spans: list[tuple[int, slice]] = []
         for i, (entry, slot, begin, first) in enumerate(zip(rows.entries, of, begins, firsts)):
             span, tokens = slice(begin, begin + slot.length), slice(slot.begin, slot.begin + slot.length)
+            self.spans.append((entry.row, span))
             pick[entry.row, span] = torch.arange(tokens.start, tokens.stop)
             owner[entry.row, span] = i
             ends[entry.row, span] = first + slot.length

@@ -7,6 +7,7 @@ backend, and of these names one is ours: what a processor says while an entry ac
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Hashable
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
@@ -149,6 +152,9 @@ def dispatched(
         raise NegationNotAppliedError("joint attention outside of a denoiser call that was prepared")
     if _parallel_config is not None or is_causal or dropout_p or enable_gqa or scale:
         raise UnsupportedModelError("joint attention that is parallel, causal, dropped out or scaled")
+    if running is not None and _skips_scores():  # each token is given its own value: there is no text in it
+        running.negated = True
+        return value
     layout = joint.layout
     if not query.shape[1] == key.shape[1] == layout.total:
         raise NegationNotAppliedError(
@@ -158,6 +164,12 @@ def dispatched(
         )
     mask = None if attn_mask is None else attn_mask[..., layout.parts.prompt]
     return attend(query, key, value, mask, joint, layer, running)
+
+
+def _skips_scores() -> bool:
+    """Whether a guider perturbs this attention, which it does where torch's own is called."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
 def _name() -> AttentionBackendName:
@@ -249,7 +261,10 @@ def _negating(processor: Hashable) -> Any:
 
     assert isinstance(processor, type)
     names = {"_attention_backend": property(told, choose), **members(processor)}
-    return type(processor.__name__, (processor,), names)
+    made = type(processor.__name__, (processor,), names)
+    with contextlib.suppress(ValueError):  # where guiders look for the class; not all are there
+        AttentionProcessorRegistry.register(made, AttentionProcessorRegistry.get(processor))
+    return made
 
 
 def negating(inner: Any, engine: Engine, name: str, backend: str) -> Any:

@@ -30,6 +30,10 @@ def _board(_model: Any, given: Given, riders: Riders, tokens: Tensor, _image: in
     images, texts = given["x"], given["cap_feats"]
     if isinstance(images[0], (list, tuple)) or given.get("siglip_feats") is not None:
         raise UnsupportedModelError("pictures to go by (Z-Image omni): negation does not know their layout")
+    if given.get("controlnet_block_samples") is not None:
+        raise UnsupportedModelError(
+            "controlnet_block_samples are as long as the text, in which concepts ride"
+        )
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"images of different sizes in a batch, {sorted(shapes)}: must be one")
@@ -69,12 +73,25 @@ def _riders(model: Any, joint: Joint, lengths: Sequence[int]) -> tuple[Tensor, T
     refined = model.cap_embedder(given)
     # Texts are padded to a multiple of a length by tokens of zeros, for which the model has learnt another.
     refined = torch.where((given == 0).all(-1, keepdim=True), model.cap_pad_token.to(refined.dtype), refined)
-    mask = None if riders.alone else riders.bias.to(refined.dtype)
-    for layer in model.context_refiner:
-        refined = layer(refined, mask, _turns(model, 1 + place))
+    turns = _turns(model, 1 + place)
+    if riders.alone or _takes_masks(model.context_refiner):
+        mask = None if riders.alone else riders.bias.to(refined.dtype)
+        for layer in model.context_refiner:
+            refined = layer(refined, mask, turns)
+    else:  # one after the other
+        for row, span in riders.spans:
+            own = refined[row : row + 1, span]
+            for layer in model.context_refiner:
+                own = layer(own, None, turns[row : row + 1, span])
+            refined[row : row + 1, span] = own
     own = riders.ends + -riders.ends % MULTIPLE
     prompt = torch.tensor(lengths, device=place.device).unsqueeze(1)
     return refined, _turns(model, 1 + place + torch.where(riders.ends > 0, prompt - own, 0))
+
+
+def _takes_masks(layers: Any) -> bool:
+    """A kernel that somebody has chosen may not."""
+    return all(layer.attention.processor._attention_backend is None for layer in layers)
 
 
 def _turns(model: Any, position: Tensor) -> Tensor:

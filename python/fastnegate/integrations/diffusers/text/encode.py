@@ -59,6 +59,7 @@ def encode(
             raise ValueError(f"{called}[{name!r}]={phrases!r}: must be phrases that are not empty")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{called} has the name {name!r}: must be a str that is not empty")
+        members = tuple(member.strip() for member in members)
         for member in members:
             words.check(f"{called}[{name!r}]", member)
         joint = " ".join(members)  # one negative prompt, as GIE joins it
@@ -78,6 +79,7 @@ def negative_prompt(pipe: Any, text: str) -> Concept:
     parts = tuple(p.strip() for p in text.split(",") if p.strip()) if isinstance(text, str) else ()
     if not parts:
         raise ValueError(f"negative_prompt={text!r}: must be a text that is not blank")
+    text = text.strip()
     words.check("negative_prompt", text)
     for part in parts:
         words.check("negative_prompt", part)

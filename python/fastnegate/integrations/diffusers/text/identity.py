@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ....engine.concepts import Fingerprint
 from ....engine.errors import UnsupportedModelError
-from ..contract import encoders_of, text_tokenizer
+from ..contract import encoder_of, encoders_of, family, frame, text_tokenizer
 
 Seen = TypeVar("Seen")
 
@@ -40,6 +40,11 @@ def fingerprint(pipe: Any) -> Fingerprint:
         facts[encoder], sample = _look(pipe, encoder, _encoder)
         facts[tokenizer] = _look(pipe, tokenizer, _vocabulary)
         samples.append(sample)
+    if family(pipe).framed is not None:
+        seen = _pipelines[pipe]
+        if getattr(pipe, family(pipe).encoders[0][0]) is not None:
+            seen["frame"] = _frame(encoder_of(pipe))
+        facts["frame"] = seen["frame"]
     sample = torch.cat(samples)
     facts["sampled"] = len(sample)
     return Fingerprint(facts, sample)
@@ -58,6 +63,11 @@ def _look(pipe: Any, name: str, describe: Callable[[Any, str], Seen]) -> Seen:
         )
     known: Seen = seen[name]
     return known
+
+
+def _frame(pipe: Any) -> str:
+    """What a text stands in, and which pipeline reads the encoder's layers: two may read the same one."""
+    return hashlib.sha256(repr((type(pipe).__name__, frame(pipe))).encode()).hexdigest()[:16]
 
 
 def _vocabulary(tokenizer: Any, name: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....engine.concepts import Role, Templates
 from ....engine.errors import UnsupportedModelError
 from ....engine.prototypes import DEFAULT_TEMPLATES, Caption
-from ..contract import encoders_of, family, text_tokenizer
+from ..contract import encoders_of, family, frame, text_tokenizer
 
 # A tokenizer remembers the padding and truncation of its last call and reads them when it works. Two threads
 # that share one therefore pad each other's texts. The pipeline's may be in use, so ours are copies, one
@@ -103,15 +103,24 @@ class Words:
         if self._family.framed is None:
             starts = ids("a").index(ids("a", False)[0])  # CLIP and Gemma begin a text, CLIP and T5 end it
             return starts, len(ids("")) - starts
-        mark = "\ufffc"  # which no frame holds
-        before, after = self._family.framed(self.pipe, mark).split(mark)
-        starts, ends = len(ids(before)) - self._family.dropped(self.pipe), len(ids(after))
-        if starts < 0 or len(ids(f"{before}a{after}")) != len(ids(before) + ids("a", False)) + ends:
+        before, after = frame(self.pipe)
+        starts = len(ids(before)) - self._family.dropped(self.pipe)
+        if starts < 0:
             raise UnsupportedModelError(
-                f"the tokenizer of {type(self.pipe).__name__} does not keep a text apart from the {before!r} "
-                f"and {after!r} around it"
+                f"{type(self.pipe).__name__} drops tokens behind the {before!r} that it puts before a text"
             )
-        return starts, ends
+        return starts, len(ids(after))
+
+    def _keeps_apart(self, text: str) -> bool:
+        """Whether a text has the tokens of its own also within its frame."""
+        if self._family.framed is None:
+            return True
+        with turn:
+            whole, *parts = (
+                self.tokenizers[0](part, add_special_tokens=False).input_ids
+                for part in (self._family.framed(self.pipe, text), *frame(self.pipe))
+            )
+        return bool(whole == parts[0] + self.ids(text)[0] + parts[1])
 
     def ids(self, text: str) -> list[list[int]]:
         """What each tokenizer makes of a text, without special tokens.
@@ -155,6 +164,10 @@ class Words:
             raise ValueError(f"{called}: {error}") from error
         if not tokens:
             raise ValueError(f"{called}: {text!r} has no tokens")
+        if not self._keeps_apart(text):
+            raise ValueError(
+                f"{called}: {text!r} mixes with what {type(self.pipe).__name__} puts around a text"
+            )
         if tokens > self.room:
             raise ValueError(f"{called}: {text!r} has {tokens} tokens: the encoder takes {self.room}")
 
@@ -196,7 +209,7 @@ class Words:
         return [span for span in spans if span.length == usual]
 
     def _span(self, template: str, member: str) -> Span:
-        caption = Caption.of(template, member)
+        caption = Caption.of(template.strip() if isinstance(template, str) else template, member)
         begin, end = caption.before, caption.before + caption.span
         self.check("templates", caption.text)
         for whole, before, until in zip(self.ids(caption.text), self.ids(begin), self.ids(end)):
