@@ -69,12 +69,14 @@ def _riders(model: Any, joint: Joint, lengths: Sequence[int]) -> tuple[Tensor, T
     refined = model.cap_embedder(given)
     # Texts are padded to a multiple of a length by tokens of zeros, for which the model has learnt another.
     refined = torch.where((given == 0).all(-1, keepdim=True), model.cap_pad_token.to(refined.dtype), refined)
-    mask = None if riders.alone else riders.bias.to(refined.dtype)
+    everywhere = riders.alone and riders.longest == riders.count
+    mask = None if everywhere else riders.bias.to(refined.dtype)
     for layer in model.context_refiner:
         refined = layer(refined, mask, _turns(model, 1 + place))
     own = riders.ends + -riders.ends % MULTIPLE
-    prompt = torch.tensor(lengths, device=place.device).unsqueeze(1)
-    return refined, _turns(model, 1 + place + torch.where(riders.ends > 0, prompt - own, 0))
+    # Row by row: to bring a tensor of lengths to the device would be to wait for it.
+    later = torch.stack([length - row for length, row in zip(lengths, own)])
+    return refined, _turns(model, 1 + place + torch.where(riders.ends > 0, later, 0))
 
 
 def _turns(model: Any, position: Tensor) -> Tensor:
