@@ -243,6 +243,20 @@ def test_two_graphs_whatever_is_negated(kind: str) -> None:
     torch._dynamo.reset()
 
 
+def test_there_may_be_more_room_than_a_model_has_places() -> None:
+    """Compiled code has columns in which nobody rides; the model's table of rotations may be shorter."""
+    torch._dynamo.reset()
+    pipe, eager = build("zimage"), build("zimage")
+    bank = bank_of(pipe)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert pipe.transformer.rope_embedder.axes_lens[0] < 512
+    engine, reference = (fn.install(p, bank, rule=STRONG, max_tokens=512) for p in (pipe, eager))
+    with engine.batch([Policy({"dog": 1.0})]), reference.batch([Policy({"dog": 1.0})]):
+        output, expected = (generate(p, num_inference_steps=1) for p in (pipe, eager))
+    assert errs(output, expected) <= 5e-6
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", MECHANISMS)
 def test_rows_have_policies_of_their_own(kind: str) -> None:
     """Also beside prompts of other lengths, whose padding is masked."""

@@ -93,7 +93,7 @@ def frame(pipe: Any) -> tuple[str, str]:
 
 def text_tokenizer(component: Any) -> Any:
     """The tokenizer of a pipeline: some have one within what prepares pictures as well."""
-    return getattr(component, "tokenizer", component)
+    return component if hasattr(component, "get_vocab") else component.tokenizer
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:

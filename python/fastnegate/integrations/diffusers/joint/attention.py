@@ -32,49 +32,62 @@ def attend(
     `mask`, bool [B, 1, 1, M] or none, says which tokens of the prompt are attended to. `running` is None in
     compiled code, which tells no statistics.
     """
+    # Partials are as large as what is put together of them, and have been let go by then.
+    made = _attended(query, key, value, mask, joint, layer, running)
+    return torch.cat([part.transpose(1, 2) for part in made], 1)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    joint: Joint,
+    layer: Layer,
+    running: Running | None,
+) -> list[Tensor]:
+    """The parts of the sequence in their order, [B, H, length, D] each."""
     parts, riders = joint.layout.parts, joint.riders
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # views [B, H, S, D]
-    out = torch.empty_like(query)
     chosen, backend, rule = layer.partials, layer.backend, layer.engine.rule
     # What the image's keys give is the same for the prompt and for every concept.
     seen = partial_attention(q, k[:, :, parts.seen], v[:, :, parts.seen], backend=chosen)
     # Text is short, and may be masked, which not every kernel that the user may choose can do.
-    bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     told = partial_attention(
         q,
         k[:, :, parts.prompt],
         v[:, :, parts.prompt],
-        key_bias=bias,
+        key_bias=None if mask is None else mask.to(q.dtype).log(),  # 0, and -inf where it is False
         backend="auto" if mask is not None else chosen,
     )
     of = parts.riders
-    own = partial_attention(q[:, :, of], k[:, :, of], v[:, :, of], key_bias=riders.bias)
+    mates = slice(of.start, of.start + riders.longest) if riders.alone else of
+    own = partial_attention(
+        q[:, :, of], k[:, :, mates], v[:, :, mates], key_bias=None if riders.alone else riders.bias
+    )
 
-    def write(of: slice, attended: Tensor) -> None:
-        out[:, of] = attended.transpose(1, 2)
-
-    unguided = [(parts.prompt, _part(told, parts.prompt)), (parts.riders, own)]
-    if joint.layout.beside:
-        unguided.append((parts.beside, _part(told, parts.beside)))
-    for of, text in unguided:
+    def unguided(of: slice, text: Partial) -> Tensor:
         shared = _part(seen, of)
-        write(of, negated_attention(q[:, :, of], None, None, shared=shared, prompt=text, backend=backend))
+        return negated_attention(q[:, :, of], None, None, shared=shared, prompt=text, backend=backend)
+
+    texts = [unguided(parts.prompt, _part(told, parts.prompt)), unguided(parts.riders, own)]
+    beside = [unguided(parts.beside, _part(told, parts.beside))] if joint.layout.beside else []
     of = parts.image
     tokens = riders.tokens(key[:, parts.riders], value[:, parts.riders], joint.numbers)
     shared, text = _part(seen, of), _part(told, of)
     if running is not None:
         running.negated = True
     if running is None or not (running.sampled or running.observed):
-        write(of, negated_attention(
+        guided = negated_attention(
             q[:, :, of], None, None, tokens, rule, shared=shared, prompt=text, backend=backend
-        ))  # fmt: skip
-        return out
-    guided, statistics = negated_attention_with_statistics(
-        q[:, :, of], None, None, tokens, rule, shared=shared, prompt=text, backend=backend
-    )
-    write(of, guided)
-    layer.engine.observe(running, layer.name, statistics)
-    return out
+        )
+    else:
+        guided, statistics = negated_attention_with_statistics(
+            q[:, :, of], None, None, tokens, rule, shared=shared, prompt=text, backend=backend
+        )
+        layer.engine.observe(running, layer.name, statistics)
+    images = [guided, *beside]
+    return images + texts if joint.layout.image_first else texts + images
 
 
 def _part(partial: Partial, of: slice) -> Partial:

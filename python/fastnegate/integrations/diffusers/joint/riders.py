@@ -82,7 +82,8 @@ class Riders:
         ends: int64 [B, T], where the tokens of that rider's entry end in their text; 0 where nobody rides.
         bias: [B, 1, T, T], 0 between tokens of the same entry, and -inf between others: riders see the image
             and their own entry, not the prompt and not each other. What rides for nobody sees its like.
-        alone: whether each row has one entry, which takes all the room.
+        alone: whether no row has more than one entry, and each takes the first `longest` columns: these are
+            what riders see then, and nothing need be masked.
         spans: of each entry, its row and its columns.
         index, weight: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of its row.
 
@@ -131,7 +132,12 @@ class Riders:
                 weight[entry.row, span] = rows.slots.weight[tokens]
         alike = owner[:, :, None] == owner[:, None, :]
         bias = torch.zeros(alike.shape).masked_fill(~alike, -torch.inf).unsqueeze(1)
-        self.alone = bool((owner == owner[:, :1]).all() and (owner >= 0).all())
+        self.longest = self.count if fixed else max((slot.length for slot in of), default=0)
+        self.busiest = (
+            len(slots) if fixed else max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
+        )
+        spans = {(begin, slot.length) for begin, slot in zip(begins, of)}
+        self.alone = not fixed and self.busiest == 1 and spans == {(0, self.longest)}
         # Weights are per token, not per row: tokens of all rows lie behind each other then.
         self.flat = rows.slots.weight is not None
         if self.flat:
@@ -139,11 +145,7 @@ class Riders:
         self.entries = batch * len(slots) if fixed else len(of)
         spare = [0] * (self.entries - len(of))
         index = [*range(self.entries), *begins, *spare, *(slot.length for slot in of), *spare, *rows.offsets]
-        self.longest = self.count if fixed else max((slot.length for slot in of), default=0)
-        self.busiest = (
-            len(slots) if fixed else max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
-        )
-        place += range(len(place), self.count)
+        place += [0] * (self.count - len(place))  # a place that every model has; nobody is there
         self.reach = self.count + max(firsts, default=0)
         with torch.inference_mode(False):  # later calls may be outside of it
             self.pick, self.ends, self.bias = pick.to(device), ends.to(device), bias.to(device)

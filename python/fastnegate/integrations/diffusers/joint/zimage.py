@@ -74,19 +74,21 @@ def _riders(model: Any, joint: Joint, lengths: Sequence[int]) -> tuple[Tensor, T
     # Texts are padded to a multiple of a length by tokens of zeros, for which the model has learnt another.
     refined = torch.where((given == 0).all(-1, keepdim=True), model.cap_pad_token.to(refined.dtype), refined)
     turns = _turns(model, 1 + place)
-    if riders.alone or _takes_masks(model.context_refiner):
-        mask = None if riders.alone else riders.bias.to(refined.dtype)
+    everywhere = riders.alone and riders.longest == riders.count
+    if everywhere or _takes_masks(model.context_refiner):
+        mask = None if everywhere else riders.bias.to(refined.dtype)
         for layer in model.context_refiner:
             refined = layer(refined, mask, turns)
     else:  # one after the other
         for row, span in riders.spans:
-            own = refined[row : row + 1, span]
+            text = refined[row : row + 1, span]
             for layer in model.context_refiner:
-                own = layer(own, None, turns[row : row + 1, span])
-            refined[row : row + 1, span] = own
+                text = layer(text, None, turns[row : row + 1, span])
+            refined[row : row + 1, span] = text
     own = riders.ends + -riders.ends % MULTIPLE
-    prompt = torch.tensor(lengths, device=place.device).unsqueeze(1)
-    return refined, _turns(model, 1 + place + torch.where(riders.ends > 0, prompt - own, 0))
+    # Row by row: to bring a tensor of lengths to the device would be to wait for it.
+    later = torch.stack([length - row for length, row in zip(lengths, own)])
+    return refined, _turns(model, 1 + place + torch.where(riders.ends > 0, later, 0))
 
 
 def _takes_masks(layers: Any) -> bool:
