@@ -32,16 +32,23 @@ def captured(name: str, rule: Rule, requests: int = 8) -> Iterator[Case]:
     attend = processor.NegationAttnProcessor._attend
 
     def record(
-        self: Any, attn: Any, running: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any
+        self: Any,
+        attn: Any,
+        running: Any,
+        context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
     ) -> Tensor:
-        tokens = self._concepts(attn, query, running)
+        tokens = self._concepts(attn, query, running, context)
         if engine.step in QUARTERS:
             place = self.layer.split(".transformer_blocks")[0]
             name_of_case = f"embedded {name} {place} step {engine.step}"
             found.append(
                 Case(name_of_case, query.clone(), key.clone(), value.clone(), tokens, rule, rule.threshold)
             )
-        return attend(self, attn, running, query, key, value, mask)
+        return attend(self, attn, running, context, query, key, value, mask)
 
     with (
         mock.patch.object(processor.NegationAttnProcessor, "_attend", record),

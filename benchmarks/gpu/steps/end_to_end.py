@@ -196,12 +196,13 @@ def _attend(
     processor: Any,
     attn: Any,
     running: Any,
+    context: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: None,
 ) -> Tensor:
-    tokens = processor._concepts(attn, query, running)
+    tokens = processor._concepts(attn, query, running, context)
     batch = query.shape[0]
 
     def parts(x: Tensor) -> list[Tensor]:  # [B, H, T, D] of each concept

@@ -18,8 +18,8 @@ from ....engine.session.rows import Rows
 from ..around import override
 from ..processor import NegationAttnProcessor
 from .families import Given, JointFamily
-from .riders import Riders
-from .seam import Joint, seam_of, traced
+from .riders import Joint, Riders
+from .seam import seam_of, traced
 
 
 def wrap(family: JointFamily | None, engine: Engine, name: str, processor: Any, backend: str) -> Any:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,3 +177,21 @@ class Riders:
             key, value, self.index, numbers, self.entries, self.entries, self.longest, self.busiest,
             token_weight=self.weight,
         )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Joint:
+    """What the layers of one denoiser call need to know; `Running.joint`.
+
+    Attributes:
+        layout, riders: where everybody sits, and who the riders are.
+        numbers: of `ConceptTokens`, at this step.
+        embeddings: of the riders [B, T, C], as text enters the model.
+        seam: of the engine whose call it is.
+    """
+
+    layout: Layout
+    riders: Riders
+    numbers: Tensor
+    embeddings: Tensor
+    seam: Any

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,25 +24,7 @@ from ....engine.engine import Engine
 from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.session.call import RUNNING
 from .attention import attend
-from .riders import Layout, Riders
-
-
-@dataclass(eq=False)
-class Joint:
-    """What the layers of one denoiser call need to know; `Running.joint`.
-
-    Attributes:
-        layout, riders: where everybody sits, and who the riders are.
-        numbers: of `ConceptTokens`, at this step.
-        embeddings: of the riders [B, T, C], as text enters the model.
-        seam: of the engine whose call it is.
-    """
-
-    layout: Layout
-    riders: Riders
-    numbers: Tensor
-    embeddings: Tensor
-    seam: Seam
+from .riders import Joint
 
 
 class Seam:
@@ -163,7 +144,10 @@ def dispatched(
             "other tokens of this call"
         )
     mask = None if attn_mask is None else attn_mask[..., layout.parts.prompt]
-    return attend(query, key, value, mask, joint, layer, running)
+    return attend(
+        query, key, value, mask, joint, layer.engine, running,
+        layer=layer.name, partials=layer.partials, backend=layer.backend,
+    )  # fmt: skip
 
 
 def _skips_scores() -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ....engine.errors import UnsupportedModelError
 from ..around import base_class
 from .families import Boarded, Given, JointFamily, no_words
-from .riders import Layout, Riders
-from .seam import Joint, Seam
+from .riders import Joint, Layout, Riders
+from .seam import Seam
 
 MULTIPLE: int = SEQ_MULTI_OF  # of which every length of text and image is one
 
