@@ -179,6 +179,9 @@ class Tokenizer:
     def get_vocab(self) -> dict[str, int]:
         return {}
 
+    def apply_chat_template(self, said: list[dict[str, str]], **_options: Any) -> str:
+        return said[0]["content"]
+
 
 # ---- report ---------------------------------------------------------------------------------------------
 

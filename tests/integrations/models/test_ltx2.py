@@ -20,6 +20,7 @@ from fastnegate.engine.prototypes import prototype
 pytest.importorskip("diffusers")
 
 import cross_pipelines
+import pipelines
 from cross_pipelines import LENGTH, film
 from pipelines import one_thread  # noqa: F401
 
@@ -32,37 +33,47 @@ VARIANTS = ["2.0", "2.3", "2.5"]
 
 
 @contextmanager
-def installed(pipe: Any, rule: Rule | str = "nag") -> Iterator[fn.Engine]:
+def installed(pipe: Any, rule: Rule | str = "nag", sound: bool = False) -> Iterator[fn.Engine]:
     concepts = {"dog": ["dog", "a red dog"], "cat": "cat"}
     bank = fn.ConceptBank.from_prompts(pipe, concepts, templates=["{}"])
-    engine = fn.install(pipe, bank, rule=rule)
+    engine = fn.install(pipe, bank, rule=rule, sound=sound)
     yield engine
     engine.remove()
 
 
 @torch.no_grad()
-def encoded(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
-    """What the pipeline makes of a prompt for the video: [1, M, C], and which of it is attended to."""
+def encoded(pipe: Any, text: str, sound: bool = False) -> tuple[Tensor, Tensor]:
+    """What the pipeline makes of a prompt for the video, or the sound: [1, M, C], and which of it is attended
+    to."""
     embeddings, mask, *_ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
-    video, _of_audio, kept = pipe.connectors(embeddings, mask, padding_side="left")
-    return video, kept[0].bool()
+    of_video, of_sound, kept = pipe.connectors(embeddings, mask, padding_side="left")
+    return of_sound if sound else of_video, kept[0].bool()
 
 
 class Literal:
-    """`attn2` of one block in plain torch, with NAG before the gate; the softmax and NAG in float64."""
+    """`attn2` of one block in plain torch, or `audio_attn2`, with NAG before the gate; the softmax and NAG in
+    float64."""
 
-    def __init__(self, pipe: Any, block: Any, concepts: Sequence[tuple[Tensor, Tensor] | None], rule: Rule):
+    def __init__(
+        self,
+        pipe: Any,
+        block: Any,
+        concepts: Sequence[tuple[Tensor, Tensor] | None],
+        rule: Rule,
+        sound: bool = False,
+    ) -> None:
         self.model, self.block, self.concepts, self.rule = pipe.transformer, block, concepts, rule
+        self.sound = "audio_" if sound else ""
         self.temb: Tensor | None = None
         self.handle = block.register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, _block: Any, _args: Any, kwargs: Any) -> None:
-        self.temb = kwargs["temb_prompt"]
+        self.temb = kwargs["temb_prompt_audio" if self.sound else "temb_prompt"]
 
     def modulated(self, text: Tensor, row: int) -> Tensor:
         if hasattr(self.model, "caption_projection"):
-            return self.model.caption_projection(text)
-        shift, scale = self.block.prompt_scale_shift_table
+            return getattr(self.model, f"{self.sound}caption_projection")(text)
+        shift, scale = getattr(self.block, f"{self.sound}prompt_scale_shift_table")
         if self.temb is not None:  # [B, 1, 2 * C]
             of_time = self.temb[row].unflatten(-1, (2, -1))[0]
             shift, scale = shift + of_time[0], scale + of_time[1]
@@ -99,16 +110,17 @@ class Literal:
 
 
 @contextmanager
-def literal(pipe: Any, negatives: Sequence[str | None], rule: Rule) -> Iterator[None]:
-    concepts = [None if text is None else encoded(pipe, text) for text in negatives]
+def literal(pipe: Any, negatives: Sequence[str | None], rule: Rule, sound: bool = False) -> Iterator[None]:
+    concepts = [None if text is None else encoded(pipe, text, sound) for text in negatives]
     blocks = list(pipe.transformer.transformer_blocks)
-    before = [block.attn2.processor for block in blocks]
-    made = [Literal(pipe, block, concepts, rule) for block in blocks]
-    for block, processor in zip(blocks, made):
-        block.attn2.set_processor(processor)
+    layers = [block.audio_attn2 if sound else block.attn2 for block in blocks]
+    before = [layer.processor for layer in layers]
+    made = [Literal(pipe, block, concepts, rule, sound) for block in blocks]
+    for layer, processor in zip(layers, made):
+        layer.set_processor(processor)
     yield
-    for block, processor, old in zip(blocks, made, before):
-        block.attn2.set_processor(old)
+    for layer, processor, old in zip(layers, made, before):
+        layer.set_processor(old)
         processor.handle.remove()
 
 
@@ -151,6 +163,49 @@ def test_rows_with_other_negative_prompts_are_literal_nag(variant: str, image: b
         assert changed == [text is not None for text in NEGATIVES]
 
 
+@pytest.mark.parametrize("variant", ["2.0", "2.3", pytest.param("2.5", marks=pytest.mark.full)])
+def test_what_the_sound_reads_is_negated_where_that_is_asked_for(variant: str) -> None:
+    pipe = cross_pipelines.ltx2(variant, False)
+    untouched = film(pipe, PROMPTS)
+    with installed(pipe) as engine:
+        without = _negated(engine, pipe, POLICIES)
+    with installed(pipe, sound=True) as engine:
+        assert engine.layers == ("transformer_blocks.0.attn2", "transformer_blocks.1.attn2")  # of pictures
+        assert all(torch.equal(a, b) for a, b in zip(film(pipe, PROMPTS), untouched))
+        with fn.audit(pipe) as audit:
+            actual = _negated(engine, pipe, POLICIES)
+        audit.verify()
+    with literal(pipe, NEGATIVES, engine.rule), literal(pipe, NEGATIVES, engine.rule, sound=True):
+        wanted = film(pipe, PROMPTS)
+    for made, of_formula in zip(actual, wanted):
+        assert error(made, of_formula) <= 5e-6
+    changed = [error(a, b) > 1e-3 for a, b in zip(actual[1], without[1])]
+    assert changed == [text is not None for text in NEGATIVES]
+
+
+def test_embeddings_of_one_s_own_are_of_the_video_or_of_both() -> None:
+    pipe = cross_pipelines.ltx2()
+    width = encoded(pipe, "dog")[0].shape[2]
+    embeddings = torch.zeros(2, width).normal_(generator=torch.manual_seed(0))
+    for sound in (False, True):
+        with installed(pipe, sound=sound) as engine:
+            bank = fn.ConceptBank({"own": fn.Concept.from_embeddings(embeddings)}, engine.bank.fingerprint)
+        engine = fn.install(pipe, bank, rule="vsf", sound=sound)
+        if sound:
+            with pytest.raises(ValueError, match="for the sound"), engine.batch([Policy({"own": 1.0})]):
+                film(pipe, PROMPTS[:1])
+        else:
+            with engine.batch([Policy({"own": 1.0})]):
+                film(pipe, PROMPTS[:1])
+        engine.remove()
+
+
+def test_sound_is_of_pipelines_that_make_one() -> None:
+    pipe = pipelines.build("sd15")
+    with pytest.raises(ValueError, match="StableDiffusionPipeline makes none"):
+        fn.install(pipe, fn.ConceptBank.from_prompts(pipe, {"dog": "dog"}), sound=True)
+
+
 def _negated(engine: fn.Engine, pipe: Any, policies: Sequence[Policy | None], **options: Any) -> Any:
     with engine.batch(policies):
         return film(pipe, PROMPTS[: len(policies)], **options)
@@ -180,12 +235,15 @@ def test_words_of_a_concept_are_found(variant: str, registers: int | None) -> No
     pipe = cross_pipelines.ltx2(variant, registers=registers)
     bank = fn.ConceptBank.from_prompts(pipe, {"it": "red dog"}, templates=["a photo of a {} and a cat"])
     whole, kept = encoded(pipe, "red dog")
+    whole = torch.cat([whole, encoded(pipe, "red dog", sound=True)[0]], -1)
     concept = bank["it"]
     # diffusers attends to padding, too, where there are no registers.
     assert len(concept.prompt) == kept.sum() == 1024 and torch.equal(concept.prompt, whole[0])
     padding = [3] * 1021
     assert concept.roles.tolist() == ([0, 1, 1, *padding] if registers else [*padding, 0, 1, 1])
-    caption, _ = encoded(pipe, "a photo of a red dog and a cat")
+    caption = torch.cat(
+        [encoded(pipe, "a photo of a red dog and a cat", sound)[0] for sound in (False, True)], -1
+    )
     begin = 0 if registers else 1024 - 10
     torch.testing.assert_close(concept.prototypes[0], prototype([caption[0, begin + 5 : begin + 7]]))
     if registers is None:

@@ -112,9 +112,10 @@ def bare(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def cross_attention_layers(model: nn.Module) -> dict[str, Any]:
-    """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
-    return text_layers(bare(model))
+def cross_attention_layers(model: nn.Module, sound: bool = False) -> dict[str, Any]:
+    """Text cross-attention modules by name, as in `attn_processors` without ".processor"; those of `sound`
+    only if asked for."""
+    return text_layers(bare(model), sound)
 
 
 def project_context(entry: Family, model: Any, embeddings: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Family:
         masked_padding: whether the model masks padding tokens (else it attends to them).
         projection: modules of the denoiser between text encoder and attention, in the order of their calls.
         encoding: arguments of the pipeline's `encode_prompt` besides texts and device.
-        connectors: a module of the pipeline that makes of an encoding one text for video and one for sound.
+        connectors: a module of the pipeline that makes of an encoding one text for video and one for sound:
+            concepts have the channels of both.
         cleaned: what the pipeline makes of a text before it tokenizes it.
         framed: a text with what the pipeline puts around it (a chat template, say), of pipeline and text.
         dropped: how many of the first tokens are left out once they are encoded, of a pipeline.

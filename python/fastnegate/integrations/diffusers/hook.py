@@ -41,9 +41,15 @@ class Hook:
     """Around one pipeline and its denoisers."""
 
     def __init__(
-        self, pipe: Any, engine: Engine, on_displaced: str, backend: str, max_tokens: int | None
+        self,
+        pipe: Any,
+        engine: Engine,
+        on_displaced: str,
+        backend: str,
+        max_tokens: int | None,
+        sound: bool,
     ) -> None:
-        self.engine, self._backend = engine, backend
+        self.engine, self._backend, self._sound = engine, backend, sound
         self._pipe = weakref.ref(pipe)
         self._family = family(pipe)
         self._on_displaced = on_displaced
@@ -58,7 +64,9 @@ class Hook:
         """Have processors for the layers of these models, and no others."""
         self._held = {
             # Layers of a second denoiser have the names of the first one's.
-            name: Held(model, self.engine, self._backend, f"{name}." if i else "", self._family.joint)
+            name: Held(
+                model, self.engine, self._backend, f"{name}." if i else "", self._family.joint, self._sound
+            )
             for i, (name, model) in enumerate(models.items())
         }
         self._name_layers()
@@ -200,7 +208,7 @@ class Hook:
                 yield boarded
         elif self._family.rides and (running.live or running.call.compiled or _captures(running)):
             running.joint = running.context.shape[1]
-            yield board(bare(model), given, running.context)
+            yield board(bare(model), given, running.context, self._sound)
         else:
             yield None
 

@@ -54,6 +54,7 @@ def install(
     backend: str = "auto",
     unasked: str = "plain",
     max_tokens: int | None = None,
+    sound: bool = False,
 ) -> Engine:
     """Install per-request concept negation in a pipeline.
 
@@ -74,6 +75,7 @@ def install(
         max_tokens: of models in whose text concepts ride: the most tokens that the concepts of a row may have
             together; more raise before the first step. Compiled code is made for so many, so that no other
             concept compiles it again. Default: as many as there are, and compiled again for more.
+        sound: of LTX-2: negate in what the sound reads as well; it has attention to text of its own.
 
     Returns:
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
@@ -92,6 +94,8 @@ def install(
     if max_tokens is not None and (not _whole(max_tokens) or entry.joint is None):
         allowed = "must be an int >= 1" if entry.joint is not None else "concepts ride in joint models alone"
         raise ValueError(f"max_tokens={max_tokens!r}: {allowed}")
+    if sound and entry.connectors is None:
+        raise ValueError(f"sound={sound!r}: {type(pipe).__name__} makes none")
     if engine_of(pipe) is not None:
         raise ValueError("pipe has an engine already: call its remove() first, or fastnegate.remove(pipe)")
     if not denoisers(pipe):
@@ -111,7 +115,7 @@ def install(
         encode=functools.partial(_negative_prompt, of_pipe),
         encoder_state=functools.partial(_encoder_state, of_pipe),
     )
-    hook = Hook(pipe, engine, on_displaced, backend, max_tokens)
+    hook = Hook(pipe, engine, on_displaced, backend, max_tokens, sound)
     engine.on_remove(hook.remove)
     hook.put()
     return engine

@@ -33,7 +33,7 @@ from .contract import family
 from .layers.classic import CLASSIC
 from .layers.ip_adapter import Adapted
 from .layers.kept import Kept
-from .layers.known import kind_of
+from .layers.known import SOUND, kind_of
 from .layers.ltx2 import apart
 
 
@@ -264,6 +264,7 @@ class NegationAttnProcessor:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         engine = self.engine
         watched = running is not None and (running.sampled or running.observed)
+        watched &= not self.layer.endswith(SOUND)  # statistics are of pictures
         if running is None or engine is None or not watched or _capturing(query):
             return negated_attention(
                 query, key, value, tokens, self.rule, scale=scale, key_bias=mask, backend=self.backend

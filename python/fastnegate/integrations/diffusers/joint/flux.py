@@ -28,9 +28,10 @@ def _flux(_model: Any, given: Given, riders: Riders, tokens: Tensor, image: int 
     if ids.shape[1] == 4:
         theirs[:, 3] = riders.place.to(ids.dtype)
     if image is None:  # nobody says: pictures to go by come after it, and their first coordinate is not 0
-        made = image_ids[:, 0] == 0
-        image = int(made.sum())
-        if not image or not made[:image].all():
+        made = (image_ids[:, 0] == 0).long()
+        first = made.cumprod(0).sum()  # before any other
+        image = int(torch.where(first == made.sum(), first, 0))
+        if not image:
             raise UnsupportedModelError(
                 "img_ids: an image has 0 on their first axis, and comes before pictures to go by"
             )

@@ -15,6 +15,7 @@ from ..contract import bare, cross_attention_layers
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
 from .caches import Caches
+from .known import SOUND
 from .places import Places
 
 
@@ -35,10 +36,12 @@ class Held:
         backend: str,
         prefix: str = "",
         joint: JointFamily | None = None,
+        sound: bool = False,
     ) -> None:
         self.model = weakref.ref(model)
         self.parameters = list(inspect.signature(bare(model).forward).parameters)
         self._engine, self._backend, self._prefix, self._joint = engine, backend, prefix, joint
+        self._sound = sound
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, Any] = {}
         self.caches = Caches()
@@ -47,7 +50,7 @@ class Held:
     def look(self, model: nn.Module) -> None:
         """Look at the model's layers, and have a processor for each."""
         ours = {id(attn): self.processors[name] for name, attn in self.layers.items()}
-        layers, processors = cross_attention_layers(model), {}
+        layers, processors = cross_attention_layers(model, self._sound), {}
         for name, attn in layers.items():
             processors[name] = self._around(name, attn.processor, ours.get(id(attn)))
             processors[name].layer = self._prefix + name  # a block that was wrapped has another name
@@ -68,8 +71,8 @@ class Held:
 
     @property
     def names(self) -> list[str]:
-        """The layers' names, as the engine tells them."""
-        return [processor.layer for processor in self.processors.values()]
+        """The names of layers that make pictures, as the engine tells them."""
+        return [processor.layer for name, processor in self.processors.items() if not name.endswith(SOUND)]
 
     def put(self) -> None:
         """Set our processors."""
@@ -98,7 +101,7 @@ class Held:
             return f"{len(others)} of {len(self.layers)} processors were replaced, e.g. {others[0]} by {name}"
         if not self._places.changed:
             return None
-        now, held = cross_attention_layers(model), {id(attn) for attn in self.layers.values()}
+        now, held = cross_attention_layers(model, self._sound), {id(attn) for attn in self.layers.values()}
         found = {id(attn) for attn in now.values()}
         others = [n for n, attn in self.layers.items() if id(attn) not in found]
         others += [n for n, attn in now.items() if id(attn) not in held and n not in others]

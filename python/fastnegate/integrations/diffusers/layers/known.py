@@ -55,11 +55,14 @@ def _attention(attn: Any, name: str) -> bool:
     return attn.is_cross_attention or attn.added_kv_proj_dim is not None  # image and text are one sequence
 
 
+SOUND = "audio_attn2"  # what attends from sound to text is called so
+
+
 # Which modules of a class attend from image or video to text, by the module and its name.
 _IS_TEXT: dict[type[nn.Module], Callable[[Any, str], bool]] = {
     Attention: _attention,
     LTXAttention: lambda _attn, name: name.rpartition(".")[2] == "attn2",
-    LTX2Attention: lambda _attn, name: name.rpartition(".")[2] == "attn2",
+    LTX2Attention: lambda _attn, name: name.rpartition(".")[2] in ("attn2", SOUND),
     WanAttention: lambda attn, _name: attn.is_cross_attention,
     FluxAttention: lambda _attn, _name: True,
     Flux2Attention: lambda _attn, _name: True,
@@ -82,11 +85,12 @@ def kind_of(processor: Any) -> Kind:
     return kind
 
 
-def text_layers(model: nn.Module) -> dict[str, Any]:
-    """Text cross-attention modules by name, as in `attn_processors` without ".processor"."""
+def text_layers(model: nn.Module, sound: bool = False) -> dict[str, Any]:
+    """Text cross-attention modules by name, as in `attn_processors` without ".processor"; those of `sound`
+    only if asked for."""
     return {
         name: module
         for name, module in model.named_modules()
         for known, is_text in _IS_TEXT.items()
-        if isinstance(module, known) and is_text(module, name)
+        if isinstance(module, known) and is_text(module, name) and (sound or not name.endswith(SOUND))
     }

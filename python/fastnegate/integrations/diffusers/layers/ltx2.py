@@ -36,20 +36,31 @@ class Ltx2(Across):
         return super().forward(inner, attn, gated, hidden, text, mask, *rest)
 
 
-def board(model: Any, given: Mapping[str, Any], concepts: Tensor) -> dict[str, Any]:
-    """The arguments of a denoiser call, with concepts [1, T, C] behind each row's prompt. The prompt's mask
-    stays as it is: layers part the two again.
+def board(model: Any, given: Mapping[str, Any], concepts: Tensor, sound: bool) -> dict[str, Any]:
+    """The arguments of a denoiser call, with concepts [1, T, C] behind each row's prompt for the video, and
+    also behind that for the `sound`. The prompt's mask stays as it is: layers part the two again.
 
     Raises:
         UnsupportedModelError: the rows are at different timesteps, and the model modulates text by them.
+        ValueError: concepts have not the channels of the texts that they ride in.
     """
-    text, sigma = given["encoder_hidden_states"], given.get("sigma")
+    sigma = given.get("sigma")
+    texts = {name: given[name] for name in ("encoder_hidden_states", "audio_encoder_hidden_states")}
+    widths = [text.shape[2] for text in texts.values()]
+    width = concepts.shape[2]
+    if width != sum(widths) and (sound or width != widths[0]):
+        raise ValueError(
+            f"concepts have {width} channels: must be {widths[0]} for the video and {widths[1]} for the sound"
+        )
     if hasattr(model, "prompt_adaln") and sigma is not None and not _alike(sigma):
         raise UnsupportedModelError(
             f"sigma={sigma.tolist()}: rows must be at one timestep, by which this model modulates text"
         )
-    boarded = torch.cat([text, concepts.expand(len(text), -1, -1)], 1)
-    return {**given, "encoder_hidden_states": boarded}
+    own = concepts[:, :, : widths[0]], concepts[:, :, widths[0] :]
+    boarded = dict(given)
+    for (name, text), tokens in list(zip(texts.items(), own))[: 1 + sound]:
+        boarded[name] = torch.cat([text, tokens.expand(len(text), -1, -1)], 1)
+    return boarded
 
 
 def apart(boarded: Tensor, count: int) -> tuple[Tensor, Tensor]:

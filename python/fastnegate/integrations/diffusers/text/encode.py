@@ -133,7 +133,8 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         )
         if entry.connectors is not None:
             connectors, side = getattr(pipe, entry.connectors), pipe.tokenizer.padding_side
-            embeddings, _of_sound, mask = connectors(embeddings, mask, padding_side=side)
+            embeddings, of_sound, mask = connectors(embeddings, mask, padding_side=side)
+            embeddings = torch.cat([embeddings, of_sound], -1)  # which have the same tokens
     if isinstance(embeddings, list):  # one of its own length for each
         lengths = torch.tensor([len(part) + -len(part) % entry.multiple for part in embeddings])
         embeddings = pad_sequence(embeddings, batch_first=True)
