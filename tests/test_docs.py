@@ -40,11 +40,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     import joint_pipelines
     import pipelines
-    from cross_pipelines import load_image_adapter, ltx2
+    from cross_pipelines import kolors, load_image_adapter, ltx2
 
     kinds = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
     of_few_steps = [*kinds]
     kinds |= {"WanPipeline": "wan", "LTXPipeline": "ltx", "SanaPipeline": "sana"}
+    kinds["PixArtSigmaPipeline"] = "pixart_sigma"
     joint = {"FluxPipeline": "flux", "Flux2KleinPipeline": "klein", "QwenImagePipeline": "qwen"}
     joint |= {"ZImagePipeline": "zimage", "StableDiffusion3Pipeline": "sd3"}
     for kind in of_few_steps:
@@ -58,8 +59,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def from_pretrained(cls: type, name: str, **_options: Any) -> Any:
         assert "/" in name, f"{name} is no model of the hub"
-        if cls.__name__ == "LTX2Pipeline":
-            return ltx2()
+        if cls.__name__ in ("LTX2Pipeline", "KolorsPipeline"):
+            return ltx2() if cls.__name__ == "LTX2Pipeline" else kolors()
         if cls.__name__ in joint:
             return joint_pipelines.build(joint[cls.__name__])
         return pipelines.build(kinds[cls.__name__])

@@ -206,15 +206,29 @@ def concept(pipe: Any, text: str, rule: Rule) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("rule", (NAG, STRONG, VSF), ids=("published", "strong", "vsf"))
 @pytest.mark.parametrize("kind", JOINT)
 def test_it_is_the_literal_passes(kind: str, rule: Rule) -> None:
+    _check_literal(kind, rule)
+
+
+@pytest.mark.parametrize("size", [(40, 8), (16, 32)])
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_at_other_sizes_and_lengths_of_text(kind: str, size: tuple[int, int]) -> None:
+    height, width = size
+    scale = 4 if kind == "zimage" else 1  # 32 tokens of its image, or a multiple
+    _check_literal(
+        kind, STRONG, "a photo of a dog and a red cat in it", height=scale * height, width=scale * width
+    )
+
+
+def _check_literal(kind: str, rule: Rule, prompt: str = "a cat", **options: Any) -> None:
     pipe = build(kind)
-    plain = generate(pipe)
+    plain = generate(pipe, prompt, **options)
     with Literal(pipe, rule, *concept(pipe, "a dog", rule)).at_work():
-        expected = generate(pipe)
+        expected = generate(pipe, prompt, **options)
     with fn.negate(pipe, bank_of(pipe), method=rule) as handle:
         handle.engine.set_requests([Policy({"dog": 1.0})])
-        output = generate(pipe)
+        output = generate(pipe, prompt, **options)
     assert errs(output, expected) <= 5e-6 < 20 * 5e-6 < errs(plain, expected)
-    assert torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(pipe, prompt, **options), plain)
 
 
 @pytest.mark.parametrize("kind", ("flux", "klein", "qwen"))
