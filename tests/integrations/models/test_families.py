@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fastnegate import Policy, Rule
 from fastnegate.engine.engine import Record
@@ -353,3 +354,24 @@ def test_a_pipeline_that_only_encodes_has_nothing_to_install_in() -> None:
     fn.remove(pipe)
     pipe.transformer = second
     fn.install(pipe, bank).remove()
+
+
+@pytest.mark.parametrize("kind", ("wan", "sdxl"))
+def test_one_graph_whatever_is_negated(kind: str) -> None:
+    """Over policies, concepts, strengths, windows and steps; compiled code always takes the negated path."""
+    torch._dynamo.reset()
+    pipe, counter = pipelines.build(kind), CompileCounter()
+    bank = fn.ConceptBank.from_prompts(pipe, {"dog": "dog", "red": "red"}, templates=["{}"])
+    name, model = next(iter(denoisers(pipe).items()))
+    setattr(pipe, name, torch.compile(model, backend=counter, fullgraph=True))
+    engine = fn.install(pipe, bank, rule="nag")
+    policies = [
+        Policy({"dog": 1.0}), None, Policy({"red": 0.5}), Policy({"dog": 0.3, "red": 0.7}),
+        Policy({"dog": 1.0}, stop=0.5), Policy({"dog": 2.0}, start=0.5), Policy({"red": 1.0}),
+    ]  # fmt: skip
+    for policy in policies:
+        with engine.batch([policy]):
+            pipelines.generate(pipe, steps=3)
+    assert counter.frame_count == 1
+    engine.remove()
+    torch._dynamo.reset()
