@@ -38,7 +38,7 @@ NAG = Rule.preset("nag", family="flux")
 STRONG = Rule.preset("nag", family="flux", strength=10.0, norm_limit=5.0, blend=1.0)
 VSF = Rule.preset("vsf", strength=3.0)
 # One family for each way to board.
-MECHANISMS = ("klein_edit", "qwen", "zimage", "sd3")
+MECHANISMS = ("flux", "klein_edit", "qwen", "zimage", "sd3")
 
 
 def bank_of(pipe: Any) -> ConceptBank:
@@ -364,7 +364,7 @@ def test_audit_tells_shares_on_the_image_s_own_grid(kind: str) -> None:
     engine.watch(seen.append)
     with engine.batch([Policy({"dog": 1.0}), None]), fn.audit(pipe) as audit:
         made = generate(pipe, ["a cat", "a dog"], (0, 1))
-    tokens = {"klein_edit": 96, "qwen": 24, "zimage": 128, "sd3": 96}[kind]
+    tokens = {"flux": 96, "klein_edit": 96, "qwen": 24, "zimage": 128, "sd3": 96}[kind]
     assert {record.layer for record in seen} == {*engine.layers}
     for record in seen:
         statistics = record.statistics

@@ -43,8 +43,8 @@ class Seam:
         if torch.compiler.is_compiling():
             return self.compiled
         running = RUNNING.get()
-        joint: Joint | None = None if running is None else running.joint
-        return joint if joint is not None and joint.seam is self else None
+        joint = None if running is None else running.joint
+        return joint if isinstance(joint, Joint) and joint.seam is self else None
 
 
 class Layer:

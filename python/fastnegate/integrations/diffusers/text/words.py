@@ -247,5 +247,5 @@ class Words:
             with turn:
                 end = self._behind + len(self._ids(text, self._tail))
             roles[self._behind : end] = Role.CONTENT
-            roles[end] = Role.EOT
+            roles[end : end + 1] = Role.EOT
         return roles
