@@ -183,7 +183,7 @@ setup(
         "fastnegate.triton_kernels": "triton_kernels",
         "fastnegate.benchmarks": "benchmarks",
     },
-    package_data={"fastnegate": ["py.typed"], "fastnegate.testbed": ["weights/**/*"]},
+    package_data={"fastnegate": ["py.typed"], "fastnegate.testbed": ["weights/**/*", "hard/sprites/*"]},
     include_package_data=False,
     ext_modules=[
         Extension(name, [], optional=choice(variable) == "auto")

@@ -14,7 +14,7 @@ import pytest
 
 from fastnegate import testbed
 from fastnegate.testbed import LOOSE, STRICT, Detection, PromptObject, Thresholds
-from fastnegate.testbed.world import (
+from fastnegate.testbed.easy.world import (
     ALIASES,
     BACKGROUNDS,
     COLOR_UMBRELLAS,

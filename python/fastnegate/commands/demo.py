@@ -19,7 +19,7 @@ from ..engine.audit import Audit, audit
 from ..integrations.diffusers.install import negate
 from ..operator.attention import backends
 from ..operator.backends import AUTO
-from ..testbed.detector import LOOSE, STRICT, detect, kept, objects_in, shows
+from ..testbed.easy.detector import LOOSE, STRICT, detect, kept, objects_in, shows
 from ..testbed.model import DEFAULT_GUIDANCE, load
 from ..testbed.quality import bank_of
 from .progress import progress

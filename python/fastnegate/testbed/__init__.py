@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .concepts import CONCEPTS, covers, members, templates
-from .detector import (
+from .easy.concepts import CONCEPTS, covers, members, templates
+from .easy.detector import (
     LOOSE,
     STRICT,
     Detection,
@@ -21,8 +21,8 @@ from .detector import (
     objects_in,
     shows,
 )
-from .suites import SUITES, Case, suite
-from .world import PromptObject, caption, check_prompt, render
+from .easy.suites import SUITES, Case, suite
+from .easy.world import PromptObject, caption, check_prompt, render
 
 if TYPE_CHECKING:
     from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, load

@@ -29,8 +29,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import BatchEncoding, CLIPTextModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .concepts import CONCEPTS, templates
-from .world import check_prompt
+from .easy.concepts import CONCEPTS, templates
+from .easy.world import check_prompt
 
 DEFAULT_STEPS = 20
 """Denoising steps for which the model's quality is stated."""

@@ -16,10 +16,10 @@ from ..engine.bank import ConceptBank
 from ..engine.policy import Policy
 from ..integrations.diffusers.install import install
 from ..operator.rule import Rule, check_number
-from .concepts import CONCEPTS, members, templates
-from .detector import LOOSE, STRICT, detect, kept, shows
+from .easy.concepts import CONCEPTS, members, templates
+from .easy.detector import LOOSE, STRICT, detect, kept, shows
+from .easy.suites import SUITES, Case, suite
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS
-from .suites import SUITES, Case, suite
 
 BATCH = 32
 UNNEGATED = ("none", "negative prompt")

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating[Any]]
+from ..shapes import signed_distance
 
 SIZE = 32
 """Height and width of every image, in pixels."""
@@ -139,38 +138,6 @@ def caption(things: Sequence[PromptObject], background: str | None = None) -> st
     """The caption of a scene: the phrases of `things` joined by "and", and the background."""
     words = " and ".join(phrase(thing) for thing in things)
     return f"{words} on {background}" if background else words
-
-
-def signed_distance(shape: str, x: FloatArray, y: FloatArray, radius: float) -> FloatArray:
-    """Signed distance, in pixels and negative inside, from offsets to the outline of a shape.
-
-    Args:
-        shape: one of `SHAPES`.
-        x, y: offsets from the shape's centre in pixels, y downwards; any shapes that broadcast.
-        radius: half of the shape's extent, in pixels.
-
-    Raises:
-        ValueError: `shape` is not in `SHAPES`.
-    """
-    distance: FloatArray
-    if shape == "circle":
-        distance = np.hypot(x, y) - radius
-    elif shape == "ring":
-        distance = np.abs(np.hypot(x, y) - 0.74 * radius) - 0.26 * radius
-    elif shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
-    elif shape == "triangle":
-        sides = (1.75 * np.abs(x) - y - 0.95 * radius) / np.hypot(1.75, 1)
-        distance = np.maximum(y - 0.8 * radius, sides)
-    elif shape == "diamond":
-        distance = (1.25 * np.abs(x) + np.abs(y) - 1.1 * radius) / np.hypot(1.25, 1)
-    elif shape == "cross":
-        upright = np.maximum(np.abs(x) - 0.36 * radius, np.abs(y) - radius)
-        level = np.maximum(np.abs(x) - radius, np.abs(y) - 0.36 * radius)
-        distance = np.minimum(upright, level)
-    else:
-        raise ValueError(f"shape={shape!r}; allowed: {', '.join(SHAPES)}")
-    return distance
 
 
 def render(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..shapes import signed_distance
 from .concepts import covers, members
 from .world import (
     ALIASES,
@@ -27,7 +28,6 @@ from .world import (
     SIZE,
     PromptObject,
     check_prompt,
-    signed_distance,
 )
 
 if TYPE_CHECKING:
