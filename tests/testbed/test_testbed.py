@@ -248,12 +248,8 @@ def test_templates_show_the_member_once(member: str) -> None:
 
 def test_package_data_is_small_and_safe() -> None:
     files = [path for path in (PACKAGE / "weights").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files} == {
-        "unet",
-        "text_encoder",
-        "tokenizer",
-        "scheduler",
-    }
+    assert {path.parent.parent.name for path in files} == set(testbed.HOSTS)
+    assert {path.parent.name for path in files} <= {"unet", "transformer", "text_encoder", "text_encoder_2"}
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= 20e6
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real, trained text-to-image model in the package, and a judge of what it draws.
+"""Real, trained text-to-image models in the package, and a judge of what they draw.
 
-`load()` gives a diffusers `StableDiffusionPipeline` for 32x32 pictures of coloured shapes, small
-enough for a laptop and offline; `suite` gives prompts with a concept to negate, `detect` and its
+`load(host)` gives a diffusers pipeline, small enough for a laptop and offline. `easy` is a Stable Diffusion
+for 32x32 pictures of coloured shapes, `easy-joint` a FLUX for the same world; `suite` gives prompts with a concept to negate, `detect` and its
 companions tell from a picture whether the concept is gone and the rest has stayed.
 """
 
@@ -25,12 +25,13 @@ from .easy.suites import SUITES, Case, suite
 from .easy.world import PromptObject, caption, check_prompt, render
 
 if TYPE_CHECKING:
-    from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, load
+    from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, HOSTS, load
 
 __all__ = [
     "CONCEPTS",
     "DEFAULT_GUIDANCE",
     "DEFAULT_STEPS",
+    "HOSTS",
     "LOOSE",
     "STRICT",
     "SUITES",
@@ -55,7 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Only the model needs diffusers: prompts and the detector work without it.
-    if name in ("DEFAULT_GUIDANCE", "DEFAULT_STEPS", "load"):
+    if name in ("DEFAULT_GUIDANCE", "DEFAULT_STEPS", "HOSTS", "load"):
         from . import model
 
         return getattr(model, name)

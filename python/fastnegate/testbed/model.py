@@ -1,150 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
 # diffusers and transformers are typed only in part:
-# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
-"""The testbed's text-to-image model as a diffusers pipeline, loaded from package data.
+# mypy: disable-error-code="no-untyped-call"
+"""The testbed's text-to-image models as diffusers pipelines, loaded from package data.
 
-The model is small but real: a CLIP text encoder (0.35 M parameters) and a cross-attention UNet
-(2.03 M parameters), trained together from scratch on captioned pictures of coloured shapes. It
-predicts the clean picture under a zero-terminal-SNR schedule, and works on 2x2 pixel blocks rather
-than on the latents of a learned autoencoder: latents [B, 12, 16, 16] are pictures [B, 3, 32, 32].
-With `DEFAULT_STEPS` and `DEFAULT_GUIDANCE` it drew both objects right for 64 of 64 captions.
+The models are small but real: diffusers' and transformers' own classes, trained from scratch on captioned
+pictures by `python -m benchmarks.training`. They work on blocks of pixels rather than on the latents of a
+learned autoencoder. A *cross* host is a Stable Diffusion: CLIP text encoder, cross-attention UNet that
+predicts the clean picture under a zero-terminal-SNR schedule. A *joint* host is a FLUX: T5 and CLIP, image
+and text in one attention, rectified flow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from transformers import BatchEncoding, CLIPTextModel, PreTrainedTokenizerFast
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
-from .easy.concepts import CONCEPTS, templates
-from .easy.world import check_prompt
+from .easy import concepts as easy_concepts
+from .easy import world as easy
+from .parts import PixelShuffleVAE, ShortFluxPipeline, WordTokenizer, tokenizer_of
 
 DEFAULT_STEPS = 20
-"""Denoising steps for which the model's quality is stated."""
+"""Denoising steps for which the models' quality is stated."""
 
 DEFAULT_GUIDANCE = 3.0
-"""Classifier-free guidance scale for which the model's quality is stated."""
+"""Classifier-free guidance scale for which the models' quality is stated."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class PixelShuffleVAE(ModelMixin, ConfigMixin):
-    """A lossless stand-in for the autoencoder: 2x2 pixel blocks become channels, and back.
+class EasyTokenizer(WordTokenizer):
+    """Of the easy world's words."""
 
-    It offers what diffusers' Stable Diffusion pipelines ask of `AutoencoderKL`: `encode`, `decode`
-    and the configuration from which they take the scaling factor and the size of the latents.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        latent_channels: int = 12,
-        block_out_channels: tuple[int, ...] = (3, 12),
-        scaling_factor: float = 1.0,
-    ) -> None:
-        super().__init__()
-        # Pipelines ask a module for its device and dtype: without a parameter it has neither.
-        self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures [B, 3, H, W] in [-1, 1] -> a distribution whose only value is [B, 12, H/2, W/2].
-
-        Any floating dtype, H and W even.
-        """
-        mean = F.pixel_unshuffle(x, 2)
-        parameters = torch.cat([mean, torch.zeros_like(mean)], dim=1)
-        distribution = DiagonalGaussianDistribution(parameters, deterministic=True)
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
-
-    def decode(
-        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Latents [B, 12, H, W] -> pictures [B, 3, 2H, 2W], same dtype; `generator` is not used."""
-        picture = F.pixel_shuffle(z, 2)
-        return DecoderOutput(sample=picture) if return_dict else (picture,)
+    check_prompt = staticmethod(easy.check_prompt)
+    templates = staticmethod(easy_concepts.templates)
+    concepts = easy_concepts.CONCEPTS
 
 
-class WordTokenizer(PreTrainedTokenizerFast):
-    """The testbed's word-level tokenizer; refuses what the model was not trained to read.
+class Host(NamedTuple):
+    """`tokenizer`: makes the tokenizer of its world; `joint`: a FLUX, not a Stable Diffusion."""
 
-    A call or `tokenize` raises ValueError, as `check_prompt` does, where a general tokenizer would
-    silently map an unknown word to a stand-in. (What reaches the vocabulary by another way, such as
-    `encode`, also fails there, less politely: it has no stand-in.)
-    """
-
-    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        for prompt in [text] if isinstance(text, str) else text or ():
-            if isinstance(prompt, str):
-                check_prompt(prompt)
-        encoding: BatchEncoding = super().__call__(text, *args, **kwargs)
-        return encoding
-
-    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
-        check_prompt(text)
-        words: list[str] = super().tokenize(text, *args, **kwargs)
-        return words
-
-    def concept_templates(self, member: str) -> list[str]:
-        """Captions for a concept's prototype, as `ConceptBank.from_prompts` asks for them: a model that
-        has only ever read scenes of shapes says little about a word that stands alone. None for a
-        phrase that is not one of `CONCEPTS`."""
-        return templates(member) if (member := member.strip().lower()) in CONCEPTS else []
+    tokenizer: Any
+    joint: bool
 
 
-def load(*, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The testbed's pipeline, on the CPU, from the files in this package: no network, no cache.
+_EASY = partial(tokenizer_of, easy.VOCABULARY, easy.MAX_WORDS + 2, EasyTokenizer)
+_HOSTS = {"easy": Host(_EASY, joint=False)}
 
-    Call it as any Stable Diffusion pipeline, with `num_inference_steps=DEFAULT_STEPS` and
-    `guidance_scale=DEFAULT_GUIDANCE`; pictures are 32x32, prompts are those of `check_prompt`. The
-    progress bar is off; `set_progress_bar_config(disable=False)` brings it back.
+HOSTS: tuple[str, ...] = tuple(_HOSTS)
+"""Names of the models that `load` knows."""
+
+
+def load(
+    host: str = "easy", *, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline | ShortFluxPipeline:
+    """One of the testbed's pipelines, on the CPU, from the files in this package: no network, no cache.
+
+    Call it as any pipeline of its class with `num_inference_steps=DEFAULT_STEPS`. Guidance by two passes is
+    `guidance_scale=DEFAULT_GUIDANCE` of a cross host, and `true_cfg_scale=DEFAULT_GUIDANCE,
+    negative_prompt=""` of a joint one. Prompts are those of the world's `check_prompt`, pictures have its
+    `SIZE`. The progress bar is off; `set_progress_bar_config(disable=False)` brings it back.
 
     Args:
-        dtype: of the UNet, the text encoder and the latents.
+        host: one of `HOSTS`.
+        dtype: of the denoiser, the text encoders and the latents.
 
     Raises:
-        ValueError: `dtype` is not float32, float64, bfloat16 or float16.
+        ValueError: another host, or `dtype` is not float32, float64, bfloat16 or float16.
     """
+    if host not in _HOSTS:
+        raise ValueError(f"host={host!r}; allowed: {', '.join(HOSTS)}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+    make_tokenizer, joint = _HOSTS[host]
+    folder, tokenizer = _WEIGHTS / host, make_tokenizer()
     with _without_loading_bar():
-        text_encoder = CLIPTextModel.from_pretrained(
-            _WEIGHTS / "text_encoder", local_files_only=True, dtype=dtype
-        )
-        tokenizer = WordTokenizer.from_pretrained(_WEIGHTS / "tokenizer", local_files_only=True)
-    # Low-memory loading would warn where accelerate is missing; 8 MB need none.
-    unet = UNet2DConditionModel.from_pretrained(
-        _WEIGHTS / "unet", local_files_only=True, low_cpu_mem_usage=False, torch_dtype=dtype
-    )
-    components: dict[str, Any] = {
-        "vae": PixelShuffleVAE().type(dtype).eval(),
-        "text_encoder": text_encoder,
-        "tokenizer": tokenizer,
-        "unet": unet,
-        "scheduler": DDIMScheduler.from_pretrained(_WEIGHTS / "scheduler", local_files_only=True),
-        "safety_checker": None,
-        "feature_extractor": None,
+        parts: dict[str, Any] = {
+            "text_encoder": CLIPTextModel.from_pretrained(
+                folder / "text_encoder", local_files_only=True, dtype=dtype
+            ),
+            "tokenizer": tokenizer,
+        }
+        if joint:
+            parts["text_encoder_2"] = T5EncoderModel.from_pretrained(
+                folder / "text_encoder_2", local_files_only=True, dtype=dtype
+            )
+    # Low-memory loading would warn where accelerate is missing; a few MB need none.
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "low_cpu_mem_usage": False,
+        "torch_dtype": dtype,
     }
-    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    if joint:
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", **options)
+        return joint_pipeline(transformer=transformer, tokenizer_2=tokenizer, **parts)
+    return cross_pipeline(unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options), **parts)
+
+
+def cross_pipeline(unet: UNet2DConditionModel, **parts: Any) -> StableDiffusionPipeline:
+    """A cross host of its UNet, text encoder and tokenizer."""
+    channels = unet.config.in_channels
+    pipe = StableDiffusionPipeline(
+        unet=unet,
+        vae=_autoencoder(channels, unet.dtype),
+        scheduler=DDIMScheduler(
+            beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+            prediction_type="sample", clip_sample=False, steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
+    )  # fmt: skip
+    _of_pixels(pipe, pipe.vae.block, packed=1)
+    return pipe
+
+
+def joint_pipeline(transformer: FluxTransformer2DModel, **parts: Any) -> ShortFluxPipeline:
+    """A joint host of its transformer, text encoders and tokenizers; it packs 2 x 2 blocks to a token."""
+    vae = _autoencoder(transformer.config.in_channels // 4, transformer.dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = ShortFluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
+    # FLUX's pipeline knows no size of its own: every host has 8 x 8 tokens.
+    pipe.default_sample_size = 16
+    _of_pixels(pipe, vae.block, packed=2)
+    return pipe
+
+
+def _autoencoder(channels: int, dtype: torch.dtype) -> PixelShuffleVAE:
+    vae: PixelShuffleVAE = PixelShuffleVAE(latent_channels=channels, block_out_channels=(3, channels))
+    vae.type(dtype).eval()
+    return vae
+
+
+def _of_pixels(pipe: Any, block: int, packed: int) -> None:
+    """Tell a pipeline the side of a block, which it takes for a power of two."""
+    pipe.vae_scale_factor = block
+    pipe.image_processor.register_to_config(vae_scale_factor=block * packed)
+    pipe.set_progress_bar_config(disable=True)
 
 
 @contextmanager

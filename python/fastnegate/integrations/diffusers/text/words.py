@@ -86,7 +86,7 @@ class Words:
         with turn:
             self.starts, self.ends = self._around()
         length = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
-        longest = length.default if length else self.tokenizers[0].model_max_length
+        longest = (length.default if length else None) or self.tokenizers[0].model_max_length
         self.room: int = self._family.encoding.get("max_sequence_length", longest) - self.starts - self.ends
         self.left_out: dict[str, None] = {}
         self._known: dict[str, list[list[int]]] = {}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a host of the testbed: `python -m benchmarks.training easy-joint --out build/easy-joint`.
+
+The log and the pictures of every evaluation, the state to resume from and, at the end, the weights in
+float16 go to the folder. A run that was stopped goes on with `--resume`, as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from fastnegate.testbed.easy.world import MAX_WORDS as EASY_WORDS
+from fastnegate.testbed.easy.world import VOCABULARY as EASY_VOCABULARY
+from fastnegate.testbed.hard.words import MAX_WORDS as HARD_WORDS
+from fastnegate.testbed.hard.words import VOCABULARY as HARD_VOCABULARY
+from fastnegate.testbed.parts import tokenizer_of
+
+from .evaluate import evaluate
+from .hosts import CrossHost, JointHost, Size
+from .loop import Recipe, train
+from .scenes import WORLDS, scenes
+
+
+def _easy_joint() -> JointHost:
+    tokenizer = tokenizer_of(EASY_VOCABULARY, EASY_WORDS + 2, PreTrainedTokenizerFast)
+    return JointHost(Size(4, 8, 4, 32, 2, 3, EASY_WORDS + 2), tokenizer)
+
+
+def _hard_joint() -> JointHost:
+    tokenizer = tokenizer_of(HARD_VOCABULARY, HARD_WORDS + 2, PreTrainedTokenizerFast)
+    return JointHost(Size(6, 8, 3, 48, 2, 3, HARD_WORDS + 2), tokenizer)
+
+
+def _hard() -> CrossHost:
+    tokenizer = tokenizer_of(HARD_VOCABULARY, HARD_WORDS + 2, PreTrainedTokenizerFast)
+    return CrossHost(6, 8, (48, 80), HARD_WORDS + 2, tokenizer)
+
+
+HOSTS: dict[str, Callable[[], JointHost | CrossHost]] = {
+    "easy-joint": _easy_joint,
+    "hard": _hard,
+    "hard-joint": _hard_joint,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("host", choices=HOSTS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--world", choices=WORLDS, help="the host's, where it has one way to place objects")
+    parser.add_argument("--pictures", type=int, default=400_000, help="to train on, repeats counted")
+    parser.add_argument("--scenes", type=int, default=60_000, help="different ones")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then stop, to be resumed")
+    arguments = parser.parse_args()
+    world = arguments.world or {"easy-joint": "easy"}.get(arguments.host, "hard-grid")
+    if world.partition("-")[0] != arguments.host.partition("-")[0]:
+        parser.error(f"--world {world}: not a world of {arguments.host}")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    host: Any = HOSTS[arguments.host]()
+    data = scenes(world, arguments.scenes, arguments.seed, arguments.out.parent / "scenes")
+    recipe = Recipe(arguments.pictures, seed=arguments.seed)
+    averaged = train(
+        host, data, recipe, arguments.out, partial(evaluate, arguments.out, world),
+        arguments.device, arguments.compile, arguments.resume, arguments.minutes,
+    )  # fmt: skip
+    averaged.half().pipeline().save_pretrained(arguments.out / "weights")
+
+
+if __name__ == "__main__":
+    main()

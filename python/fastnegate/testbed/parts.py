@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# diffusers and transformers are typed only in part:
+# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
+"""What the testbed's pipelines have of their own: an autoencoder without loss, a tokenizer of words, and
+FLUX's pipeline for short texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+
+class PixelShuffleVAE(ModelMixin, ConfigMixin):
+    """A lossless stand-in for the autoencoder: blocks of pixels become channels, and back.
+
+    It offers what diffusers' pipelines ask of `AutoencoderKL`: `encode`, `decode` and the configuration
+    from which they take the scaling factor and the size of the latents. A block has
+    `latent_channels / 3` pixels, a square number.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 12,
+        block_out_channels: tuple[int, ...] = (3, 12),
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.block = isqrt(latent_channels // in_channels)
+        # Pipelines ask a module for its device and dtype: without a parameter it has neither.
+        self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Pictures [B, 3, H, W] in [-1, 1] -> a distribution whose only value is [B, 3 f², H/f, W/f] for
+        blocks of f x f pixels. Any floating dtype; f divides H and W.
+        """
+        mean = F.pixel_unshuffle(x, self.block)
+        parameters = torch.cat([mean, torch.zeros_like(mean)], dim=1)
+        distribution = DiagonalGaussianDistribution(parameters, deterministic=True)
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Latents [B, 3 f², H, W] -> pictures [B, 3, fH, fW], same dtype; `generator` is not used."""
+        picture = F.pixel_shuffle(z, self.block)
+        return DecoderOutput(sample=picture) if return_dict else (picture,)
+
+
+class WordTokenizer(PreTrainedTokenizerFast):
+    """A word-level tokenizer; refuses what the model was not trained to read.
+
+    A call or `tokenize` raises ValueError, as the world's `check_prompt` does, where a general tokenizer
+    would silently map an unknown word to a stand-in. (What reaches the vocabulary by another way, such as
+    `encode`, also fails there, less politely: it has no stand-in.)
+    """
+
+    check_prompt: Callable[[str], None]
+    templates: Callable[[str], list[str]]
+    concepts: Sequence[str]
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        for prompt in [text] if isinstance(text, str) else text or ():
+            if isinstance(prompt, str):
+                self.check_prompt(prompt)
+        encoding: BatchEncoding = super().__call__(text, *args, **kwargs)
+        return encoding
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        self.check_prompt(text)
+        words: list[str] = super().tokenize(text, *args, **kwargs)
+        return words
+
+    def concept_templates(self, member: str) -> list[str]:
+        """Captions for a concept's prototype, as `ConceptBank.from_prompts` asks for them: a model that
+        has only ever read scenes says little about a word that stands alone. None for a phrase that is not
+        one of the world's concepts."""
+        return self.templates(member) if (member := member.strip().lower()) in self.concepts else []
+
+
+def tokenizer_of(vocabulary: Sequence[str], words: int, kind: type[PreTrainedTokenizerFast]) -> Any:
+    """A tokenizer of words between white space: a text begins with <bos>, ends with <eos> and is filled up
+    with <eos> to `words` tokens."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), WhitespaceSplit()
+    special = [(word, vocabulary.index(word)) for word in ("<bos>", "<eos>")]
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    return kind(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
+        model_max_length=words, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+class ShortFluxPipeline(FluxPipeline):
+    """FLUX's pipeline whose texts are, unless said otherwise, as long as its tokenizer allows: not 512."""
+
+    def encode_prompt(self, *args: Any, max_sequence_length: int | None = None, **options: Any) -> Any:
+        length = max_sequence_length or self.tokenizer_2.model_max_length
+        return super().encode_prompt(*args, max_sequence_length=length, **options)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, max_sequence_length: int | None = None, **options: Any) -> Any:
+        length = max_sequence_length or self.tokenizer_2.model_max_length
+        return super().__call__(*args, max_sequence_length=length, **options)
