@@ -41,12 +41,12 @@ def signed_distance(shape: str, x: FloatArray, y: FloatArray, radius: float) -> 
         level = np.maximum(np.abs(x) - radius, np.abs(y) - 0.36 * radius)
         distance = np.minimum(upright, level)
     elif shape == "heart":
-        # Two discs over a wedge whose sides touch them.
+        # Two discs, and a wedge whose sides touch them; its top runs through the discs.
         right = np.abs(x)
         discs = np.hypot(right - 0.48 * radius, y + 0.36 * radius) - 0.52 * radius
-        sides = (right + 0.95 * y - 0.86 * radius) / np.hypot(1, 0.95)
-        wedge = np.maximum(sides, -0.36 * radius - y)
-        distance = np.minimum(discs, wedge)
+        sides = (right + 0.95 * y - 0.855 * radius) / np.hypot(1, 0.95)
+        top = (0.42 * right - y - 0.36 * radius) / np.hypot(1, 0.42)
+        distance = np.minimum(discs, np.maximum(sides, top))
     else:
         raise ValueError(f"shape={shape!r}; allowed: {', '.join(OUTLINES)}")
     return distance

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..blobs import as_array, components
 from ..shapes import signed_distance
 from .concepts import covers, members
 from .world import (
@@ -103,7 +104,7 @@ def detect(image: NDArray[Any] | Image, thresholds: Thresholds = STRICT) -> list
     Raises:
         ValueError: another size, an array that is not floating-point, or values outside [0, 1].
     """
-    pixels = _as_array(image)
+    pixels = as_array(image, SIZE)
     saturation = pixels.max(-1) - pixels.min(-1)
     # Mixing with a gray background scales the chroma but keeps its direction: antialiased rims
     # have the hue of their object.
@@ -112,7 +113,7 @@ def detect(image: NDArray[Any] | Image, thresholds: Thresholds = STRICT) -> list
 
     detections = []
     for index, color in enumerate(COLORS):
-        for blob in _components((saturation > thresholds.min_saturation) & (hue == index)):
+        for blob in components((saturation > thresholds.min_saturation) & (hue == index)):
             covered = blob & (saturation > _half_coverage(saturation[blob]))
             if covered.sum() >= thresholds.min_area:
                 detections.append(_describe(covered, color, thresholds))
@@ -210,20 +211,6 @@ def _narrowest(words: Sequence[str], prompt: str) -> str | None:
     return narrowest
 
 
-def _as_array(image: NDArray[Any] | Image) -> NDArray[np.float64]:
-    """The checked picture as float64 [32, 32, 3] RGB in [0, 1]."""
-    if not isinstance(image, np.ndarray):
-        image = np.asarray(image.convert("RGB")) / 255
-    if image.shape != (SIZE, SIZE, 3):
-        raise ValueError(f"image has the shape {image.shape}; allowed: {(SIZE, SIZE, 3)}")
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"image has dtype {image.dtype}; allowed: floating-point, in [0, 1]")
-    # Written so that NaN fails too.
-    if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"image spans {image.min()} to {image.max()}; allowed: [0, 1]")
-    return image.astype(np.float64)
-
-
 @cache
 def _hues() -> NDArray[np.float64]:
     """[colours, 3]: the unit chroma (RGB less its mean) of every palette colour."""
@@ -231,18 +218,6 @@ def _hues() -> NDArray[np.float64]:
     chroma = palette - palette.mean(-1, keepdims=True)
     hues: NDArray[np.float64] = chroma / np.linalg.norm(chroma, axis=-1, keepdims=True)
     return hues
-
-
-def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The 8-connected components of a mask [H, W], each as a mask [H, W]."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        # Every pixel takes the largest label around it, until each component has one label.
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(labels, 1), (3, 3))
-        spread = np.where(mask, windows.max((-2, -1)), 0)
-        if np.array_equal(spread, labels):
-            return [labels == label for label in np.unique(labels[mask])]
-        labels = spread
 
 
 def _half_coverage(saturation: NDArray[np.float64]) -> float:

@@ -146,7 +146,7 @@ def _check(count: int, places: str) -> None:
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     """One of `options`, each as likely as the others."""
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def draw_kind(rng: np.random.Generator) -> Kind:
