@@ -206,19 +206,26 @@ def test_suites_are_deterministic_and_consistent(name: str) -> None:
     assert cases != testbed.suite(name, 40, seed=8)
     for case in cases:
         objects = testbed.objects_in(case.prompt)
-        assert sorted(map(str, objects)) == sorted(map(str, (case.target, case.other)))
-        assert testbed.covers(case.concept, case.target) == (name != "benign")
-        assert not testbed.covers(case.concept, case.other)
+        assert sorted(map(str, objects)) == sorted(map(str, (*case.goes, *case.stays)))
+        assert len(case.goes) == {"benign": 0, "neighbours": 0}.get(name, len(case.goes) or 1)
+        for thing in case.goes:
+            assert any(testbed.covers(concept, thing) for concept in case.concepts)
+        for concept in case.concepts:
+            assert not any(testbed.covers(concept, thing) for thing in case.stays)
         words = case.prompt.split()
-        assert (case.concept in words) == (name in ("colour", "shape"))
-        assert (case.concept in UMBRELLAS) == (name == "umbrella")
+        if name != "multi":
+            assert (case.concept in words) == (name in ("colour", "shape", "keep"))
+            assert (case.concept in UMBRELLAS) == (name == "umbrella")
+        assert (len(case.concepts) > 1) == (name == "multi")
         assert (not ALIASES.keys().isdisjoint(words)) == (name == "implicit")
 
 
 def test_suite_refuses_bad_arguments() -> None:
-    for arguments in (("colours", 1, 0), ("colour", 0, 0), ("colour", 1, -1)):
+    for arguments in (("colours", 1, 0), ("colour", 0, 0), ("colour", 1, -1), ("colour", 1, 2**32)):
         with pytest.raises(ValueError, match="allowed"):
             testbed.suite(*arguments)
+    with pytest.raises(ValueError, match="split='tuning'; allowed: test, development"):
+        testbed.suite("colour", 1, 0, "tuning")
 
 
 def test_members() -> None:

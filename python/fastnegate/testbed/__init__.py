@@ -4,28 +4,47 @@
 `load(host)` gives a diffusers pipeline, small enough for a laptop and offline. `easy` is a Stable Diffusion
 for 32x32 pictures of coloured shapes, `easy-joint` a FLUX for the same world; `suite` gives prompts with a concept to negate, `detect` and its
 companions tell from a picture whether the concept is gone and the rest has stayed.
+
+Those are names of the `easy` world, which are here as well. `hard` is a world with the same names, in which
+shapes and sprites stand in free places; `WORLDS` has both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .easy.concepts import CONCEPTS, covers, members, templates
-from .easy.detector import (
+from . import easy, hard
+from .cases import Case
+from .easy import (
+    CONCEPTS,
     LOOSE,
     STRICT,
+    SUITES,
     Detection,
+    PromptObject,
     Thresholds,
+    caption,
+    check_prompt,
+    covers,
     detect,
+    judge,
     kept,
+    members,
     objects_in,
+    render,
     shows,
+    suite,
+    templates,
 )
-from .easy.suites import SUITES, Case, suite
-from .easy.world import PromptObject, caption, check_prompt, render
+from .verdict import Verdict
+from .world import Scene, World
 
 if TYPE_CHECKING:
     from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS, HOSTS, load
+
+WORLDS: Mapping[str, World] = {"easy": easy, "hard": hard}
+"""The worlds by their names."""
 
 __all__ = [
     "CONCEPTS",
@@ -35,14 +54,21 @@ __all__ = [
     "LOOSE",
     "STRICT",
     "SUITES",
+    "WORLDS",
     "Case",
     "Detection",
     "PromptObject",
+    "Scene",
     "Thresholds",
+    "Verdict",
+    "World",
     "caption",
     "check_prompt",
     "covers",
     "detect",
+    "easy",
+    "hard",
+    "judge",
     "kept",
     "load",
     "members",

@@ -35,7 +35,7 @@ def as_array(image: NDArray[Any] | Image, size: int) -> NDArray[np.float64]:
 
 
 def components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The 8-connected components of a mask [H, W], each as a mask [H, W], by their last pixel in reading order."""
+    """The 8-connected components of a mask [H, W], each as a mask [H, W]."""
     height, width = mask.shape
     labels = np.zeros((height + 2, width + 2), np.int64)
     inner = labels[1:-1, 1:-1]

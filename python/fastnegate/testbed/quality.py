@@ -16,9 +16,8 @@ from ..engine.bank import ConceptBank
 from ..engine.policy import Policy
 from ..integrations.diffusers.install import install
 from ..operator.rule import Rule, check_number
-from .easy.concepts import CONCEPTS, members, templates
-from .easy.detector import LOOSE, STRICT, detect, kept, shows
-from .easy.suites import SUITES, Case, suite
+from .cases import Case
+from .easy import CONCEPTS, SUITES, judge, members, suite, templates
 from .model import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 BATCH = 32
@@ -27,12 +26,12 @@ UNNEGATED = ("none", "negative prompt")
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of a suite's cases, in [0, 1]; for `benign`, `gone` does not count.
+    """Shares of a suite's cases, in [0, 1]; where nothing should go, as in `benign`, `gone` does not count.
 
     Attributes:
-        gone: the loose detector does not find the concept.
-        kept: the strict detector finds the object that the concept does not cover.
-        right: both; for `benign`: both objects are found.
+        gone: the loose detector finds none of the concepts.
+        kept: the strict detector finds every object that should stay.
+        right: both; where nothing should go: `kept`.
     """
 
     method: str
@@ -88,12 +87,12 @@ def steps(methods: Sequence[str], suites: Sequence[str], cases: int) -> int:
 def _measure(
     pipe: Any,
     methods: Sequence[str],
-    drawn: Mapping[str, list[Case]],
+    drawn: Mapping[str, list[Case[Any]]],
     seed: int,
     strength: float,
     on_step: Callable[[str], None],
 ) -> Iterator[Score]:
-    wanted = {case.concept for todo in drawn.values() for case in todo}
+    wanted = {concept for todo in drawn.values() for case in todo for concept in case.concepts}
     negating = any(method not in UNNEGATED for method in methods)
     bank = bank_of(pipe, tuple(c for c in CONCEPTS if c in wanted)) if negating else None
     for method, (name, todo) in product(methods, drawn.items()):
@@ -102,15 +101,16 @@ def _measure(
         images = np.concatenate(
             [_draw(pipe, bank, method, batch, seed + i, strength, said) for i, batch in batches]
         )
-        verdicts = np.array([_judge(image, case, name) for image, case in zip(images, todo)])
-        yield Score(method, name, len(todo), *verdicts.mean(0).tolist())
+        verdicts = [judge(image, case) for image, case in zip(images, todo)]
+        shares = np.mean([(found.gone, found.kept, found.right) for found in verdicts], axis=0)
+        yield Score(method, name, len(todo), *shares.tolist())
 
 
 def _draw(
     pipe: Any,
     bank: ConceptBank | None,
     method: str,
-    cases: list[Case],
+    cases: list[Case[Any]],
     seed: int,
     strength: float,
     on_step: Callable[[], None],
@@ -128,22 +128,13 @@ def _draw(
         "callback_on_step_end": on_step_end,
     }
     if method == "negative prompt":
-        arguments["negative_prompt"] = [case.concept for case in cases]
+        arguments["negative_prompt"] = [" and ".join(case.concepts) for case in cases]
     if method in UNNEGATED:
         return np.asarray(pipe(**arguments).images)
     assert bank is not None
     engine = install(pipe, bank, max_batch=BATCH, rule=method)
     try:
-        with engine.batch([Policy({case.concept: strength}) for case in cases]):
+        with engine.batch([Policy(dict.fromkeys(case.concepts, strength)) for case in cases]):
             return np.asarray(pipe(**arguments).images)
     finally:
         engine.remove()
-
-
-def _judge(image: np.ndarray[Any, Any], case: Case, name: str) -> tuple[bool, bool, bool]:
-    gone = not shows(detect(image, LOOSE), case.concept)
-    found = detect(image, STRICT)
-    stays = kept(found, [case.other], case.concept)
-    if name == "benign":
-        return gone, stays, kept(found, [case.target, case.other], case.concept)
-    return gone, stays, gone and stays

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blobs import as_array, components
+from ..cases import Case
 from ..shapes import signed_distance
+from ..verdict import Verdict, matched, verdict
 from .concepts import covers, members
 from .world import (
     ALIASES,
@@ -165,18 +167,22 @@ def kept(detections: Sequence[Detection], objects: Sequence[PromptObject], conce
     Raises:
         ValueError: `concept` is not in `CONCEPTS`.
     """
-    return _matched([thing for thing in objects if not covers(concept, thing)], detections)
+    return matched([thing for thing in objects if not covers(concept, thing)], detections, _fits)
 
 
-def _matched(objects: Sequence[PromptObject], detections: Sequence[Detection]) -> bool:
-    """Whether each object can be given a detection of its own."""
-    if not objects:
-        return True
-    first, *rest = objects
-    return any(
-        _fits(found, first) and _matched(rest, [*detections[:index], *detections[index + 1 :]])
-        for index, found in enumerate(detections)
-    )
+def judge(image: NDArray[Any] | Image, case: Case[PromptObject]) -> Verdict:
+    """What became of a case's prompt in a picture: see `Verdict`.
+
+    Args:
+        image: as `detect` takes it.
+        case: of `suite`.
+
+    Raises:
+        ValueError: as `detect`.
+    """
+    strict, loose = detect(image, STRICT), detect(image, LOOSE)
+    malformed = sum(found.shape is None for found in loose)
+    return verdict(case, strict, loose, shows, _fits, malformed)
 
 
 def _fits(found: Detection, thing: PromptObject) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shapes import signed_distance
+from ..world import Drawn, Scene, pick
 
 SIZE = 32
 """Height and width of every image, in pixels."""
@@ -165,27 +166,94 @@ def render(
     if background not in BACKGROUNDS:
         raise ValueError(f"background={background!r}; allowed: {', '.join(BACKGROUNDS)}")
 
-    # Centre x and its jitter, jitter of the centre y, smallest and largest radius; all in pixels.
-    alone = len(things) == 1
-    centres = (SIZE / 2,) if alone else (8.2, 23.8)
-    jitter_x, jitter_y = (1.0, 1.0) if alone else (0.4, 1.5)
-    smallest, largest = (6.5, 7.5) if alone else (6.2, 7.0)
-
-    pixels = np.arange(SIZE) + 0.5
-    image = np.full((SIZE, SIZE, 3), BACKGROUNDS[background])
-    for thing, centre in zip(things, centres, strict=True):
+    for thing in things:
         if thing.color not in COLORS or thing.shape not in SHAPES:
             raise ValueError(
                 f"things has {thing}; allowed colours: {', '.join(COLORS)};"
                 f" allowed shapes: {', '.join(SHAPES)}"
             )
-        x, y, radius = centre, SIZE / 2, (smallest + largest) / 2
-        if rng is not None:
-            x += rng.uniform(-jitter_x, jitter_x)
-            y += rng.uniform(-jitter_y, jitter_y)
-            radius = rng.uniform(smallest, largest)
-        distance = signed_distance(thing.shape, pixels[None, :] - x, pixels[:, None] - y, radius)
+    return _draw(things, _places(len(things), rng), background)
+
+
+def _places(count: int, rng: np.random.Generator | None) -> list[tuple[float, float, float]]:
+    """Centre x, centre y and radius, in pixels, of the objects of a scene; see `render`."""
+    # Centre x and its jitter, jitter of the centre y, smallest and largest radius; all in pixels.
+    alone = count == 1
+    centres = (SIZE / 2,) if alone else (8.2, 23.8)
+    jitter_x, jitter_y = (1.0, 1.0) if alone else (0.4, 1.5)
+    smallest, largest = (6.5, 7.5) if alone else (6.2, 7.0)
+    if rng is None:
+        return [(x, SIZE / 2, (smallest + largest) / 2) for x in centres]
+    return [
+        (
+            x + rng.uniform(-jitter_x, jitter_x),
+            SIZE / 2 + rng.uniform(-jitter_y, jitter_y),
+            rng.uniform(smallest, largest),
+        )
+        for x in centres
+    ]
+
+
+def _draw(
+    things: Sequence[PromptObject], places: Sequence[tuple[float, float, float]], background: str
+) -> NDArray[np.float32]:
+    pixels = np.arange(SIZE) + 0.5
+    image = np.full((SIZE, SIZE, 3), BACKGROUNDS[background])
+    for thing, (x, y, radius) in zip(things, places):
+        distance = signed_distance(str(thing.shape), pixels[None, :] - x, pixels[:, None] - y, radius)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-        color = np.array(PALETTE[thing.color], np.float64) / 255
+        color = np.array(PALETTE[str(thing.color)], np.float64) / 255
         image = image * (1 - coverage) + color * coverage
     return image.astype(np.float32)
+
+
+def scene(rng: np.random.Generator) -> Scene[PromptObject, PromptObject]:
+    """A random captioned picture: one object in 15 %, else two different ones, the first of them left.
+
+    Captions name colours by umbrella words in 20 %, shapes in 15 %, both by an alias in half of the
+    cases that have one; one object alone is often called by a bare word ("red").
+    """
+    kinds: list[PromptObject] = []
+    count = 1 if rng.random() < 0.15 else 2
+    while len(kinds) < count:
+        kind = PromptObject(pick(rng, COLORS), pick(rng, SHAPES))
+        if kind not in kinds:
+            kinds.append(kind)
+    said = [_named(rng, kind) for kind in kinds]
+    text = (" left of " if rng.random() < 0.15 else " and ").join(words for words, _ in said)
+    if count == 1 and rng.random() < 0.4:
+        text, said = _bare(rng, kinds[0])
+    background = pick(rng, tuple(BACKGROUNDS))
+    if rng.random() < 0.3:
+        text = f"{text} on {background}"
+    places = _places(count, rng)
+    objects = [Drawn(thing, kind, *place) for (_, thing), kind, place in zip(said, kinds, places)]
+    return Scene(text, _draw(kinds, places, background), tuple(objects))
+
+
+def _named(rng: np.random.Generator, kind: PromptObject) -> tuple[str, PromptObject]:
+    """An object in random words that fit it, and what they say of it."""
+    alias = next((word for word, hidden in ALIASES.items() if hidden == kind), None)
+    if alias is not None and rng.random() < 0.5:
+        return f"{article(alias)} {alias}", kind
+    color, shape = _umbrella(COLOR_UMBRELLAS, kind.color), _umbrella(SHAPE_UMBRELLAS, kind.shape)
+    how = rng.random()
+    thing = PromptObject(
+        color if rng.random() < 0.2 else None if how < 0.05 else kind.color,
+        shape if shape and rng.random() < 0.15 else None if how > 0.95 else kind.shape,
+    )
+    return phrase(thing), thing
+
+
+def _bare(rng: np.random.Generator, kind: PromptObject) -> tuple[str, list[tuple[str, PromptObject]]]:
+    """One of the concepts that an object shows, as a caption of its own."""
+    colors = (kind.color, _umbrella(COLOR_UMBRELLAS, kind.color))
+    shapes = (kind.shape, _umbrella(SHAPE_UMBRELLAS, kind.shape))
+    things = [PromptObject(word, None) for word in colors] + [PromptObject(None, w) for w in shapes if w]
+    thing = things[int(rng.integers(len(things)))]
+    word = str(thing.color or thing.shape)
+    return word, [(word, thing)]
+
+
+def _umbrella(umbrellas: Mapping[str, tuple[str, ...]], word: str | None) -> str | None:
+    return next((umbrella for umbrella, covered in umbrellas.items() if word in covered), None)

@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blobs import as_array, components
+from ..cases import Case
+from ..verdict import Verdict, verdict
+from .concepts import meaning_of
 from .drawing import LARGEST, SIZE, SMALLEST, canvas, draw
-from .words import GROUNDS, KINDS, Kind
+from .words import GROUNDS, KINDS, Kind, Thing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,18 +47,20 @@ class Thresholds:
     max_distance: float
 
 
-# Fixed from renders, before any picture of a model was judged; the numbers below are shares of single objects.
+# Fixed from renders, before any picture of a model was judged; the shares are of all kinds on all grounds.
 STRICT = Thresholds(contrast=0.15, min_area=24, min_side=11, faintest=0.75, max_distance=0.16)
-"""A clear object: three fifths of the contrast, two thirds of the smallest size, blur of 1.2 pixels.
+"""A clear object: judges what must stay.
 
-Judges what must stay. At each of these limits it still names 95 % rightly and at most 2 % wrongly; of pictures
-put together from the halves of two kinds it names one in twenty."""
+It names rightly 95 % at three fifths of the contrast, 97 % of what is blurred by 1.2 pixels and 99 % at two
+thirds of the smallest size; wrongly, 4 % at most. Of pictures put together from halves of two kinds it names
+one in twenty."""
 
 LOOSE = Thresholds(contrast=0.1, min_area=12, min_side=7, faintest=0.35, max_distance=0.25)
-"""A faint remnant too: three tenths of the contrast, two fifths of the smallest size.
+"""A faint remnant too: judges what must go.
 
-Judges what must go: a concept that `LOOSE` does not find has left no trace, whereas `STRICT` would also call
-it gone when it is only blurred. At each of these limits it names 94 % rightly and at most 4 % wrongly."""
+It names rightly 95 % at three tenths of the contrast and 99 % at two fifths of the smallest size; wrongly,
+3 % at most. A concept that it does not find has left no trace, whereas `STRICT` would also call gone what is
+only faint."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def detect(image: NDArray[Any] | Image, thresholds: Thresholds = STRICT) -> list
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     level = np.median(border, 0)
     ground = min(GROUNDS, key=lambda name: float(np.abs(_ground(name) - level).sum()))
-    # From the picture's own ground, which a generated picture only comes near to.
+    # From the ground that the picture has, which comes near to one of the world's.
     ink = pixels - level
     grain = float(np.quantile(np.abs(border - level), 0.9))
     marked = np.abs(ink).max(-1) > max(thresholds.contrast, min(_GRAIN * grain, _COARSE))
@@ -108,8 +113,33 @@ def detect(image: NDArray[Any] | Image, thresholds: Thresholds = STRICT) -> list
     return sorted(found, key=lambda detection: detection.box)
 
 
-# The noise of a ground is nine tenths of its border's differences; five standard deviations are above three
-# times that (four, where white or black clips one side of it).
+def shows(detections: Sequence[Detection], concept: str) -> bool:
+    """Whether any detection is of a kind that a concept means.
+
+    Raises:
+        ValueError: `concept` is not in `CONCEPTS`.
+    """
+    meaning = meaning_of(concept)
+    return any(found.kind in meaning for found in detections)
+
+
+def judge(image: NDArray[Any] | Image, case: Case[Thing]) -> Verdict:
+    """What became of a case's prompt in a picture: see `Verdict`.
+
+    Args:
+        image: as `detect` takes it.
+        case: of `suite`.
+
+    Raises:
+        ValueError: as `detect`.
+    """
+    strict, loose = detect(image, STRICT), detect(image, LOOSE)
+    malformed = sum(found.kind is None for found in loose)
+    return verdict(case, strict, loose, shows, lambda found, thing: found.kind in thing.kinds, malformed)
+
+
+# Noise must not join everything into one blob. Nine tenths of the border's differences are below 1.6 standard
+# deviations of its noise; three times that is almost five (four, where white or black clips one side).
 _GRAIN = 3.0
 _COARSE = 0.25  # from this contrast on noise is no ground any more, but a blob that is nobody's
 

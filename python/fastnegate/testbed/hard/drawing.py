@@ -55,8 +55,7 @@ def draw(image: NDArray[np.float32], kind: Kind, x: float, y: float, radius: flo
     Args:
         image: float32 [SIZE, SIZE, 3] RGB in [0, 1], changed in place.
         kind: what to draw.
-        x, y: its centre in pixels; a sprite moves to the nearest place where its pixels are the picture's.
-        radius: in pixels.
+        x, y, radius: centre and radius in pixels; of a sprite, what `settled` makes of them.
     """
     if kind.color is None:
         x, y, radius = settled(kind, x, y, radius)
@@ -102,7 +101,7 @@ def sprite(name: str, side: int) -> NDArray[np.float32]:
 
 
 def scatter(rng: np.random.Generator, radii: Sequence[float], places: str) -> list[tuple[float, float]]:
-    """Centres, in pixels, of one to three objects with these radii, none nearer to another than `GAP`.
+    """Centres, in pixels, of one to three objects with these radii, in their order and `GAP` apart.
 
     "grid": each somewhere within a quarter of its own. "free": a random cut parts the picture in two, a
     random object stands on one side and the rest on the other, cut again until each has a piece for itself.

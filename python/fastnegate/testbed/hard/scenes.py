@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..world import Drawn, Scene, pick
 from .drawing import LARGEST, PLACES, SMALLEST, canvas, draw, scatter, settled
 from .words import (
     ALIASES,
@@ -37,41 +37,10 @@ _SHAPE_UMBRELLA, _NO_SHAPE, _NO_COLOR = 0.1, 0.05, 0.05
 _BARE, _GROUND = 0.2, 0.3
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """An object in a scene.
-
-    Args:
-        thing: as the caption names it.
-        kind: as it is drawn.
-        x, y: centre in pixels, from the picture's upper left corner.
-        radius: in pixels: half the longer side of a sprite, half the extent of a shape.
-    """
-
-    thing: Thing
-    kind: Kind
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """A captioned picture.
-
-    Args:
-        caption: passes `check_prompt`.
-        image: float32 [SIZE, SIZE, 3] RGB in [0, 1].
-        objects: in the caption's order, which says nothing about their places.
-    """
-
-    caption: str
-    image: NDArray[np.float32]
-    objects: tuple[Drawn, ...]
-
-
-def scene(rng: np.random.Generator, *, places: str = "free", count: int | None = None) -> Scene:
+def scene(rng: np.random.Generator, *, places: str = "free", count: int | None = None) -> Scene[Thing, Kind]:
     """A random scene: one to three different kinds, named plainly, by an alias or by an umbrella word.
+
+    The caption's order says nothing about places.
 
     Args:
         rng: draws everything.
@@ -142,11 +111,6 @@ def _check(count: int, places: str) -> None:
         raise ValueError(f"a scene of {count} objects; allowed: 1 to {MOST}")
     if places not in PLACES:
         raise ValueError(f"places={places!r}; allowed: {', '.join(PLACES)}")
-
-
-def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """One of `options`, each as likely as the others."""
-    return options[int(rng.integers(len(options)))]
 
 
 def draw_kind(rng: np.random.Generator) -> Kind:
