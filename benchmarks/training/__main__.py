@@ -15,39 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from fastnegate.testbed.easy.world import MAX_WORDS as EASY_WORDS
-from fastnegate.testbed.easy.world import VOCABULARY as EASY_VOCABULARY
-from fastnegate.testbed.hard.words import MAX_WORDS as HARD_WORDS
-from fastnegate.testbed.hard.words import VOCABULARY as HARD_VOCABULARY
+from fastnegate.testbed.model import EasyTokenizer, HardTokenizer
 from fastnegate.testbed.parts import tokenizer_of
 
 from .evaluate import evaluate
 from .hosts import CrossHost, JointHost, Size
 from .loop import Recipe, train
-from .scenes import WORLDS, scenes
-
-
-def _easy_joint() -> JointHost:
-    tokenizer = tokenizer_of(EASY_VOCABULARY, EASY_WORDS + 2, PreTrainedTokenizerFast)
-    return JointHost(Size(4, 8, 4, 32, 2, 3, EASY_WORDS + 2), tokenizer)
-
-
-def _hard_joint() -> JointHost:
-    tokenizer = tokenizer_of(HARD_VOCABULARY, HARD_WORDS + 2, PreTrainedTokenizerFast)
-    return JointHost(Size(6, 8, 3, 48, 2, 3, HARD_WORDS + 2), tokenizer)
-
-
-def _hard() -> CrossHost:
-    tokenizer = tokenizer_of(HARD_VOCABULARY, HARD_WORDS + 2, PreTrainedTokenizerFast)
-    return CrossHost(6, 8, (48, 80), HARD_WORDS + 2, tokenizer)
-
+from .scenes import SCENES, scenes
 
 HOSTS: dict[str, Callable[[], JointHost | CrossHost]] = {
-    "easy-joint": _easy_joint,
-    "hard": _hard,
-    "hard-joint": _hard_joint,
+    "easy-joint": lambda: JointHost(Size(4, 8, 4, 32, 2, 3), tokenizer_of(EasyTokenizer)),
+    "hard": lambda: CrossHost(6, 8, (48, 80), tokenizer_of(HardTokenizer)),
+    "hard-joint": lambda: JointHost(Size(6, 8, 3, 48, 2, 3), tokenizer_of(HardTokenizer)),
 }
 
 
@@ -55,9 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("host", choices=HOSTS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--world", choices=WORLDS, help="the host's, where it has one way to place objects")
+    parser.add_argument("--world", choices=SCENES, help="the host's, where it has one way to place objects")
     parser.add_argument("--pictures", type=int, default=400_000, help="to train on, repeats counted")
     parser.add_argument("--scenes", type=int, default=60_000, help="different ones")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -72,7 +53,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     host: Any = HOSTS[arguments.host]()
     data = scenes(world, arguments.scenes, arguments.seed, arguments.out.parent / "scenes")
-    recipe = Recipe(arguments.pictures, seed=arguments.seed)
+    recipe = Recipe(arguments.pictures, arguments.batch, seed=arguments.seed)
     averaged = train(
         host, data, recipe, arguments.out, partial(evaluate, arguments.out, world),
         arguments.device, arguments.compile, arguments.resume, arguments.minutes,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastnegate.testbed.easy import detector as easy_detector
-from fastnegate.testbed.easy.suites import suite
-from fastnegate.testbed.hard import detector as hard_detector
+from fastnegate.testbed import easy, hard
 from fastnegate.testbed.hard.scenes import draw_kind
-from fastnegate.testbed.hard.words import caption, exactly
 
 from .hosts import JointHost
 
@@ -46,7 +44,7 @@ def draw(host: Any, prompts: list[str]) -> np.ndarray[Any, Any]:
     """Pictures [n, S, S, 3] in [0, 1], one seed each."""
     options: dict[str, Any] = {"guidance_scale": GUIDANCE}
     if isinstance(host, JointHost):
-        options = {"true_cfg_scale": GUIDANCE, "max_sequence_length": host.words}
+        options = {"true_cfg_scale": GUIDANCE}
     drawn = host.pipeline()(
         prompts, negative_prompt=[""] * len(prompts), num_inference_steps=STEPS, output_type="np",
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))], **options,
@@ -59,24 +57,20 @@ def _easy() -> list[Any]:
     """Prompts, each with a function from a picture to which of its objects are there."""
 
     def found(image: Any, case: Any) -> list[bool]:
-        seen = easy_detector.detect(image, easy_detector.STRICT)
-        return [easy_detector.kept(seen, [thing], case.concept) for thing in (case.target, case.other)]
+        seen = easy.detect(image, easy.STRICT)
+        return [easy.kept(seen, [thing], case.concept) for thing in case.stays]
 
-    return [
-        (case.prompt, lambda image, case=case: found(image, case)) for case in suite("benign", PROMPTS, 900)
-    ]
+    return [(case.prompt, partial(found, case=case)) for case in easy.suite("benign", PROMPTS, 900)]
 
 
 def _hard() -> list[Any]:
+    def found(image: Any, kinds: Any) -> list[bool]:
+        seen = [detection.kind for detection in hard.detect(image, hard.STRICT)]
+        return [kind in seen for kind in kinds]
+
     rng = np.random.default_rng(900)
     judged = []
     for i in range(PROMPTS):
         kinds = list(dict.fromkeys(draw_kind(rng) for _ in range(8)))[: 1 + i % 3]
-        things = [exactly(kind) for kind in kinds]
-
-        def found(image: Any, kinds: Any = kinds) -> list[bool]:
-            seen = [detection.kind for detection in hard_detector.detect(image, hard_detector.STRICT)]
-            return [kind in seen for kind in kinds]
-
-        judged.append((caption(things), found))
+        judged.append((hard.caption([hard.exactly(kind) for kind in kinds]), partial(found, kinds=kinds)))
     return judged

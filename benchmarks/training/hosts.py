@@ -43,7 +43,6 @@ class Size:
     head_dim: int
     double: int
     single: int
-    words: int
 
     @property
     def channels(self) -> int:
@@ -59,15 +58,15 @@ class CrossHost(nn.Module):
         block: pixels squared that are a latent "pixel".
         grid: latents are [3 block², grid, grid].
         channels: of the UNet's levels; every level has cross-attention.
-        words: tokens that the text encoder reads.
+        tokenizer: its `model_max_length` is how many tokens the text encoder reads.
     """
 
     outer = ("conv_in", "conv_out", "time_embedding")
 
-    def __init__(self, block: int, grid: int, channels: tuple[int, ...], words: int, tokenizer: Any) -> None:
+    def __init__(self, block: int, grid: int, channels: tuple[int, ...], tokenizer: Any) -> None:
         super().__init__()
-        self.block, self.grid, self.words, self.tokenizer = block, grid, words, tokenizer
-        self.text_encoder = _clip(len(tokenizer), words, width=96, layers=3)
+        self.block, self.tokenizer, self.words = block, tokenizer, tokenizer.model_max_length
+        self.text_encoder = _clip(len(tokenizer), self.words, width=96, layers=3)
         depth = 3 * block**2
         self.unet = UNet2DConditionModel(
             sample_size=grid, in_channels=depth, out_channels=depth, block_out_channels=channels,
@@ -110,8 +109,8 @@ class JointHost(nn.Module):
 
     def __init__(self, size: Size, tokenizer: Any) -> None:
         super().__init__()
-        self.size, self.tokenizer = size, tokenizer
-        self.text_encoder = _clip(len(tokenizer), size.words, width=64, layers=2)
+        self.size, self.tokenizer, self.words = size, tokenizer, tokenizer.model_max_length
+        self.text_encoder = _clip(len(tokenizer), self.words, width=64, layers=2)
         self.text_encoder_2 = T5EncoderModel(
             T5Config(
                 **_ids(len(tokenizer)), d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4,
@@ -129,12 +128,7 @@ class JointHost(nn.Module):
             1, size.grid, size.grid, torch.device("cpu"), torch.float32
         )
         self.register_buffer("image_ids", ids, persistent=False)
-        self.register_buffer("text_ids", torch.zeros(size.words, 3), persistent=False)
-
-    @property
-    def words(self) -> int:
-        """Tokens that the text encoders read."""
-        return self.size.words
+        self.register_buffer("text_ids", torch.zeros(self.words, 3), persistent=False)
 
     def latents(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, S, S] in [-1, 1] -> packed latents [B, grid², channels]."""

@@ -27,7 +27,7 @@ class Recipe:
     """How long and how fast; all lengths are in pictures, so that a resumed run goes on as if unbroken."""
 
     pictures: int
-    batch: int = 64
+    batch: int = 32
     rate: float = 1.5e-3
     text_rate: float = 0.5
     warm: int = 3200

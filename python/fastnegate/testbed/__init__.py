@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real, trained text-to-image models in the package, and a judge of what they draw.
+"""Real, trained text-to-image models in the package, and judges of what they draw.
 
-`load(host)` gives a diffusers pipeline, small enough for a laptop and offline. `easy` is a Stable Diffusion
-for 32x32 pictures of coloured shapes, `easy-joint` a FLUX for the same world; `suite` gives prompts with a concept to negate, `detect` and its
-companions tell from a picture whether the concept is gone and the rest has stayed.
-
-Those are names of the `easy` world, which are here as well. `hard` is a world with the same names, in which
-shapes and sprites stand in free places; `WORLDS` has both.
+`load(host)` gives a diffusers pipeline, small enough for a laptop and offline: `easy` is a Stable Diffusion
+for 32x32 pictures of coloured shapes. The worlds that the models know are packages of their own, `easy` and
+`hard`: prompts with a concept to negate (`suite`), and a detector that tells from a picture whether the
+concept is gone and the rest has stayed (`judge`). The names here are the easy world's.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +26,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
-from .easy import concepts as easy_concepts
-from .easy import world as easy
+from . import easy, hard
 from .parts import PixelShuffleVAE, ShortFluxPipeline, WordTokenizer, tokenizer_of
 
 DEFAULT_STEPS = 20
@@ -44,20 +42,23 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class EasyTokenizer(WordTokenizer):
     """Of the easy world's words."""
 
-    check_prompt = staticmethod(easy.check_prompt)
-    templates = staticmethod(easy_concepts.templates)
-    concepts = easy_concepts.CONCEPTS
+    world = easy
+
+
+class HardTokenizer(WordTokenizer):
+    """Of the hard world's words."""
+
+    world = hard
 
 
 class Host(NamedTuple):
-    """`tokenizer`: makes the tokenizer of its world; `joint`: a FLUX, not a Stable Diffusion."""
+    """`tokenizer`: that of its world; `joint`: a FLUX, not a Stable Diffusion."""
 
-    tokenizer: Any
+    tokenizer: type[WordTokenizer]
     joint: bool
 
 
-_EASY = partial(tokenizer_of, easy.VOCABULARY, easy.MAX_WORDS + 2, EasyTokenizer)
-_HOSTS = {"easy": Host(_EASY, joint=False)}
+_HOSTS = {"easy": Host(EasyTokenizer, joint=False)}
 
 HOSTS: tuple[str, ...] = tuple(_HOSTS)
 """Names of the models that `load` knows."""
@@ -84,8 +85,8 @@ def load(
         raise ValueError(f"host={host!r}; allowed: {', '.join(HOSTS)}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}; allowed: {', '.join(map(str, _DTYPES))}")
-    make_tokenizer, joint = _HOSTS[host]
-    folder, tokenizer = _WEIGHTS / host, make_tokenizer()
+    kind, joint = _HOSTS[host]
+    folder, tokenizer = _WEIGHTS / host, tokenizer_of(kind)
     with _without_loading_bar():
         parts: dict[str, Any] = {
             "text_encoder": CLIPTextModel.from_pretrained(

@@ -6,7 +6,6 @@ FLUX's pipeline for short texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import Any
 
@@ -23,6 +22,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from .world import World
 
 
 class PixelShuffleVAE(ModelMixin, ConfigMixin):
@@ -75,19 +76,17 @@ class WordTokenizer(PreTrainedTokenizerFast):
     `encode`, also fails there, less politely: it has no stand-in.)
     """
 
-    check_prompt: Callable[[str], None]
-    templates: Callable[[str], list[str]]
-    concepts: Sequence[str]
+    world: World
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         for prompt in [text] if isinstance(text, str) else text or ():
             if isinstance(prompt, str):
-                self.check_prompt(prompt)
+                self.world.check_prompt(prompt)
         encoding: BatchEncoding = super().__call__(text, *args, **kwargs)
         return encoding
 
     def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
-        self.check_prompt(text)
+        self.world.check_prompt(text)
         words: list[str] = super().tokenize(text, *args, **kwargs)
         return words
 
@@ -95,19 +94,22 @@ class WordTokenizer(PreTrainedTokenizerFast):
         """Captions for a concept's prototype, as `ConceptBank.from_prompts` asks for them: a model that
         has only ever read scenes says little about a word that stands alone. None for a phrase that is not
         one of the world's concepts."""
-        return self.templates(member) if (member := member.strip().lower()) in self.concepts else []
+        return (
+            self.world.templates(member) if (member := member.strip().lower()) in self.world.CONCEPTS else []
+        )
 
 
-def tokenizer_of(vocabulary: Sequence[str], words: int, kind: type[PreTrainedTokenizerFast]) -> Any:
-    """A tokenizer of words between white space: a text begins with <bos>, ends with <eos> and is filled up
-    with <eos> to `words` tokens."""
+def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
+    """A tokenizer of its world's words between white space: a text begins with <bos>, ends with <eos> and is
+    filled up with <eos>."""
+    vocabulary = kind.world.VOCABULARY
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), WhitespaceSplit()
     special = [(word, vocabulary.index(word)) for word in ("<bos>", "<eos>")]
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
     return kind(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
-        model_max_length=words, clean_up_tokenization_spaces=False,
+        model_max_length=kind.world.MAX_WORDS + 2, clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 

@@ -67,6 +67,10 @@ class World(Protocol):
         """Height and width of its pictures, in pixels."""
 
     @property
+    def VOCABULARY(self) -> tuple[str, ...]:
+        """Every word of the tokenizer, in the order of its ids."""
+
+    @property
     def WORDS(self) -> tuple[str, ...]:
         """The words that a prompt may use."""
 
