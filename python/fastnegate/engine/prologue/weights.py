@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class ClosedForm:
-    """The part of UCE's normal equations that all layers share, factored once.
+    """The part of UCE's normal equations that all layers share, solved once.
 
     The edited weight minimises, over W' [O, C],
 
@@ -29,16 +29,17 @@ class ClosedForm:
     def __init__(
         self, erased: Tensor, kept: Tensor, *, erase_scale: float, keep_scale: float, ridge: float
     ) -> None:
-        self._erased, self._scale = erased.double(), erase_scale
-        kept = kept.double()
-        self._stays = keep_scale * kept.T @ kept
-        self._stays.diagonal().add_(ridge)
-        self._factor = torch.linalg.cholesky(self._stays + erase_scale * self._erased.T @ self._erased)
+        self._erased, kept = erased.double(), kept.double()
+        left = erase_scale * self._erased.T @ self._erased + keep_scale * kept.T @ kept
+        left.diagonal().add_(ridge)
+        # [C, N]: what the weight has to change for one more in each answer.
+        self._change = torch.cholesky_solve(erase_scale * self._erased.T, torch.linalg.cholesky(left))
 
     def of(self, weight: Tensor, answers: Tensor) -> Tensor:
         """The edited weight, float64 [O, C], for wanted answers [N, O]."""
-        right = weight.double() @ self._stays + self._scale * answers.double().T @ self._erased
-        return torch.cholesky_solve(right.T, self._factor).T
+        weight = weight.double()
+        missing = answers.double() - self._erased @ weight.T
+        return weight + missing.T @ self._change.T
 
 
 def answers(weight: Tensor, erased: Tensor, targets: Tensor, orthogonal: bool) -> Tensor:

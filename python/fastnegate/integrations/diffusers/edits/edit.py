@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import diffusers.hooks.group_offloading as offloading
+import torch
 from torch import nn
 
 from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.session.call import RUNNING, Call, Running
-from ..around import base_class
+from ..around import base_class, put_around, take_away
 from ..by_hand import PROGRESS
 from ..contract import InProgress, bare, denoisers, family
 from ..hook import INSTALLED
@@ -37,15 +40,31 @@ class Edit:
     def __init__(self, pipe: Any, method: str) -> None:
         self.pipe, self.method = pipe, method
         self.removed = False
+        self._models = denoisers(pipe)
+
+    def _put(self) -> None:
+        put_around(self.pipe, self._generate)
 
     def remove(self) -> None:
         """Undo it. A second time does nothing."""
         if not self.removed:
             self._undo()
+            take_away(self.pipe, self._generate)
             self.removed = True
 
     def _undo(self) -> None:
         raise NotImplementedError
+
+    def _generate(
+        self, pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
+        """A call of the pipeline: its denoisers are still those that were edited."""
+        for name, model in self._models.items():
+            if bare(getattr(pipe, name)) is not bare(model):
+                raise NegationNotAppliedError(
+                    f"{self.method}: pipe.{name} is another model than the one that was edited"
+                )
+        return call(*args, **kwargs)
 
     def __enter__(self) -> Edit:
         if self.removed:
@@ -60,6 +79,37 @@ class Edit:
         return f"Edit({self.method}, {state}, {self.extra_passes} extra passes)"
 
 
+class AroundDenoiser(Edit):
+    """An edit that is at work in each call of a denoiser, and changes no weights."""
+
+    def _put(self) -> None:
+        super()._put()
+        for model in self._models.values():
+            put_around(model, self._denoise)
+
+    def _undo(self) -> None:
+        for model in self._models.values():
+            take_away(model, self._denoise)
+
+    def _generate(
+        self, pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
+        check_plain(pipe, self.method)  # it may have been compiled since
+        return super()._generate(pipe, call, args, kwargs, frame)
+
+    def _denoise(
+        self, model: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
+        raise NotImplementedError
+
+    def _arguments(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the denoiser is given, by name."""
+        if torch.compiler.is_compiling():
+            raise NegationNotAppliedError(f"{self.method} cannot be put into compiled code")
+        _self, *names = inspect.signature(base_class(model).forward).parameters  # type: ignore[attr-defined]
+        return {**dict(zip(names, args)), **kwargs}
+
+
 def check_plain(pipe: Any, method: str) -> None:
     """Raise UnsupportedModelError where the denoisers are compiled, or cached from step to step: Python that
     is put around them, or between their layers, would be left out."""
@@ -67,14 +117,9 @@ def check_plain(pipe: Any, method: str) -> None:
         compiled = model is not bare(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         if compiled:
             raise UnsupportedModelError(f"{method} cannot be put into compiled code: pipe.{attribute}")
-        check_uncached(bare(model), method)
-
-
-def check_uncached(model: nn.Module, method: str) -> None:
-    """Raise UnsupportedModelError where a cache would take one denoiser call for another."""
-    for module in model.modules():
-        for hook in stateful(module):
-            raise UnsupportedModelError(f"{method} cannot be combined with {type(hook).__name__}")
+        for module in model.modules():
+            for hook in stateful(module):
+                raise UnsupportedModelError(f"{method} cannot be combined with {type(hook).__name__}")
 
 
 def offloaded_by_groups(model: nn.Module) -> bool:

@@ -52,9 +52,7 @@ def concepts_of(pipe: Any, given: Several, called: str = "concepts") -> dict[str
         if not isinstance(one, Concept):
             words[name] = one
         elif one.width != width:
-            raise ValueError(
-                f"{called}[{name!r}] has width {one.width}: the text of the pipeline has {width}"
-            )
+            raise ValueError(f"{called}[{name!r}] has width {one.width}: the pipeline's text has {width}")
         else:
             found[name] = one
     if words:

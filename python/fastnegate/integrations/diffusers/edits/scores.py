@@ -3,14 +3,13 @@
 said of the prompt.
 
 A pipeline guides by e_0 + s (e_p - e_0), in its own code. Both methods subtract something, g, from e_p there,
-so e_p - g is what the pipeline is given; where it asks for e_p before e_0 is known, it gets e_0 + s / (s - 1) g
-instead of e_0, to the same effect.
+so e_p - g is what the pipeline is given; where it asks for e_p before e_0 is known, it is given
+e_0 + s / (s - 1) g instead of e_0, to the same effect.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -22,9 +21,8 @@ from torch import Tensor
 from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.prologue.scores import KINDS, SLD, Crg, Sld, State, noise_factor, path_weight
 from ....operator.rule import check_number
-from ..around import put_around, take_away
-from ..contract import InProgress, bare, denoiser, family, in_progress
-from .edit import Edit, alone, check_plain, check_uncached
+from ..contract import InProgress, family, in_progress
+from .edit import AroundDenoiser, Edit, alone, check_plain
 from .given import Several, concepts_of, text_of
 
 MOST_GENERATIONS = 16  # in progress at once
@@ -41,31 +39,25 @@ class _Generation:
         self.waiting: tuple[Tensor, list[Tensor]] | None = None  # the prompt's and the concepts' predictions
 
 
-class _Scores(Edit):
+class _Scores(AroundDenoiser):
     def __init__(self, pipe: Any, name: str, texts: list[Tensor], method: Method) -> None:
         super().__init__(pipe, name)
         self.extra_passes = len(texts)
         self._texts, self._method = texts, method
-        self._model = denoiser(pipe)
-        self._names = list(inspect.signature(bare(self._model).forward).parameters)
         self._generations: list[_Generation] = []
         self._adding = threading.Lock()
-        put_around(self._model, self._denoise)
-
-    def _undo(self) -> None:
-        take_away(self._model, self._denoise)
+        self._put()
 
     def _denoise(
         self, model: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
     ) -> Any:
-        given = {**dict(zip(self._names, args)), **kwargs}
+        given = self._arguments(model, args, kwargs)
         progress = in_progress(model, frame, given)
         if progress is None or not progress.own:
             raise NegationNotAppliedError(
                 f"{self.method} needs the predictions of a pipeline's own step, with and without the prompt: "
                 "this call of the denoiser is none"
             )
-        check_uncached(bare(model), self.method)
         apart = family(progress.pipe).texts is not None
         if not (frame.f_locals["do_true_cfg"] if apart else progress.guided):
             raise NegationNotAppliedError(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -15,10 +14,9 @@ from transformers import CLIPTextModel
 from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.prologue.text import Safree, subspace
 from ....operator.rule import check_number
-from ..around import put_around, take_away
-from ..contract import bare, denoiser, family, in_progress
+from ..contract import family, in_progress
 from ..text.words import Words, turn
-from .edit import Edit, check_plain, conditional_rows
+from .edit import AroundDenoiser, Edit, check_plain, conditional_rows
 from .given import Several, concepts_of, pooled
 
 
@@ -41,17 +39,11 @@ class _Prompt:
 _PROMPTS: ContextVar[tuple[Any, list[_Prompt]] | None] = ContextVar("fastnegate_safree", default=None)
 
 
-class _Tokens(Edit):
+class _Tokens(AroundDenoiser):
     def __init__(self, pipe: Any, concepts: Tensor, method: Safree) -> None:
         super().__init__(pipe, "safree")
         self._concepts, self._method = concepts, method
-        self._model = denoiser(pipe)
-        put_around(pipe, self._generate)
-        put_around(self._model, self._denoise)
-
-    def _undo(self) -> None:
-        take_away(self.pipe, self._generate)
-        take_away(self._model, self._denoise)
+        self._put()
 
     def _generate(
         self, pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
@@ -64,7 +56,7 @@ class _Tokens(Edit):
         words = Words(pipe)
         token = _PROMPTS.set((self, [self._masked(words, prompt) for prompt in listed]))
         try:
-            return call(*args, **kwargs)
+            return super()._generate(pipe, call, args, kwargs, frame)
         finally:
             _PROMPTS.reset(token)
 
@@ -90,7 +82,7 @@ class _Tokens(Edit):
     def _denoise(
         self, model: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
     ) -> Any:
-        given = {**dict(zip(inspect.signature(bare(model).forward).parameters, args)), **kwargs}
+        given = self._arguments(model, args, kwargs)
         progress, text = in_progress(model, frame, given), given["encoder_hidden_states"]
         rows = conditional_rows(progress, self.pipe, len(text), "safree")
         now = _PROMPTS.get()
@@ -156,14 +148,14 @@ def safree(
         check_number(name, number, low=0.0)
     check_number("rise", rise, above=0.0)
     check_number("middle", middle)
-    encoder = getattr(pipe, "text_encoder", None)
-    if len(family(pipe).encoders) > 1 or not isinstance(encoder, CLIPTextModel):
+    encoders = [getattr(pipe, name, None) for _, name in family(pipe).encoders]
+    if len(encoders) > 1 or not isinstance(encoders[0], CLIPTextModel):
+        found = " and ".join(type(encoder).__name__ for encoder in encoders)
         raise UnsupportedModelError(
-            f"safree needs one text encoder, CLIP's, whose pooled output is a token of the text: "
-            f"{type(pipe).__name__} has {type(encoder).__name__}"
-            + (" and others" if len(family(pipe).encoders) > 1 else "")
+            "safree needs one text encoder, CLIP's, whose pooled output is a token of the text: "
+            f"{type(pipe).__name__} has {found}"
         )
     check_plain(pipe, "safree")
-    found = concepts_of(pipe, concepts)
-    vectors = torch.cat([pooled(concept, name) for name, concept in found.items()])
+    named = concepts_of(pipe, concepts)
+    vectors = torch.cat([pooled(concept, name) for name, concept in named.items()])
     return _Tokens(pipe, subspace(vectors.double()), Safree(margin, most_steps, rise, middle))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import FrameType, MappingProxyType
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.prologue.values import Shift, without_concepts
 from ....operator.rule import check_number
-from ..around import put_around, take_away
-from ..contract import bare, denoisers, encoder_of, family, in_progress
+from ..contract import encoder_of, family, in_progress
 from ..hook import SAMPLE
 from ..text.words import Words
-from .edit import ALONE, Edit, check_plain, conditional_rows
+from .edit import ALONE, AroundDenoiser, Edit, check_plain, conditional_rows
 from .given import Several, as_received, check_tokens, concepts_of, subject, text_hosts
 
 
@@ -36,23 +34,20 @@ class _Call:
 _CALLS: ContextVar[Mapping[Edit, _Call]] = ContextVar("fastnegate_adavd", default=MappingProxyType({}))
 
 
-class _Values(Edit):
+class _Values(AroundDenoiser):
     def __init__(self, pipe: Any, targets: dict[str, Tensor], shift: Shift, starts: int) -> None:
         super().__init__(pipe, "adavd")
         self._shift, self._starts = shift, starts
         self._handles: list[Any] = []
-        self._models = {name: denoisers(pipe)[name] for name in targets}
         self._layers: dict[str, list[nn.Module]] = {}
         for name, layers in text_hosts(pipe, "adavd", ("to_k", "to_v")).items():
             self._layers[name] = list(layers.values())
             for attn in layers.values():
                 self._hook(attn, targets[name])
-        for model in self._models.values():
-            put_around(model, self._denoise)
+        self._put()
 
     def _undo(self) -> None:
-        for model in self._models.values():
-            take_away(model, self._denoise)
+        super()._undo()
         for handle in self._handles:
             handle.remove()
 
@@ -64,8 +59,7 @@ class _Values(Edit):
         kwargs: dict[str, Any],
         frame: FrameType,
     ) -> Any:
-        names = inspect.signature(bare(model).forward).parameters
-        given = {**dict(zip(names, args)), **kwargs}
+        given = self._arguments(model, args, kwargs)
         batch = len(next(given[name] for name in SAMPLE if name in given))
         now = _Call(conditional_rows(in_progress(model, frame, given), self.pipe, batch, "adavd"))
         token = _CALLS.set({**_CALLS.get(), self: now})

@@ -15,7 +15,7 @@ from ....engine.concepts import Concept
 from ....engine.errors import UnsupportedModelError
 from ....engine.prologue.weights import ClosedForm, answers, evened, resurfacing
 from ....operator.rule import check_number
-from ..contract import bare, denoisers
+from ..contract import bare
 from ..text.encode import empty
 from .edit import Edit, offloaded_by_groups
 from .given import One, Several, as_received, check_tokens, concepts_of, tail, text_hosts
@@ -36,7 +36,6 @@ class WeightEdit(Edit):
         super().__init__(pipe, method)
         self._before = {weight: weight.detach().clone() for weight in new}
         self._versions: dict[nn.Parameter, int] = {}
-        self._models = [bare(model) for model in denoisers(pipe).values()]
         try:
             for weight, value in new.items():
                 _write(weight, value)
@@ -44,16 +43,18 @@ class WeightEdit(Edit):
         except BaseException:
             self._restore()
             raise
-        for model in self._models:
-            _edits.setdefault(model, []).append(self)
+        for model in self._models.values():
+            _edits.setdefault(bare(model), []).append(self)
+        self._put()
 
     def _undo(self) -> None:
-        if any(_edits[model][-1] is not self for model in self._models):
+        models = [bare(model) for model in self._models.values()]
+        if any(_edits[model][-1] is not self for model in models):
             raise RuntimeError(f"{self.method}: weights were edited again since; remove the last edit first")
         if any(weight._version != version for weight, version in self._versions.items()):
             log.warning("%s: weights were changed since, which is undone as well", self.method)
         self._restore()
-        for model in self._models:
+        for model in models:
             _edits[model].pop()
 
     def _restore(self) -> None:
