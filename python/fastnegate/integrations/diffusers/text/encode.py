@@ -125,7 +125,7 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
 
 def empty(pipe: Any) -> Tensor:
     """What the empty text says [L, C], as pipelines encode it for unconditional rows: without what the model
-    does not attend to, and without the special tokens that begin a text, unless there is nothing else.
+    does not attend to, and without the special tokens that begin a text, unless there is nothing else. L > 0.
 
     Raises:
         UnsupportedModelError: the pipeline is not a supported one, or lacks a tokenizer or text encoder.
@@ -133,7 +133,7 @@ def empty(pipe: Any) -> Tensor:
     words = Words(encoder_of(pipe))
     with torch.inference_mode(False):
         embeddings, kept = _encode(words.pipe, [""])
-    text = embeddings[0][kept[0]]
+    text = embeddings[0][kept[0]] if kept.any() else embeddings[0][:1]
     return text[words.starts :] if len(text) > words.starts else text
 
 
