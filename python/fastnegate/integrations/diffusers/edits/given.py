@@ -36,9 +36,9 @@ def concepts_of(pipe: Any, given: Several, called: str = "concepts") -> dict[str
     elif isinstance(given, Mapping):
         items = dict(given)
     elif isinstance(given, (str, Tensor, Concept)):
-        items = {given if isinstance(given, str) else "1": given}
+        items = {given if isinstance(given, str) else "#1": given}
     else:
-        items = {one if isinstance(one, str) else str(i): one for i, one in enumerate(given, 1)}
+        items = {one if isinstance(one, str) else f"#{i}": one for i, one in enumerate(given, 1)}
     if not items:
         raise ValueError(f"{called}={given!r}: must name at least one concept")
     found, words, width = {}, {}, empty(pipe).shape[1]

@@ -35,6 +35,7 @@ class _Generation:
 
     def __init__(self, timesteps: Any) -> None:
         self.timesteps = timesteps
+        self.steps = [float(t) for t in (timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)]
         self.state = State()
         self.waiting: tuple[Tensor, list[Tensor]] | None = None  # the prompt's and the concepts' predictions
 
@@ -66,7 +67,7 @@ class _Scores(AroundDenoiser):
             )
         generation = self._generation(progress, starts=not progress.unconditional)
         result = call(*args, **kwargs)
-        step = functools.partial(self._change, progress, generation.state)
+        step = functools.partial(self._change, progress, generation)
         if not apart:
             empty, prompt = result[0].chunk(2)
             half = _second_half(given, len(result[0]))
@@ -107,17 +108,22 @@ class _Scores(AroundDenoiser):
         return made
 
     def _change(
-        self, progress: InProgress, state: State, prompt: Tensor, empty: Tensor, concepts: list[Tensor]
+        self,
+        progress: InProgress,
+        generation: _Generation,
+        prompt: Tensor,
+        empty: Tensor,
+        concepts: list[Tensor],
     ) -> Tensor:
         """g, in the dtype of the predictions."""
-        scheduler, steps, at = progress.pipe.scheduler, progress.timesteps, progress.at
-        kind, kept = _kind(scheduler), _kept(scheduler, float(steps[at]))
-        last = at + 1 >= len(steps)
-        weight = 0.0 if last else path_weight(kept, _kept(scheduler, float(steps[at + 1])))
+        scheduler, steps, at = progress.pipe.scheduler, generation.steps, progress.at
+        kept = _kept(scheduler, steps[at])
+        last = at + 1 == len(steps)
+        weight = 0.0 if last else path_weight(kept, _kept(scheduler, steps[at + 1]))
+        factor = noise_factor(_kind(scheduler), kept)
         wide = torch.promote_types(prompt.dtype, torch.float32)
         full = [c.to(wide) for c in concepts]
-        factor = noise_factor(kind, kept)
-        g = self._method(prompt.to(wide), empty.to(wide), full, factor, state, at, weight)
+        g = self._method(prompt.to(wide), empty.to(wide), full, factor, generation.state, at, weight)
         return g.to(prompt.dtype)
 
 
