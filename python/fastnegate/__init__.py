@@ -21,6 +21,7 @@ from .engine.errors import (
     RowMapError,
     UnsupportedModelError,
 )
+from .engine.inversion import invert
 from .engine.policy import Policy
 from .engine.session.batch import Batch
 from .operator.attention import (
@@ -68,6 +69,7 @@ __all__ = [
     "backends",
     "combine",
     "explain",
+    "invert",
     "negated_attention",
     "negated_attention_with_statistics",
     "partial_attention",

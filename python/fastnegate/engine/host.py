@@ -74,6 +74,9 @@ class Host(Protocol):
         """Identity of the denoisers and of their cross-attention layers, also of weights that were offloaded
         after it was asked for once. Raises UnsupportedModelError where there are no such layers."""
 
+    def contrasts(self, pipe: Any, members: Sequence[str]) -> list[tuple[str, str]]:
+        """Pairs of prompts with and without a member, in words that the pipeline reads."""
+
     def attention_means(
         self,
         pipe: Any,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -57,7 +58,9 @@ def invert(
         batch: pictures in a step.
         caption: where the embeddings stand in a text, "a photo of {}"; what the text says is then not
             learned. None: they are all the text there is.
-        start: [T, C], where to begin; default: noise as long as the text encoder's tokens.
+        start: [T, C], where to begin; default: next to nothing, noise of a hundredth of the length of the
+            text encoder's tokens, so that tokens differ. What no picture speaks of then stays next to
+            nothing; beginning at full length, it would be most of what is negated.
         seed: of `start`, and of what steps draw.
         size: height and width of the pictures, in pixels; default: the pipeline's own.
         checkpoint: a file that is written every `every` steps and at the end, and read where it exists: then
@@ -100,12 +103,13 @@ def invert(
             drawn = _Draw.of(latents, batch, seed, run.step)
             text = torch.cat([before, run.embeddings.to(before), after]).expand(batch, -1, -1)
             loss = denoising.loss(drawn.latents, drawn.noise, drawn.when, text)
-            if not loss.isfinite():
-                raise RuntimeError(f"the loss of step {run.step} is {float(loss)}: try a smaller rate")
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise RuntimeError(f"the loss of step {run.step} is {value}: try a smaller rate")
             run.follow(loss)
             if file is not None and (run.step % every == 0 or run.step == steps):
                 run.save(file, settings)
-            on_step(float(loss.detach()))
+            on_step(value)
     return Concept.from_embeddings(run.embeddings)
 
 
@@ -149,7 +153,7 @@ class _Run:
     def begun(cls, denoising: Denoising, start: Tensor | None, tokens: int, rate: float, seed: int) -> _Run:
         if start is None:
             generator = torch.Generator().manual_seed(seed)
-            start = denoising.length * torch.randn(tokens, denoising.width, generator=generator)
+            start = denoising.length / 100 * torch.randn(tokens, denoising.width, generator=generator)
         return cls(start.detach().float().cpu().clone(), rate)
 
     def follow(self, loss: Tensor) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from .install import engine_of
 from .learned.denoising import denoising
-from .learned.means import attention_means, denoiser_fingerprint
+from .learned.means import attention_means, contrasts, denoiser_fingerprint
 from .text.encode import encode, negative_prompt
 from .text.identity import fingerprint
 
 __all__ = [
     "attention_means",
+    "contrasts",
     "denoiser_fingerprint",
     "denoising",
     "encode",

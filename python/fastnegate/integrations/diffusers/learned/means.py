@@ -17,14 +17,20 @@ from torch import Tensor, nn
 
 from ....engine.concepts import Fingerprint
 from ....engine.errors import UnsupportedModelError
+from ....engine.prototypes import Caption
 from ..around import put_around, take_away
-from ..contract import bare, cross_attention_layers, denoisers, family, in_progress
+from ..contract import bare, cross_attention_layers, denoisers, encoders_of, family, in_progress
 from ..hook import unconditional
 from ..install import engine_of
 from ..layers.ip_adapter import Adapted, WithImages
 from ..layers.known import kind_of
 from ..text.identity import sample_of
 
+# What a concept may be seen with: few words that every text encoder knows.
+_SUBJECTS = (
+    "a man", "a woman", "a child", "a dog", "a horse", "a bird", "a house", "a street", "a room", "a table",
+    "a car", "a ship", "a tree", "a garden", "a beach", "a mountain",
+)  # fmt: skip
 # A sample of the weights of a denoiser's layers, as they were seen last: they may be offloaded later.
 _seen: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
@@ -54,6 +60,21 @@ def denoiser_fingerprint(pipe: Any) -> Fingerprint:
             )
         samples.append(_seen[bare(model)])
     return Fingerprint(facts, torch.cat(samples))
+
+
+def contrasts(pipe: Any, members: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of prompts with and without a member: "a dog with a hat" and "a dog"; or, where the tokenizer has
+    captions of its own for a member (`concept_templates`), those, and the same without its words."""
+    offers = getattr(getattr(pipe, encoders_of(pipe)[0][0]), "concept_templates", None)
+    pairs = []
+    for member in members:
+        offered = offers(member) if offers is not None else ()
+        for template in offered:
+            texts = [" ".join(Caption.of(template, words).text.split()) for words in (member, "")]
+            pairs.append((texts[0], texts[1]))
+        if not offered:
+            pairs += [(f"{subject} with {member}", subject) for subject in _SUBJECTS]
+    return pairs
 
 
 def attention_means(
