@@ -21,7 +21,7 @@ from .engine.errors import (
     RowMapError,
     UnsupportedModelError,
 )
-from .engine.inversion import invert
+from .engine.inversion import invert, phrases_shown
 from .engine.policy import Policy
 from .engine.session.batch import Batch
 from .operator.attention import (
@@ -73,6 +73,7 @@ __all__ = [
     "negated_attention",
     "negated_attention_with_statistics",
     "partial_attention",
+    "phrases_shown",
     "presets",
     "strength_range",
     *_LAZY,

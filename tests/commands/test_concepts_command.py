@@ -76,6 +76,7 @@ BAD = [
     (f"{BUILD} --concept red=red --concept red=red", "--concept: two have the same name"),
     (f"{BUILD} --concept red=red --orthogonal", "--orthogonal: is of --directions"),
     (f"{BUILD} --concept cat=cat", "'cat' has the unknown word 'cat'"),
+    (f"{BUILD} --concept red=red,blue --images there", "has no image_encoder"),
     (BUILD, "arguments are required: --concept"),
     ("concepts build --model none --concept a=a --out b", "argument --model: 'none': must be 'embedded', or"),
     (f"{INVERT} --images nowhere", "argument --images: 'nowhere': must be a folder with pictures"),

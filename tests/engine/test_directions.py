@@ -116,6 +116,29 @@ def test_by_hand_and_installed_are_the_same() -> None:
     assert torch.equal(generate(pipe), installed) and not torch.equal(installed, plain)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["wan22", "sana", *(pytest.param(k, marks=pytest.mark.full) for k in ("sdxl", "pixart_sigma", "ltx"))],
+)
+def test_other_families(kind: str) -> None:
+    """Also two denoisers that share the steps: their layers have names of their own."""
+    pipe = pipelines.build(kind)
+    options = {"wan22": {"num_frames": 5}, "ltx": {"num_frames": 9}}.get(kind, {})
+    if kind in ("sana", "pixart_sigma"):
+        options |= {"use_resolution_binning": False}
+    if kind == "sana":
+        options |= {"complex_human_instruction": None}
+    bank = ConceptBank.from_prompts(pipe, {"red": "red"})
+    bank.add_directions(pipe, {"red": PAIRS}, **{**CALL, "num_inference_steps": 4, **options})
+    engine = fn.install(pipe, bank, rule="casteer")
+    directions = bank["red"].directions
+    assert directions is not None and {*directions.layers} == {*engine.layers}
+    plain = generate(pipe, "a red cat")
+    with engine.batch([Policy({"red": 1.0})]):
+        assert not torch.equal(generate(pipe, "a red cat"), plain)
+    engine.remove()
+
+
 def test_policies_choose_among_directions() -> None:
     pipe = pipelines.build("sd15")
     bank = bank_of(pipe, "red", "cat")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastnegate as fn
-from fastnegate import Concept, UnsupportedModelError, invert
+from fastnegate import Concept, UnsupportedModelError, invert, phrases_shown
 from fastnegate.engine import host
 
 pytest.importorskip("diffusers")
@@ -21,6 +21,7 @@ pytest.importorskip("diffusers")
 import diffusers
 import joint_pipelines
 import pipelines
+import transformers
 from PIL import Image
 from pipelines import generate, one_thread  # noqa: F401
 
@@ -227,6 +228,49 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     start = torch.full((1, 32), 1e38)
     with pytest.raises(RuntimeError, match="the loss of step 0 is"):
         invert(pipe, pictures(1), size=(32, 32), start=start)
+
+
+def with_tower(width: int = 32) -> Any:
+    """SDXL with an image tower, as IP-Adapters bring one."""
+    pipe = pipelines.build("sdxl")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+        patch_size=4, projection_dim=width,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tower = transformers.CLIPVisionModelWithProjection(config).eval()
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    preparing = transformers.CLIPImageProcessor(**sizes)
+    pipe.register_modules(image_encoder=tower, feature_extractor=preparing)
+    return pipe
+
+
+def test_pictures_choose_phrases_by_the_towers_cosines() -> None:
+    pipe, phrases = with_tower(), ["red", "a cat", "a photo of a dog", "painting"]
+    pixels = pipe.feature_extractor(pictures(), return_tensors="pt").pixel_values
+    seen = pipe.image_encoder(pixels).image_embeds
+    ids = pipe.tokenizer_2(phrases, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    told = pipe.text_encoder_2(ids).text_embeds
+    cosines = torch.nn.functional.cosine_similarity(seen[:, None], told[None], dim=-1)
+    shares = (100 * cosines).softmax(1).mean(0)
+    found = phrases_shown(pipe, pictures(), phrases)
+    assert found == pytest.approx({p: float(s) for p, s in zip(phrases, shares) if s > 0.25}, rel=1e-4)
+    assert [*found.values()] == sorted(found.values(), reverse=True) and found
+
+
+def test_without_towers_of_one_space_there_is_inversion() -> None:
+    for pipe in (pipelines.build("sdxl"), pipelines.build("sd15"), with_tower(24)):
+        with pytest.raises(UnsupportedModelError, match=r"has no image_encoder.*fastnegate\.invert"):
+            phrases_shown(pipe, pictures(), ["red", "cat"])
+    for images, phrases, message in (
+        ([], ["red", "cat"], "images is empty"),
+        (pictures(), ["red"], "phrases="),
+        (pictures(), ["red", "red"], "phrases="),
+        (pictures(), "red", "phrases='red'"),
+        (pictures(), ["red", "a " * 100], "phrases: .*the encoder takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            phrases_shown(with_tower(), images, phrases)
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine import host
 from ..engine.bank import ConceptBank, calls_for, contents
-from ..engine.inversion import MOST_TOKENS, invert
+from ..engine.inversion import MOST_TOKENS, invert, phrases_shown
 from . import options
 from .progress import progress
 
@@ -30,6 +30,9 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     build.add_argument(
         "--kmeans", type=options.whole(1), metavar="K", help="K prototypes for concepts of more phrases"
+    )
+    build.add_argument(
+        "--images", type=options.pictures, metavar="FOLDER", help="keep the phrases that these pictures show"
     )
     build.add_argument("--directions", action="store_true", help="collect steering directions, for casteer")
     build.add_argument("--orthogonal", action="store_true", help="of several concepts negated together")
@@ -73,6 +76,9 @@ def _build(given: argparse.Namespace) -> int:
     if given.orthogonal and not given.directions:
         raise ValueError("--orthogonal: is of --directions")
     pipe = _load(given.model, given.device)
+    if given.images is not None:
+        images = _opened(given.images)
+        wanted = {name: [*phrases_shown(pipe, images, phrases)] for name, phrases in wanted.items()}
     bank = ConceptBank.from_prompts(pipe, wanted, called="--concept")
     for name in bank if given.kmeans is not None else ():
         if len(bank[name].prototypes) > given.kmeans:
@@ -97,9 +103,7 @@ def _add_directions(
 
 
 def _invert(given: argparse.Namespace) -> int:
-    from PIL import Image
-
-    images = [Image.open(path).convert("RGB") for path in given.images]
+    images = _opened(given.images)
     pipe = _load(given.model, given.device)
     with progress("step") as bar:
         bar.expect(given.steps)
@@ -112,6 +116,12 @@ def _invert(given: argparse.Namespace) -> int:
     bank.save(given.out)
     print("\n".join(_lines(bank)))
     return 0
+
+
+def _opened(paths: Sequence[Path]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.open(path).convert("RGB") for path in paths]
 
 
 def _inspect(given: argparse.Namespace) -> int:

@@ -92,6 +92,10 @@ class Host(Protocol):
     def denoising(self, pipe: Any) -> Denoising:
         """The pipeline's denoiser as it was trained. Raises UnsupportedModelError where that is not known."""
 
+    def likeness(self, pipe: Any, images: Sequence[Any], phrases: Sequence[str]) -> Tensor:
+        """100 x the cosines of pictures (PIL) and phrases [images, phrases] by the pipeline's own towers.
+        Raises UnsupportedModelError where it has none."""
+
     def engine_of(self, pipe: Any) -> Any:
         """The `Engine` installed in the pipeline, or None."""
 

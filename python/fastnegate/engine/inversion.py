@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`invert`: text embeddings of a concept, learned from pictures of it with the frozen denoiser.
+"""Concepts from pictures. `invert`: text embeddings, learned with the frozen denoiser; `phrases_shown`: which
+words say what the pictures show.
 
 Words say nothing to a model that was made to forget them, but pictures of what they meant still fit some
 embedding: INE (arXiv 2511.04834) searches it with the model's own training loss, and negates that.
@@ -111,6 +112,35 @@ def invert(
                 run.save(file, settings)
             on_step(value)
     return Concept.from_embeddings(run.embeddings)
+
+
+def phrases_shown(pipe: Any, images: Sequence[Any], phrases: Sequence[str]) -> dict[str, float]:
+    """Which of some phrases pictures show, as the pipeline's own pair of image and text tower (CLIP) sees it.
+
+    An image embedding is no concept: it lives in the space in which images and texts are compared, and
+    attention reads tokens of the text encoder, which nothing maps it to. What the towers can do is choose
+    words: each picture is shared out among the phrases by CLIP's own classifier, the softmax of 100 x cosine,
+    and shares are averaged over pictures. `ConceptBank.from_prompts` makes a concept of the phrases.
+
+    Args:
+        pipe: a pipeline with an image tower.
+        images: PIL pictures.
+        phrases: at least two; chance is 1 / their number.
+
+    Returns:
+        Phrase -> share, of those above chance; the largest first.
+
+    Raises:
+        UnsupportedModelError: the pipeline has no image tower beside a text tower of the same space.
+        ValueError: no pictures, fewer than two phrases, or one that cannot be encoded.
+    """
+    if not len(images):
+        raise ValueError("images is empty: there is nothing to look at")
+    if isinstance(phrases, str) or len({*phrases}) < 2 or len({*phrases}) < len(phrases):
+        raise ValueError(f"phrases={phrases!r}: must be several, all of them different")
+    shares = host.of(pipe).likeness(pipe, images, phrases).double().softmax(1).mean(0).tolist()
+    found = {phrase: share for phrase, share in zip(phrases, shares) if share > 1 / len(phrases)}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _check(**numbers: int) -> None:

@@ -182,6 +182,10 @@ class _Watch:
         self._rows[name] += len(rows)
 
     def means(self) -> dict[str, Tensor]:
+        """Raises ValueError: a layer that gave nothing for a prompt, since its denoiser has none of the steps."""
+        for name, rows in self._rows.items():
+            if not rows:
+                raise ValueError(f"layer {name} was not asked in these runs: they have too few steps for it")
         return {
             name: (total / self._rows[name]).view(self._layers[name].heads, -1)
             for name, total in self._sums.items()
