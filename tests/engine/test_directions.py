@@ -156,6 +156,28 @@ def test_policies_choose_among_directions() -> None:
     assert not torch.allclose(made[0], made[1], atol=1e-3)
 
 
+@pytest.mark.full
+def test_compiled_code_reads_the_directions_of_its_rows() -> None:
+    """One graph, whoever asks for what."""
+    pipe = pipelines.build("sd15")
+    bank = bank_of(pipe, "red", "cat")
+    plain, expected = generate(pipe), {}
+    for names in (("red",), ("red", "cat")):
+        engine = fn.install(pipe, bank, rule="casteer")
+        with engine.batch([Policy(dict.fromkeys(names, 1.0))]):
+            expected[names] = generate(pipe)
+        engine.remove()
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    engine = fn.install(pipe, bank, rule="casteer")
+    torch._dynamo.utils.counters.clear()
+    for names, made in expected.items():
+        with engine.batch([Policy(dict.fromkeys(names, 1.0))]):
+            torch.testing.assert_close(generate(pipe), made, rtol=0, atol=1e-4)
+    with engine.batch([None]):
+        torch.testing.assert_close(generate(pipe), plain, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_several_are_made_orthogonal() -> None:
     pipe = pipelines.build("sd15")
     bank = ConceptBank.from_prompts(pipe, {"red": "red", "cat": "cat"})

@@ -151,7 +151,7 @@ class Running:
         if self.ledger is not None and self.rows is not None:
             self.ledger.note(self.rows, self.active, self.negated or self.call.compiled or captured)
 
-    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
+    def tokens(self, key: Tensor, value: Tensor, layer: str = "") -> ConceptTokens:
         """Tokens of a layer from its concept keys and values [T, H, D]. Raises NegationNotAppliedError: there
         are directions, and none for this layer."""
         assert self.slots is not None and self.index is not None and self.numbers is not None

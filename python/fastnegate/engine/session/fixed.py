@@ -106,7 +106,7 @@ class Fixed:
             self._read = torch.cuda.Event()
             self._read.record(torch.cuda.current_stream(device))
 
-    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
+    def tokens(self, key: Tensor, value: Tensor, layer: str = "") -> ConceptTokens:
         """As `Running.tokens`, for compiled code."""
         assert self.index is not None and self.numbers is not None
         return concept_tokens(

@@ -182,7 +182,7 @@ class _Watch:
         self._rows[name] += len(rows)
 
     def means(self) -> dict[str, Tensor]:
-        """Raises ValueError: a layer that gave nothing for a prompt, since its denoiser has none of the steps."""
+        """Raises ValueError: a layer gave nothing, since its denoiser has none of the steps."""
         for name, rows in self._rows.items():
             if not rows:
                 raise ValueError(f"layer {name} was not asked in these runs: they have too few steps for it")
