@@ -215,6 +215,10 @@ def test_another_denoiser_is_refused(tmp_path: Path) -> None:
     for refuse in (bank.check, lambda p: fn.install(p, bank), lambda p: fn.negate(p, bank, "casteer")):
         with pytest.raises(BankMismatchError, match="another denoiser"):
             refuse(pipe)
+    bank.add_directions(pipe, {"red": PAIRS}, **CALL)  # all that the bank has, so they may be of this one
+    bank.check(pipe)
+    with torch.no_grad():
+        attn.to_v.weight -= 0.5
     other = ConceptBank.from_prompts(pipe, {"cat": "cat"})
     other.add_directions(pipe, {"cat": PAIRS}, **CALL)
     with pytest.raises(ValueError, match="concept 'cat' has directions of another denoiser than the bank's"):
@@ -271,6 +275,8 @@ def test_what_cannot_be_collected_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"blue|pairs\['red'\]="):
             bank.add_directions(pipe, pairs, **CALL)
+    with pytest.raises(ValueError, match="pairs is empty"):
+        bank.add_directions(pipe, {}, **CALL)
     with pytest.raises(ValueError, match="batch=0"):
         bank.add_directions(pipe, {"red": PAIRS}, batch=0, **CALL)
     with fn.negate(pipe, bank), pytest.raises(ValueError, match="pipe has an engine"):

@@ -184,20 +184,24 @@ class ConceptBank:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r}: must be a str that is not empty")
         concept = embeddings if isinstance(embeddings, Concept) else Concept.from_embeddings(embeddings)
+        self._put({name: concept})
+
+    def _put(self, new: Mapping[str, Concept]) -> None:
+        """Add or replace all of them, or none."""
         with self._changing:
-            if self._width and concept.width != self._width:
-                raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {self._width}")
-            others = {n: other for n, other in self._now.concepts.items() if n != name}
-            known, new = _directions(others), concept.directions
-            if known is not None and new is not None:
-                difference = known.model.difference(new.model)
-                if difference is not None or known.shapes != new.shapes:
-                    raise ValueError(
-                        f"concept {name!r} has directions of another denoiser than the bank's: "
-                        f"{difference or 'other layers'}"
-                    )
+            known = _directions({n: other for n, other in self._now.concepts.items() if n not in new})
+            for name, concept in new.items():
+                if (width := self._width) and concept.width != width:
+                    raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {width}")
+                if known is not None and (other := concept.directions) is not None:
+                    difference = known.model.difference(other.model)
+                    if difference is not None or known.shapes != other.shapes:
+                        raise ValueError(
+                            f"concept {name!r} has directions of another denoiser than the bank's: "
+                            f"{difference or 'other layers'}"
+                        )
             self._width = concept.width
-            self._become({**self._now.concepts, name: concept})
+            self._become({**self._now.concepts, **new})
 
     def add_directions(
         self,
@@ -223,19 +227,19 @@ class ConceptBank:
             pipe: the pipeline that the bank is of; no engine may be installed in it.
             pairs: name of a concept of the bank -> (prompt with it, prompt without it); 50 are many.
             make_orthogonal: take from each concept's directions what those before it in `pairs` have of them
-                (Gram-Schmidt), so that a policy with all of them removes what they share once. A policy with
-                one of the later ones alone then leaves that share.
+                (Gram-Schmidt): together they remove what they share once, a later one alone leaves it.
             seed: of the noise; pair j of a concept begins from noise `seed + j`.
             batch: prompts in one call of the pipeline.
             on_call: called after each; there are `calls_for(pairs, batch)`.
-            call: further arguments of these calls, e.g. `num_inference_steps` or `guidance_scale`.
+            call: further arguments of these calls, e.g. `num_inference_steps`.
 
         Raises:
-            UnsupportedModelError: the denoiser has no cross-attention layers that can be looked at: image and
-                text attend to each other, say.
+            UnsupportedModelError: the denoiser has no layers in which text is apart: a joint model's.
             ValueError: a name that the bank does not have, pairs that are none, a layer in which both prompts
                 give the same, or an engine in the pipeline. The bank is as it was.
         """
+        if not pairs:
+            raise ValueError("pairs is empty: there is nothing to collect")
         for name, prompts in pairs.items():
             self[name]
             texts = [text for pair in prompts for text in pair] if not isinstance(prompts, str) else [None]
@@ -254,8 +258,8 @@ class ConceptBank:
             made.append(contrast(*means))
         if make_orthogonal:
             made = orthogonal(made)
-        for name, layers in zip(pairs, made):
-            self.update(name, replace(self[name], directions=Directions(layers, model)))
+        concepts = (replace(self[name], directions=Directions(u, model)) for name, u in zip(pairs, made))
+        self._put(dict(zip(pairs, concepts)))
 
     def remove(self, name: str) -> None:
         """Forget a concept. Raises ValueError if there is none of that name."""
