@@ -30,10 +30,12 @@ class Snapshot(NamedTuple):
     Attributes:
         version: grows with every change, so that equal versions of a bank are the same concepts.
         concepts: by name, in the order in which they were added.
+        neutral: float32 [T, C], the neutral tokens, or None.
     """
 
     version: int
     concepts: Mapping[str, Concept]
+    neutral: Tensor | None = None
 
 
 class ConceptBank:
@@ -47,12 +49,19 @@ class ConceptBank:
         concepts: by name; all of one width.
         fingerprint: of the text encoder that they come from.
         pipe: the pipeline that has it, held weakly.
+        neutral: see the attribute.
 
     Raises:
-        ValueError: concepts of different widths.
+        ValueError: concepts or neutral tokens of different widths.
     """
 
-    def __init__(self, concepts: Mapping[str, Concept], fingerprint: Fingerprint, pipe: Any = None) -> None:
+    def __init__(
+        self,
+        concepts: Mapping[str, Concept],
+        fingerprint: Fingerprint,
+        pipe: Any = None,
+        neutral: Tensor | None = None,
+    ) -> None:
         self.fingerprint = fingerprint
         self._changing = threading.Lock()
         self._now = Snapshot(0, MappingProxyType({}))
@@ -60,6 +69,8 @@ class ConceptBank:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         for name, concept in concepts.items():
             self.update(name, concept)
+        if neutral is not None:
+            self.neutral = neutral
 
     @classmethod
     def from_prompts(
@@ -68,6 +79,7 @@ class ConceptBank:
         prompts: Mapping[str, str | Sequence[str]],
         *,
         templates: Templates | None = None,
+        neutral: str | Sequence[str] | Tensor | None = None,
         called: str = "prompts",
     ) -> ConceptBank:
         """Encode concepts with a pipeline's own text encoder.
@@ -85,17 +97,22 @@ class ConceptBank:
                 to average, e.g. "a [{} dress] on a chair". Default: a few plain captions, as far as the
                 tokenizer knows their words; or what the tokenizer's own `concept_templates(member)`
                 offers, if it has that.
+            neutral: tokens that say nothing in particular, for rules that centre: `empty`, the end of the
+                encoder's empty caption; `padding`, the mean of what fills it; `mean`, the mean token of many
+                common words, or of phrases given as a list; or embeddings [T, C].
             called: what error messages call `prompts`.
 
         Raises:
             UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
             ValueError: an empty concept, a member that is too long or has characters that the tokenizer
-                does not know, or a template without `{}` or whose spans have different numbers of
-                tokens.
+                does not know, a template without `{}` or whose spans have different numbers of tokens, or
+                neutral tokens that the encoder does not have.
         """
         owner = host.of(pipe)
         fingerprint = owner.fingerprint(pipe)  # first: it is quick, and may refuse
-        return cls(owner.encode(pipe, prompts, templates, called), fingerprint, pipe)
+        if neutral is not None and not isinstance(neutral, Tensor):
+            neutral = owner.neutral(pipe, neutral, templates)
+        return cls(owner.encode(pipe, prompts, templates, called), fingerprint, pipe, neutral)
 
     @classmethod
     def load(cls, path: str | Path, pipe: Any) -> ConceptBank:
@@ -126,15 +143,18 @@ class ConceptBank:
         ours = host.of(pipe).fingerprint(pipe)
         if (difference := ours.difference(theirs)) is not None:
             raise BankMismatchError(f"path={str(path)!r} was made for another text encoder: {difference}")
-        return cls(concepts, ours, pipe)
+        return cls(concepts, ours, pipe, tensors.get("neutral"))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same bank gives the same bytes."""
         from safetensors.torch import save_file
 
+        now = self.snapshot()
         tensors = {"fingerprint": self.fingerprint.sample}
+        if now.neutral is not None:
+            tensors["neutral"] = now.neutral
         items = []
-        for i, (name, concept) in enumerate(self.snapshot().concepts.items()):
+        for i, (name, concept) in enumerate(now.concepts.items()):
             tensors[f"{i}.prompt"], tensors[f"{i}.roles"] = concept.prompt, concept.roles
             tensors.update({f"{i}.prototype.{j}": p for j, p in enumerate(concept.prototypes)})
             items.append({"name": name, "members": concept.members, "prototypes": len(concept.prototypes)})
@@ -169,13 +189,30 @@ class ConceptBank:
         return self._now
 
     def _become(self, concepts: dict[str, Concept]) -> None:
-        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts))
+        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts), self._now.neutral)
 
     def check(self, pipe: Any) -> None:
         """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and
         UnsupportedModelError where that is away and was never seen."""
         if (difference := host.of(pipe).fingerprint(pipe).difference(self.fingerprint)) is not None:
             raise BankMismatchError(f"the bank was made for another text encoder: {difference}")
+
+    @property
+    def neutral(self) -> Tensor | None:
+        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set:
+        ValueError for embeddings that are none, or of another width than the bank."""
+        return self._now.neutral
+
+    @neutral.setter
+    def neutral(self, embeddings: Tensor) -> None:
+        tokens = Concept.from_embeddings(embeddings).prompt
+        with self._changing:
+            if not len(tokens) or self._width not in (0, tokens.shape[1]):
+                raise ValueError(
+                    f"neutral has shape {list(tokens.shape)}: must be [T, {self._width or 'C'}], T > 0"
+                )
+            self._width = tokens.shape[1]
+            self._now = Snapshot(self._now.version + 1, self._now.concepts, tokens)
 
     @property
     def version(self) -> int:
@@ -216,12 +253,16 @@ class ConceptBank:
         return f"ConceptBank({counted(len(concepts), 'concept')}{listed}; width {self._width})"
 
     def __getstate__(self) -> dict[str, Any]:  # weak references, locks and views do not pickle
-        state = {**self.__dict__, "_pipe": None, "_now": (self.version, dict(self._now.concepts))}
+        state = {
+            **self.__dict__,
+            "_pipe": None,
+            "_now": (self.version, dict(self._now.concepts), self.neutral),
+        }
         del state["_changing"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        version, concepts = state.pop("_now")
+        version, concepts, neutral = state.pop("_now")
         self.__dict__.update(state)
         self._changing = threading.Lock()
-        self._now = Snapshot(version, MappingProxyType(concepts))
+        self._now = Snapshot(version, MappingProxyType(concepts), neutral)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...operator.statistics import Statistics
 from ...operator.tokens import ConceptTokens
 from .ledger import Ledger
-from .rows import Rows, Step
+from .rows import Read, Rows, Step
 from .slots import Slots
 
 State = Literal["idle", "dormant", "live"]  # nobody asks; no entry acts at this step; some entry acts
@@ -116,6 +116,7 @@ class Running:
     index: Tensor | None = None
     numbers: Tensor | None = None
     weight: Tensor | None = None
+    neutral: Tensor | None = None
     ledger: Ledger | None = None
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
@@ -143,6 +144,10 @@ class Running:
             self._context = self.call.project(embeddings)
         return self._context
 
+    def read(self, tensors: Read) -> None:
+        """Have layers read these."""
+        self.index, self.numbers, self.weight, self.neutral = tensors
+
     def note(self, captured: bool) -> None:
         """The call has ended without an error. What compiled code and captured graphs run is not seen: their
         layers always negate."""
@@ -153,7 +158,9 @@ class Running:
         """Tokens of a layer from its concept keys and values [T, H, D]."""
         assert self.slots is not None and self.index is not None and self.numbers is not None
         concepts, longest = len(self.slots.slots), self.slots.longest
-        return concept_tokens(key, value, self.index, self.numbers, self.weight, concepts, longest)
+        return concept_tokens(
+            key, value, self.index, self.numbers, self.weight, self.neutral, concepts, longest
+        )
 
 
 def concept_tokens(
@@ -162,6 +169,7 @@ def concept_tokens(
     index: Tensor,
     numbers: Tensor,
     weight: Tensor | None,
+    neutral: Tensor | None,
     concepts: int,
     longest: int,
 ) -> ConceptTokens:
@@ -176,6 +184,7 @@ def concept_tokens(
         longest=longest,
         busiest=concepts,
         token_weight=weight,
+        neutral=neutral,
     )
 
 

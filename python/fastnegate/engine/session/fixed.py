@@ -33,8 +33,10 @@ class Fixed:
         self.index: Tensor | None = None  # of the rows at hand: a view
         self.numbers: Tensor | None = None
         self.weight: Tensor | None = None
+        self.neutral: Tensor | None = None  # a view, too
         self.concepts = self.longest = 0
         self._all: Tensor | None = None  # the index with room for all rows
+        self._all_neutral: Tensor | None = None
         self._read: Any = None  # event of the last reader
 
     @contextlib.contextmanager
@@ -68,13 +70,16 @@ class Fixed:
             self._all = self._copied(self._all, index, device)
             self.numbers = self._copied(self.numbers, rows.numbers(running.active, entries), device)
             self.weight = None if slots.weight is None else self._copied(self.weight, slots.weight, device)
+            neutral = rows.neutral(most)
+            self._all_neutral = None if neutral is None else self._copied(self._all_neutral, neutral, device)
             embeddings = slots.context(device, running.call.dtype)
             running.embeddings = self.embeddings = self._copied(self.embeddings, embeddings, device)
             if running.call.compiled:
                 self.context = self._copied(self.context, running.call.project(self.embeddings), device)
         self.index = self._all[: len(index) - most + running.call.batch]
+        self.neutral = None if self._all_neutral is None else self._all_neutral[: running.call.batch]
         self.concepts, self.longest = len(slots.slots), slots.longest
-        running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
+        running.read((self.index, self.numbers, self.weight, self.neutral))
         self.ready = running.call.compiled
 
     def _copied(self, old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
@@ -103,4 +108,6 @@ class Fixed:
     def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
         """As `Running.tokens`, for compiled code."""
         assert self.index is not None and self.numbers is not None
-        return concept_tokens(key, value, self.index, self.numbers, self.weight, self.concepts, self.longest)
+        return concept_tokens(
+            key, value, self.index, self.numbers, self.weight, self.neutral, self.concepts, self.longest
+        )

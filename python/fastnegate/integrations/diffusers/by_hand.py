@@ -166,8 +166,8 @@ class Concepts:
         self._look()
 
     def _look(self) -> None:
-        self._version, concepts = self._bank.snapshot()
-        self._slots = Slots(concepts, self._rule, self._bank.width)
+        self._version, concepts, neutral = self._bank.snapshot()
+        self._slots = Slots(concepts, self._rule, self._bank.width, neutral=neutral)
 
     def context(self, attn: Any, query: Tensor) -> Tensor:
         """The bank as it is now, [1, T, C] as the layer receives text."""
@@ -186,7 +186,7 @@ class Concepts:
         entries = [
             {"concept": i, "strength": relative * self._rule.strength}
             for i, relative in enumerate(strengths)
-            if relative
+            if relative and i != self._slots.neutral
         ]
         spans = [slice(slot.begin, slot.begin + slot.length) for slot in slots]
         return ConceptTokens.pack(
@@ -194,6 +194,7 @@ class Concepts:
             [value[span] for span in spans],
             [entries if negated else [] for negated in conditional],
             token_weight=self._slots.weight,
+            neutral=self._slots.neutral,
         )
 
 

@@ -6,5 +6,6 @@ from __future__ import annotations
 from .install import engine_of
 from .text.encode import encode, negative_prompt
 from .text.identity import fingerprint
+from .text.neutral import neutral
 
-__all__ = ["encode", "engine_of", "fingerprint", "negative_prompt"]
+__all__ = ["encode", "engine_of", "fingerprint", "negative_prompt", "neutral"]
