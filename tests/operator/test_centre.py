@@ -411,7 +411,8 @@ def test_statistics_are_of_what_was_measured() -> None:
 
 
 def test_gradients_go_through_the_neutral_tokens() -> None:
-    problem = centred(Rule("cosine", "sigmoid", "projection", center="neutral"), queries=3, dim=8)
+    small = {"batch": 1, "heads": 1, "queries": 2, "keys": 3, "dim": 4, "concept_lengths": (2, 1)}
+    problem = centred(Rule("cosine", "sigmoid", "projection", center="neutral"), rows=[[0, 1]], **small)
     tokens = problem.concepts.cast(torch.float64)
     query, key, value = (t.double() for t in (problem.query, problem.key, problem.value))
 
