@@ -34,9 +34,13 @@ class Shares(NamedTuple):
 class World(Protocol):
     """Prompts with something to negate, and who tells what became of them."""
 
-    CONCEPTS: Sequence[str]
-    SUITES: Sequence[str]
-    PLAIN: Sequence[str]  # words that no concept has more of than another: their mean is neutral
+    @property
+    def CONCEPTS(self) -> Sequence[str]: ...
+    @property
+    def SUITES(self) -> Sequence[str]: ...
+    @property
+    def PLAIN(self) -> Sequence[str]:
+        """Words that lean to no concept more than to the others: their mean is neutral."""
 
     def members(self, concept: str) -> list[str]:
         """The words that make up a concept."""
