@@ -20,8 +20,9 @@ from fastnegate import (
     Rule,
     UnsupportedModelError,
 )
-from fastnegate.engine.bank import calls_for, contents
+from fastnegate.engine.bank import calls_for
 from fastnegate.engine.concepts import Directions
+from fastnegate.engine.files import contents
 
 pytest.importorskip("diffusers")
 
