@@ -23,6 +23,7 @@ from fastnegate.commands.options import whole
 from fastnegate.engine.host import of
 from fastnegate.operator.rule import Rule
 from fastnegate.testbed import model
+from fastnegate.testbed.cases import SPLITS
 
 from ..tables import table
 from .hosts import Host, Shares, load
@@ -58,6 +59,7 @@ def study(
     suites: Sequence[str],
     cases: int,
     seed: int,
+    split: str,
     out: Path,
 ) -> None:
     """Measure those that the file does not have, and append them.
@@ -65,20 +67,20 @@ def study(
     Raises:
         ValueError: the file is of another method, or of other suites, cases or seed.
     """
-    what = {"method": method, "suites": [*suites], "cases": cases, "seed": seed}
+    what = {"method": method, "suites": [*suites], "cases": cases, "seed": seed, "split": split}
     done = read(out)
     for line in done:
         if {name: line[name] for name in what} != what:
             raise ValueError(f"{out} is of another study: {line}")
     known = {Setting(line["neutral"], line["threshold"], line["strength"]) for line in done}
-    bank = host.bank(suites, cases, seed, "development")
+    bank = host.bank(suites, cases, seed, split)
     for setting in settings:
         if setting in known:
             continue
         if setting.neutral != UNCENTRED:
             bank.neutral = neutral_tokens(host, setting.neutral)
         begun = time.process_time()
-        scores = host.score(bank, setting.rule(method), suites, cases, seed)
+        scores = host.score(bank, setting.rule(method), suites, cases, seed, split)
         line = {**what, **setting._asdict(), "cpu_seconds": round(time.process_time() - begun, 1)}
         line["scores"] = {name: shares._asdict() for name, shares in scores.items()}
         with out.open("a") as file:
@@ -124,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suites", nargs="+", help="default: all of the world's")
     parser.add_argument("--cases", type=whole(1), default=48, help="of each suite")
     parser.add_argument("--seed", type=whole(0), default=1000, help="of cases and noise")
+    parser.add_argument("--split", choices=SPLITS, default="development")
     parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     options = parser.parse_args(arguments)
@@ -133,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         itertools.starmap(Setting, itertools.product(options.neutral, options.threshold, options.strength))
     )
     suites = options.suites or [*host.world.SUITES]
-    study(host, options.method, settings, suites, options.cases, options.seed, options.out)
+    study(host, options.method, settings, suites, options.cases, options.seed, options.split, options.out)
     print(report(read(options.out)))
     return 0
 

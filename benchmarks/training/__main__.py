@@ -20,14 +20,14 @@ from fastnegate.testbed.model import EasyTokenizer, HardTokenizer
 from fastnegate.testbed.parts import tokenizer_of
 
 from .evaluate import evaluate
-from .hosts import CrossHost, JointHost, Size
+from .hosts import CrossHost, Host, JointHost
 from .loop import Recipe, train
 from .scenes import SCENES, scenes
 
-HOSTS: dict[str, Callable[[], JointHost | CrossHost]] = {
-    "easy-joint": lambda: JointHost(Size(4, 8, 4, 32, 2, 3), tokenizer_of(EasyTokenizer)),
-    "hard": lambda: CrossHost(6, 8, (48, 80), tokenizer_of(HardTokenizer)),
-    "hard-joint": lambda: JointHost(Size(6, 8, 3, 48, 2, 3), tokenizer_of(HardTokenizer)),
+HOSTS: dict[str, Callable[[], Host]] = {
+    "easy-joint": lambda: JointHost.untrained(4, 4, 32, 2, 3, tokenizer_of(EasyTokenizer)),
+    "hard": lambda: CrossHost.untrained(6, (48, 80), tokenizer_of(HardTokenizer)),
+    "hard-joint": lambda: JointHost.untrained(6, 3, 48, 2, 3, tokenizer_of(HardTokenizer)),
 }
 
 

@@ -138,7 +138,7 @@ def _optimisers(host: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
             matrices.append(weight)
         else:
             rest.append(weight)
-    groups = [{"params": rest}, {"params": text, "factor": recipe.text_rate}]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": text, "factor": recipe.text_rate}]
     return [
         torch.optim.Muon(matrices, lr=recipe.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, recipe.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
