@@ -45,6 +45,7 @@ _LAZY = {
     "processors_for": ".integrations.diffusers.install",
     "remove": ".integrations.diffusers.install",
 }
+_ROOMS = {"edits": ".integrations.diffusers.edits", "testbed": ".testbed"}
 
 __all__ = [
     "Audit",
@@ -80,6 +81,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    if name == "testbed":
-        return importlib.import_module(".testbed", __name__)
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name], __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

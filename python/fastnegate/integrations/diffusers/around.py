@@ -29,12 +29,13 @@ def base_class(thing: Any) -> type:
     return base
 
 
-def put_around(thing: Any, around: Around) -> None:
-    """From now on `around` gets every call of `thing`; the last that is put around is the outermost. Once is
-    enough."""
+def put_around(thing: Any, around: Around, innermost: bool = False) -> None:
+    """From now on `around` gets every call of `thing`; the last that is put around is the outermost, unless
+    asked to be the innermost. Once is enough."""
     with _changing:
-        if around not in _arounds(thing):
-            _become(thing, (*_arounds(thing), around), _methods(thing))
+        known = _arounds(thing)
+        if around not in known:
+            _become(thing, (around, *known) if innermost else (*known, around), _methods(thing))
 
 
 def take_away(thing: Any, around: Around) -> None:

@@ -83,7 +83,8 @@ class Hook:
             held.put()
             if self._boarding is not None:
                 self._boarding.put(bare(model))
-            put_around(model, self.denoise)
+            # Edits are outside: what they change, or ask besides, is not about the rows that are prepared.
+            put_around(model, self.denoise, innermost=True)
             INSTALLED[bare(model)] = weakref.ref(self.engine)
         put_around(pipe, self.generate)
 

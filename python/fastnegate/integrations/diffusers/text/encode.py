@@ -123,6 +123,20 @@ def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
     return concepts
 
 
+def empty(pipe: Any) -> Tensor:
+    """What the empty text says [L, C], as pipelines encode it for unconditional rows: without what the model
+    does not attend to, and without the special tokens that begin a text, unless there is nothing else. L > 0.
+
+    Raises:
+        UnsupportedModelError: the pipeline is not a supported one, or lacks a tokenizer or text encoder.
+    """
+    words = Words(encoder_of(pipe))
+    with torch.inference_mode(False):
+        embeddings, kept = _encode(words.pipe, [""])
+    text = embeddings[0][kept[0]] if kept.any() else embeddings[0][:1]
+    return text[words.starts :] if len(text) > words.starts else text
+
+
 @torch.no_grad()
 def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """float32 embeddings [texts, L, C] on the CPU, and bool [texts, L]: which the model does not mask."""
