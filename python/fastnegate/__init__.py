@@ -21,6 +21,7 @@ from .engine.errors import (
     RowMapError,
     UnsupportedModelError,
 )
+from .engine.inversion import invert, phrases_shown
 from .engine.policy import Policy
 from .engine.session.batch import Batch
 from .operator.attention import (
@@ -69,9 +70,11 @@ __all__ = [
     "backends",
     "combine",
     "explain",
+    "invert",
     "negated_attention",
     "negated_attention_with_statistics",
     "partial_attention",
+    "phrases_shown",
     "presets",
     "strength_range",
     *_LAZY,

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..operator.rule import presets
 from ..testbed import CONCEPTS, SUITES, objects_in
-from . import options
+from . import concepts, options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return int(bench(arguments[1:]))
         given = _parser().parse_args(arguments)
+        if command != "doctor":
+            _quiet_hub()
         return int(given.run(given))
     except ModuleNotFoundError as error:
         print(f"fastnegate {command}: {error}; pip install 'fastnegate[diffusers]'", file=sys.stderr)
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, backends, and a self-check; exits 1 on a mismatch")
     doctor.set_defaults(run=_doctor)
 
+    concepts.add(commands)
+
     quality = commands.add_parser("quality", help="score methods on the embedded model")
     default = ["none", "negative prompt", "protore"]
     quality.add_argument("--methods", nargs="+", choices=[*default[:2], *methods], default=default)
@@ -74,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(given: argparse.Namespace) -> int:
-    _quiet_hub()
     from . import demo
 
     methods = demo.METHODS if given.method is None else (given.method,)
@@ -100,7 +103,6 @@ def _doctor(given: argparse.Namespace) -> int:
 
 
 def _quality(given: argparse.Namespace) -> int:
-    _quiet_hub()
     from .quality import run
 
     run(given.methods, given.suites, given.cases, given.seed, given.strength, given.json)

@@ -12,6 +12,8 @@ from ..operator.rule import check_number
 
 MOST_SEED = 2**32 - 1  # what numpy's and torch's generators both take
 
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """Whole numbers from `low` to `high`."""
@@ -32,11 +34,11 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 seed = whole(0, MOST_SEED)
 
 
-def strength(text: str) -> float:
-    """A number above 0: 0 would be no negation."""
+def above_0(text: str) -> float:
+    """A number above 0."""
     try:
         value = float(text)
-        check_number("strength", value, above=0.0)
+        check_number("number", value, above=0.0)
     except ValueError as error:
         raise ArgumentTypeError(f"{text!r}: must be a number above 0") from error
     return value
@@ -67,6 +69,34 @@ def file(text: str) -> Path:
     except OSError as error:
         raise ArgumentTypeError(f"{text!r}: must be a file that can be written: {error.strerror}") from error
     return path
+
+
+strength = above_0  # which would be no negation
+
+
+def model(text: str) -> str:
+    """`embedded`, or a folder with the files of a pipeline."""
+    if text != "embedded" and not (Path(text) / "model_index.json").is_file():
+        raise ArgumentTypeError(f"{text!r}: must be 'embedded', or a folder with a model_index.json")
+    return text
+
+
+def concept(text: str) -> tuple[str, list[str]]:
+    """NAME=phrase,phrase."""
+    name, _, phrases = text.partition("=")
+    members = [phrase.strip() for phrase in phrases.split(",")]
+    if not name.strip() or not all(members):
+        raise ArgumentTypeError(f"{text!r}: must be NAME=phrase,phrase")
+    return name.strip(), members
+
+
+def pictures(text: str) -> list[Path]:
+    """The pictures of a folder, by name."""
+    path = Path(text)
+    found = [p for p in path.iterdir() if p.suffix.lower() in PICTURES] if path.is_dir() else []
+    if not found:
+        raise ArgumentTypeError(f"{text!r}: must be a folder with pictures ({', '.join(PICTURES)})")
+    return sorted(found)
 
 
 def folder(text: str) -> Path:

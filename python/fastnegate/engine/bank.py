@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import host
-from .concepts import Concept, Fingerprint, Templates, counted
+from .concepts import Concept, Directions, Fingerprint, Templates, counted
 from .errors import BankMismatchError
+from .prototypes import contrast, orthogonal
 
 FORMAT = 1  # of the file
 
@@ -34,6 +36,42 @@ class Snapshot(NamedTuple):
 
     version: int
     concepts: Mapping[str, Concept]
+
+
+class Contents(NamedTuple):
+    """What is in a file: the text encoder that its concepts are of, and the concepts by name."""
+
+    encoder: Fingerprint
+    concepts: dict[str, Concept]
+
+
+def contents(path: str | Path) -> Contents:
+    """Read a bank file without a pipeline, to look at it.
+
+    Raises:
+        ValueError: not a bank file (pickles are refused unread).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with torch.inference_mode(False), safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})["fastnegate"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
+        concepts = {}
+        for i, item in enumerate(header["concepts"]):
+            prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
+            directions = None
+            if "directions" in item:
+                layers = {layer: tensors[f"{i}.direction.{j}"] for j, layer in enumerate(item["directions"])}
+                directions = Directions(layers, Fingerprint(header["denoiser"], tensors["denoiser"]))
+            concepts[item["name"]] = Concept(
+                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"]), directions
+            )
+        return Contents(Fingerprint(header["encoder"], tensors["fingerprint"]), concepts)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path={str(path)!r} is not a concept bank: {error!r}") from error
 
 
 class ConceptBank:
@@ -103,42 +141,36 @@ class ConceptBank:
 
         Raises:
             ValueError: not a bank file (pickles are refused unread).
-            BankMismatchError: made for another text encoder.
+            BankMismatchError: made for another text encoder, or its directions for another denoiser.
             UnsupportedModelError: the pipeline's text encoder is away and was never seen.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with torch.inference_mode(False), safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {})["fastnegate"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if header["format"] != FORMAT:
-                raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
-            theirs = Fingerprint(header["encoder"], tensors["fingerprint"])
-            concepts = {}
-            for i, item in enumerate(header["concepts"]):
-                prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
-                concepts[item["name"]] = Concept(
-                    tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"])
-                )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path={str(path)!r} is not a concept bank: {error!r}") from error
+        theirs, concepts = contents(path)
         ours = host.of(pipe).fingerprint(pipe)
         if (difference := ours.difference(theirs)) is not None:
             raise BankMismatchError(f"path={str(path)!r} was made for another text encoder: {difference}")
-        return cls(concepts, ours, pipe)
+        bank = cls(concepts, ours, pipe)
+        bank._check_directions(pipe, f"path={str(path)!r}")
+        return bank
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same bank gives the same bytes."""
         from safetensors.torch import save_file
 
+        concepts = self.snapshot().concepts
         tensors = {"fingerprint": self.fingerprint.sample}
-        items = []
-        for i, (name, concept) in enumerate(self.snapshot().concepts.items()):
+        items: list[dict[str, Any]] = []
+        for i, (name, concept) in enumerate(concepts.items()):
             tensors[f"{i}.prompt"], tensors[f"{i}.roles"] = concept.prompt, concept.roles
             tensors.update({f"{i}.prototype.{j}": p for j, p in enumerate(concept.prototypes)})
             items.append({"name": name, "members": concept.members, "prototypes": len(concept.prototypes)})
+            if concept.directions is not None:
+                layers = concept.directions.layers
+                tensors.update({f"{i}.direction.{j}": layers[layer] for j, layer in enumerate(layers)})
+                items[-1]["directions"] = [*layers]
         header = {"format": FORMAT, "encoder": dict(self.fingerprint.facts), "concepts": items}
+        if (directions := _directions(concepts)) is not None:
+            header["denoiser"] = dict(directions.model.facts)
+            tensors["denoiser"] = directions.model.sample
         tensors = {name: t.clone().contiguous() for name, t in tensors.items()}
         save_file(tensors, str(path), metadata={"fastnegate": json.dumps(header, sort_keys=True)})
 
@@ -146,8 +178,8 @@ class ConceptBank:
         """Add or replace a concept: a `Concept`, or embeddings as in `Concept.from_embeddings`.
 
         Raises:
-            ValueError: no concept can be made of it, or it has another width than the bank. The bank
-                is as it was.
+            ValueError: no concept can be made of it, it has another width than the bank, or directions of
+                another denoiser or of other layers than those in the bank. The bank is as it was.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r}: must be a str that is not empty")
@@ -155,8 +187,75 @@ class ConceptBank:
         with self._changing:
             if self._width and concept.width != self._width:
                 raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {self._width}")
+            others = {n: other for n, other in self._now.concepts.items() if n != name}
+            known, new = _directions(others), concept.directions
+            if known is not None and new is not None:
+                difference = known.model.difference(new.model)
+                if difference is not None or known.shapes != new.shapes:
+                    raise ValueError(
+                        f"concept {name!r} has directions of another denoiser than the bank's: "
+                        f"{difference or 'other layers'}"
+                    )
             self._width = concept.width
             self._become({**self._now.concepts, name: concept})
+
+    def add_directions(
+        self,
+        pipe: Any,
+        pairs: Mapping[str, Sequence[tuple[str, str]]],
+        *,
+        make_orthogonal: bool = False,
+        seed: int = 0,
+        batch: int = 8,
+        on_call: Callable[[], None] = lambda: None,
+        **call: Any,
+    ) -> None:
+        """Collect steering directions of concepts, for rules that read one (`casteer`).
+
+        The pipeline runs on each pair of prompts, with the concept and without it, from the same noise. What
+        a cross-attention layer gives is averaged over conditional rows, pixels, steps and prompts; the
+        direction of a layer is the difference of both means, at length 1 (CASteer, arXiv 2503.09630). Two
+        things differ from the publication: its vectors are of what comes out of the output projection, these
+        of what goes into it, where the rule acts; and it has a vector for each step of Stable Diffusion 1.4,
+        here one serves all steps, as there for few-step models.
+
+        Args:
+            pipe: the pipeline that the bank is of; no engine may be installed in it.
+            pairs: name of a concept of the bank -> (prompt with it, prompt without it); 50 are many.
+            make_orthogonal: take from each concept's directions what those before it in `pairs` have of them
+                (Gram-Schmidt), so that a policy with all of them removes what they share once. A policy with
+                one of the later ones alone then leaves that share.
+            seed: of the noise; pair j of a concept begins from noise `seed + j`.
+            batch: prompts in one call of the pipeline.
+            on_call: called after each; there are `calls_for(pairs, batch)`.
+            call: further arguments of these calls, e.g. `num_inference_steps` or `guidance_scale`.
+
+        Raises:
+            UnsupportedModelError: the denoiser has no cross-attention layers that can be looked at: image and
+                text attend to each other, say.
+            ValueError: a name that the bank does not have, pairs that are none, a layer in which both prompts
+                give the same, or an engine in the pipeline. The bank is as it was.
+        """
+        for name, prompts in pairs.items():
+            self[name]
+            texts = [text for pair in prompts for text in pair] if not isinstance(prompts, str) else [None]
+            alike = all(len(pair) == 2 and pair[0] != pair[1] for pair in prompts)
+            if not texts or not alike or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"pairs[{name!r}]={prompts!r}: must be pairs of prompts, with the concept and without"
+                )
+        owner = host.of(pipe)
+        model, made = owner.denoiser_fingerprint(pipe), []
+        for prompts in pairs.values():
+            means = [
+                owner.attention_means(pipe, [pair[i] for pair in prompts], seed, batch, on_call, call)
+                for i in (0, 1)
+            ]
+            made.append(contrast(*means))
+        if make_orthogonal:
+            made = orthogonal(made)
+        for name, layers in zip(pairs, made):
+            self.update(name, replace(self[name], directions=Directions(layers, model)))
 
     def remove(self, name: str) -> None:
         """Forget a concept. Raises ValueError if there is none of that name."""
@@ -172,10 +271,19 @@ class ConceptBank:
         self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts))
 
     def check(self, pipe: Any) -> None:
-        """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and
-        UnsupportedModelError where that is away and was never seen."""
+        """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and its
+        directions for its denoiser; UnsupportedModelError where one is away and was never seen."""
         if (difference := host.of(pipe).fingerprint(pipe).difference(self.fingerprint)) is not None:
             raise BankMismatchError(f"the bank was made for another text encoder: {difference}")
+        self._check_directions(pipe, "the bank")
+
+    def _check_directions(self, pipe: Any, called: str) -> None:
+        directions = _directions(self.snapshot().concepts)
+        if directions is None:
+            return
+        difference = host.of(pipe).denoiser_fingerprint(pipe).difference(directions.model)
+        if difference is not None:
+            raise BankMismatchError(f"{called} has directions of another denoiser: {difference}")
 
     @property
     def version(self) -> int:
@@ -225,3 +333,13 @@ class ConceptBank:
         self.__dict__.update(state)
         self._changing = threading.Lock()
         self._now = Snapshot(version, MappingProxyType(concepts))
+
+
+def calls_for(pairs: Mapping[str, Sequence[tuple[str, str]]], batch: int = 8) -> int:
+    """How many calls of a pipeline `ConceptBank.add_directions` makes."""
+    return sum(2 * -(-len(prompts) // batch) for prompts in pairs.values())
+
+
+def _directions(concepts: Mapping[str, Concept]) -> Directions | None:
+    """Of one of the concepts: those that have any agree in model and layers."""
+    return next((c.directions for c in concepts.values() if c.directions is not None), None)

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Concept`: text embeddings of a negative concept, with the role of every token; `Fingerprint`: whose
-embeddings they are.
+"""`Concept`: text embeddings of a negative concept, with the role of every token, and perhaps `Directions`;
+`Fingerprint`: whose embeddings they are.
 
 A concept holds what the text encoder said, not what a layer makes of it, so one concept serves every layer,
-every step and every rule.
+every step and every rule; but for rules that read a direction, which is a layer's own.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operator.rule import Rule
+from .prototypes import condense
 
 # Captions in which a member is encoded for its prototype, or a function from member to captions.
 Templates = Sequence[str] | Callable[[str], Sequence[str]]
@@ -31,14 +32,44 @@ class Role(enum.IntEnum):
     PADDING = 3
 
 
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What a concept adds to what the attention layers of one denoiser give, before the output projection.
+
+    Attributes:
+        layers: name of a layer, as the engine has it -> float32 [H, D], of length 1 over all H * D channels.
+        model: identity of the denoiser.
+    """
+
+    layers: Mapping[str, Tensor]
+    model: Fingerprint
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("directions has no layer")
+        for name, direction in self.layers.items():
+            if direction.dim() != 2 or direction.dtype != torch.float32:
+                raise ValueError(
+                    f"directions[{name!r}] is {direction.dtype} of shape {list(direction.shape)}: must be "
+                    "float32 [H, D]"
+                )
+            if not abs(float(direction.norm()) - 1) < 1e-3:  # nan, too
+                raise ValueError(f"directions[{name!r}] has length {float(direction.norm()):g}: must be 1")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(direction.shape) for name, direction in self.layers.items()}
+
+
 @dataclass(frozen=True)
 class Group:
     """Tokens that share one softmax: embeddings [T, C] and value weights [T] (None: all 1). In the text that
-    they are of they begin at token `first`; None: there is none."""
+    they are of they begin at token `first`; None: there is none. `directions` where the rule reads one."""
 
     embeddings: Tensor
     weight: Tensor | None = None
     first: int | None = 0
+    directions: Directions | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +84,14 @@ class Concept:
         prototypes: one float32 [T_i, C] per member: a few tokens that stand for the member in any
             context. Each becomes an entry with its own softmax and gate.
         members: the phrases, for the reader.
+        directions: for rules that read one (`casteer`); see `ConceptBank.add_directions`.
     """
 
     prompt: Tensor
     roles: Tensor
     prototypes: tuple[Tensor, ...]
     members: tuple[str, ...] = ()
+    directions: Directions | None = None
 
     def __post_init__(self) -> None:
         if self.prompt.dim() != 2 or self.roles.shape != self.prompt.shape[:1]:
@@ -117,17 +150,35 @@ class Concept:
             groups = [Group(self.prompt, content.float())]
         elif rule.tokens == "full":
             groups = [Group(self.prompt)]
-        else:
-            raise ValueError(
-                f"rule {rule.name!r} reads a steering direction per layer, which a bank of text "
-                "embeddings does not have; pass ConceptTokens with `direction` to the operator"
-            )
+        else:  # it reads none: a token of zeros holds the place of an entry
+            groups = [Group(torch.zeros(1, self.width), first=None)]
         needs_content = rule.tokens in ("content", "weighted")
         if not groups or not len(groups[0].embeddings) or (needs_content and not content.any()):
             raise ValueError(
                 f"members {list(self.members)} have no {rule.tokens} tokens for rule {rule.name!r}"
             )
-        return groups
+        if not rule.reads.direction:
+            return groups
+        if self.directions is None:
+            raise ValueError(
+                f"rule {rule.name!r} reads a steering direction per layer, which {self!r} does not have: "
+                "ConceptBank.add_directions collects them"
+            )
+        return [replace(group, directions=self.directions) for group in groups]
+
+    def condensed(self, clusters: int, seed: int = 0) -> Concept:
+        """The same concept with so many prototypes of one token each, in place of one for each member:
+        centroids of their mean tokens by spherical k-means (`prototypes.spherical_kmeans`). Each prototype is
+        an entry, and entries cost alike, so a concept of many phrases gets cheaper, and coarser.
+
+        Raises:
+            ValueError: fewer than 1, or more than there are prototypes.
+        """
+        if isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1:
+            raise ValueError(f"clusters={clusters!r}: must be a whole number >= 1")
+        if clusters > len(self.prototypes):
+            raise ValueError(f"clusters={clusters!r}: {self!r} has fewer")
+        return replace(self, prototypes=condense(self.prototypes, clusters, seed))
 
     def __repr__(self) -> str:
         shown = [repr(member) for member in self.members[:3]]
@@ -135,7 +186,7 @@ class Concept:
             shown.append(f"{len(self.members) - 3} more")
         return (
             f"Concept({', '.join(shown) or 'of embeddings'}: prompt {list(self.prompt.shape)}, "
-            f"{counted(len(self.prototypes), 'prototype')})"
+            f"{counted(len(self.prototypes), 'prototype')}{', directions' if self.directions else ''})"
         )
 
 

@@ -324,6 +324,7 @@ class Engine:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:
             running.index, running.numbers, running.weight = rows.tensors(running.active, call.device)
+            running.directions = slots.directions_on(call.device)
         if running.live and running.gradients:
             _ = running.context  # outside of what checkpointing computes again
         return running

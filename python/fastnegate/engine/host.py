@@ -9,14 +9,44 @@ that the pipeline's class comes from.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
+
+from torch import Tensor
 
 from .concepts import Concept, Fingerprint, Templates
 from .errors import UnsupportedModelError
 
 # Library -> the module that is its `Host`, imported when first asked for.
 _HOSTS = {"diffusers": "fastnegate.integrations.diffusers.host"}
+
+
+class Denoising(Protocol):
+    """A pipeline's denoiser as it was trained: what it is given, and what it should have said."""
+
+    @property
+    def length(self) -> float:
+        """Root mean square of what the text encoder gives, over tokens and channels."""
+
+    @property
+    def width(self) -> int:
+        """C, channels of a text token."""
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within it no weight of the denoiser asks for a gradient, and nothing is dropped out."""
+
+    def latents(self, images: Sequence[Any], size: tuple[int, int] | None) -> Tensor:
+        """Pictures (PIL) as the denoiser draws them, without noise, [n, ...]; `size`: height and width in
+        pixels, by default the pipeline's own. Raises ValueError: a size that the pipeline cannot draw."""
+
+    def around(self, caption: str | None) -> tuple[Tensor, Tensor]:
+        """Encoded tokens before and after the `{}` of a caption, [L, C] each, special ones too; None: there
+        are none. Raises ValueError: not one `{}`, or a text that cannot be encoded."""
+
+    def loss(self, latents: Tensor, noise: Tensor, when: Tensor, text: Tensor) -> Tensor:
+        """The training loss, a scalar that gradients flow from: mean of |target - denoiser(z_t, t, text)|^2.
+        Latents and noise are [B, ...], text is [B, L, C], and `when`, uniform in [0, 1), chooses t."""
 
 
 class Host(Protocol):
@@ -39,6 +69,32 @@ class Host(Protocol):
     def fingerprint(self, pipe: Any) -> Fingerprint:
         """Identity of the text encoders, also of encoders that were freed or offloaded after it was asked
         for once. Raises UnsupportedModelError where nobody can tell."""
+
+    def denoiser_fingerprint(self, pipe: Any) -> Fingerprint:
+        """Identity of the denoisers and of their cross-attention layers, also of weights that were offloaded
+        after it was asked for once. Raises UnsupportedModelError where there are no such layers."""
+
+    def contrasts(self, pipe: Any, members: Sequence[str]) -> list[tuple[str, str]]:
+        """Pairs of prompts with and without a member, in words that the pipeline reads."""
+
+    def attention_means(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seed: int,
+        batch: int,
+        on_call: Callable[[], None],
+        call: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Run the pipeline, and average what each cross-attention layer gives, before its output projection:
+        float64 [H, D] by layer; see `ConceptBank.add_directions`."""
+
+    def denoising(self, pipe: Any) -> Denoising:
+        """The pipeline's denoiser as it was trained. Raises UnsupportedModelError where that is not known."""
+
+    def likeness(self, pipe: Any, images: Sequence[Any], phrases: Sequence[str]) -> Tensor:
+        """100 x the cosines of pictures (PIL) and phrases [images, phrases] by the pipeline's own towers.
+        Raises UnsupportedModelError where it has none."""
 
     def engine_of(self, pipe: Any) -> Any:
         """The `Engine` installed in the pipeline, or None."""

@@ -4,7 +4,7 @@ runs (`Running`). It travels with the call: another thread's or coroutine's is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...operator.statistics import Statistics
 from ...operator.tokens import ConceptTokens
+from ..errors import NegationNotAppliedError
 from .ledger import Ledger
 from .rows import Rows, Step
 from .slots import Slots
@@ -116,6 +117,7 @@ class Running:
     index: Tensor | None = None
     numbers: Tensor | None = None
     weight: Tensor | None = None
+    directions: Mapping[str, Tensor] = field(default_factory=dict)  # by layer, of rules that read one
     ledger: Ledger | None = None
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
@@ -149,11 +151,13 @@ class Running:
         if self.ledger is not None and self.rows is not None:
             self.ledger.note(self.rows, self.active, self.negated or self.call.compiled or captured)
 
-    def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
-        """Tokens of a layer from its concept keys and values [T, H, D]."""
+    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
+        """Tokens of a layer from its concept keys and values [T, H, D]. Raises NegationNotAppliedError: there
+        are directions, and none for this layer."""
         assert self.slots is not None and self.index is not None and self.numbers is not None
         concepts, longest = len(self.slots.slots), self.slots.longest
-        return concept_tokens(key, value, self.index, self.numbers, self.weight, concepts, longest)
+        direction = direction_of(self.directions, layer)
+        return concept_tokens(key, value, self.index, self.numbers, self.weight, direction, concepts, longest)
 
 
 def concept_tokens(
@@ -162,6 +166,7 @@ def concept_tokens(
     index: Tensor,
     numbers: Tensor,
     weight: Tensor | None,
+    direction: Tensor | None,
     concepts: int,
     longest: int,
 ) -> ConceptTokens:
@@ -176,7 +181,17 @@ def concept_tokens(
         longest=longest,
         busiest=concepts,
         token_weight=weight,
+        direction=direction,
     )
+
+
+def direction_of(directions: Mapping[str, Tensor], layer: str) -> Tensor | None:
+    """The directions [slots, H, D] of a layer; None where the rule reads none."""
+    if not directions:
+        return None
+    if layer not in directions:
+        raise NegationNotAppliedError(f"layer {layer}: the bank has directions, and none for it")
+    return directions[layer]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...operator.tokens import ConceptTokens
 from ..errors import NegationNotAppliedError
-from .call import Running, concept_tokens
+from .call import Running, concept_tokens, direction_of
 
 
 class Fixed:
@@ -33,6 +33,7 @@ class Fixed:
         self.index: Tensor | None = None  # of the rows at hand: a view
         self.numbers: Tensor | None = None
         self.weight: Tensor | None = None
+        self.directions: dict[str, Tensor] = {}
         self.concepts = self.longest = 0
         self._all: Tensor | None = None  # the index with room for all rows
         self._read: Any = None  # event of the last reader
@@ -68,6 +69,10 @@ class Fixed:
             self._all = self._copied(self._all, index, device)
             self.numbers = self._copied(self.numbers, rows.numbers(running.active, entries), device)
             self.weight = None if slots.weight is None else self._copied(self.weight, slots.weight, device)
+            self.directions = {
+                layer: self._copied(self.directions.get(layer), u, device)
+                for layer, u in slots.directions.items()
+            }
             embeddings = slots.context(device, running.call.dtype)
             running.embeddings = self.embeddings = self._copied(self.embeddings, embeddings, device)
             if running.call.compiled:
@@ -75,6 +80,7 @@ class Fixed:
         self.index = self._all[: len(index) - most + running.call.batch]
         self.concepts, self.longest = len(slots.slots), slots.longest
         running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
+        running.directions = self.directions
         self.ready = running.call.compiled
 
     def _copied(self, old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
@@ -100,7 +106,10 @@ class Fixed:
             self._read = torch.cuda.Event()
             self._read.record(torch.cuda.current_stream(device))
 
-    def tokens(self, key: Tensor, value: Tensor) -> ConceptTokens:
+    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
         """As `Running.tokens`, for compiled code."""
         assert self.index is not None and self.numbers is not None
-        return concept_tokens(key, value, self.index, self.numbers, self.weight, self.concepts, self.longest)
+        return concept_tokens(
+            key, value, self.index, self.numbers, self.weight, direction_of(self.directions, layer),
+            self.concepts, self.longest,
+        )  # fmt: skip

@@ -71,6 +71,7 @@ class Slots:
         self.slots: list[Slot] = []
         parts: list[Tensor] = []
         weights: list[Tensor] = []
+        directions: list[Mapping[str, Tensor]] = []
         count = 0
         for name, concept, text in _named(concepts, texts or {}):
             for group in concept.groups(rule):
@@ -78,6 +79,8 @@ class Slots:
                 parts.append(group.embeddings)
                 weights.append(torch.ones(len(group.embeddings)) if group.weight is None else group.weight)
                 count += len(group.embeddings)
+                if group.directions is not None:
+                    directions.append(group.directions.layers)
         width = parts[0].shape[1] if parts else width
         longest = max((s.length for s in self.slots), default=0)
         of_texts = [s for s in self.slots if s.text]
@@ -92,7 +95,11 @@ class Slots:
         self.weight = None
         if rule.tokens == "weighted" and self.slots:
             self.weight = torch.cat([*weights, torch.zeros(spare.tokens)])
+        # By layer, [slots, H, D]; for rules that read no direction there are none. A bank's have one model.
+        layers = directions[0] if directions else ()
+        self.directions = {layer: torch.stack([of[layer] for of in directions]) for layer in layers}
         self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._there: dict[torch.device, dict[str, Tensor]] = {}
 
     @property
     def shape(self) -> tuple[int, int, int, bool]:
@@ -107,6 +114,15 @@ class Slots:
                 context = self.embeddings.to(device=device, dtype=dtype).unsqueeze(0)
             self._on[device, dtype] = context
         return context
+
+    def directions_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The directions there; the same tensors each time."""
+        there = self._there.get(device)
+        if there is None:
+            with torch.inference_mode(False):  # as above
+                there = {layer: u.to(device) for layer, u in self.directions.items()}
+            self._there[device] = there
+        return there
 
 
 def _named(

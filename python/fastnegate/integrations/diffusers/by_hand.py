@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ...engine.bank import ConceptBank
 from ...engine.errors import DisplacedProcessorError, NegationNotAppliedError, UnsupportedModelError
+from ...engine.session.call import direction_of
 from ...engine.session.slots import Slots
 from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
@@ -110,6 +111,7 @@ class Watch:
 
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()  # by model
+_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # of modules in their model
 _of_layer: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -176,8 +178,8 @@ class Concepts:
         embeddings = self._slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
         return project_for(model_of(attn, self._bank.pipe), embeddings)
 
-    def tokens(self, key: Tensor, value: Tensor, conditional: Sequence[bool]) -> ConceptTokens:
-        """Of a layer, from keys and values [T, H, D] of the context."""
+    def tokens(self, attn: Any, key: Tensor, value: Tensor, conditional: Sequence[bool]) -> ConceptTokens:
+        """Of the layer `attn`, from keys and values [T, H, D] of the context."""
         given, slots = self._strengths, self._slots.slots
         for name in given or ():
             if name not in self._bank:
@@ -194,7 +196,17 @@ class Concepts:
             [value[span] for span in spans],
             [entries if negated else [] for negated in conditional],
             token_weight=self._slots.weight,
+            direction=self._direction(attn, key.device),
         )
+
+    def _direction(self, attn: Any, device: torch.device) -> Tensor | None:
+        """[slots, H, D] where the rule reads one: the processor is not told which layer it is in."""
+        directions = self._slots.directions_on(device)
+        if not directions:
+            return None
+        if attn not in _names and (model := model_of(attn, self._bank.pipe)) is not None:
+            _names.update({module: name for name, module in model.named_modules()})
+        return direction_of(directions, _names.get(attn, f"of no known model ({type(attn).__name__})"))
 
 
 def conditional_rows(processor: Any, attn: Any, batch: int) -> list[bool]:

@@ -252,7 +252,7 @@ class Hook:
             of=of,
             step=step,
             prompts=progress.prompts if progress is not None and progress.own else None,
-            unconditional=lambda: _unconditional(progress),
+            unconditional=lambda: unconditional(progress),
             keep=self._quiet(model, progress, of),
             # Layers that are computed again for gradients need rows that no later call writes over.
             fixed=compiled
@@ -316,7 +316,7 @@ def _guided(progress: InProgress | None) -> bool:
     return progress.own and progress.guided  # a callback's own rows are conditional, all of them
 
 
-def _unconditional(progress: InProgress | None) -> bool:
+def unconditional(progress: InProgress | None) -> bool:
     """Whether all rows are unconditional: pipelines may make a call of its own for those.
 
     Raises:

@@ -4,7 +4,20 @@
 from __future__ import annotations
 
 from .install import engine_of
+from .learned.denoising import denoising
+from .learned.means import attention_means, contrasts, denoiser_fingerprint
+from .learned.tower import likeness
 from .text.encode import encode, negative_prompt
 from .text.identity import fingerprint
 
-__all__ = ["encode", "engine_of", "fingerprint", "negative_prompt"]
+__all__ = [
+    "attention_means",
+    "contrasts",
+    "denoiser_fingerprint",
+    "denoising",
+    "encode",
+    "engine_of",
+    "fingerprint",
+    "likeness",
+    "negative_prompt",
+]

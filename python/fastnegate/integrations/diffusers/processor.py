@@ -221,11 +221,12 @@ class NegationAttnProcessor:
             if not torch.compiler.is_compiling():
                 by_hand.called(attn, self)
             own = self._projected(attn, self._own.context(attn, query))
-            return self._own.tokens(*own, by_hand.conditional_rows(self, attn, query.shape[0]))
+            return self._own.tokens(attn, *own, by_hand.conditional_rows(self, attn, query.shape[0]))
         if running is None:
             fixed = engine.fixed
             assert fixed.context is not None
-            return fixed.tokens(*self._projected(attn, fixed.context if context is None else context))
+            projected = self._projected(attn, fixed.context if context is None else context)
+            return fixed.tokens(*projected, self.layer)
         running.negated = True
         call, slots = running.call, running.slots
         assert slots is not None
@@ -239,7 +240,7 @@ class NegationAttnProcessor:
         tokens = self._tokens
         same = tokens is not None and tokens.index is running.index and tokens.numbers is running.numbers
         if tokens is None or not same or tokens.key is not key:
-            tokens = self._tokens = running.tokens(key, value)
+            tokens = self._tokens = running.tokens(key, value, self.layer)
         return tokens
 
     def _projected(self, attn: Any, context: Tensor) -> tuple[Tensor, Tensor]:

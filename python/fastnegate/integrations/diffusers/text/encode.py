@@ -141,7 +141,7 @@ def empty(pipe: Any) -> Tensor:
 def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """float32 embeddings [texts, L, C] on the CPU, and bool [texts, L]: which the model does not mask."""
     entry = family(pipe)
-    with turn, _evaluating([getattr(pipe, encoder) for _, encoder in encoders_of(pipe)]):
+    with turn, evaluating([getattr(pipe, encoder) for _, encoder in encoders_of(pipe)]):
         embeddings, mask, *_ = pipe.encode_prompt(
             list(texts), device=pipe._execution_device, **entry.encoding
         )
@@ -159,8 +159,43 @@ def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     return embeddings.float().cpu(), mask.bool().cpu()
 
 
+class Encoded(NamedTuple):
+    """One text as the pipeline encodes it for its denoiser.
+
+    Attributes:
+        embeddings: [L, C], special tokens and padding, too.
+        at: the token before which `behind` begins.
+        pooled: [1, P], a vector of the whole text, where the model has one.
+    """
+
+    embeddings: Tensor
+    at: int
+    pooled: Tensor | None
+
+
+@torch.no_grad()
+def encode_whole(pipe: Any, before: str, behind: str, called: str) -> Encoded:
+    """Encode `before` and `behind` as one text.
+
+    Raises:
+        UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
+        ValueError: too long for the encoder, or words that it does not know; named `called`.
+    """
+    words, text = Words(encoder_of(pipe)), f"{before.strip()} {behind.strip()}".strip()
+    if text:
+        words.check(called, text)
+    with turn, evaluating([getattr(words.pipe, encoder) for _, encoder in encoders_of(words.pipe)]):
+        embeddings, *rest = words.pipe.encode_prompt(
+            [text], device=words.pipe._execution_device, **family(pipe).encoding
+        )
+    of_text = words.begin(text, embeddings.shape[1]) + words.starts
+    vectors = (vector for vector in rest if isinstance(vector, Tensor) and vector.shape[:1] == (1,))
+    pooled = next((vector for vector in vectors if vector.dim() == 2), None)
+    return Encoded(embeddings[0], of_text + words.count(before), pooled)
+
+
 @contextlib.contextmanager
-def _evaluating(models: Sequence[Any]) -> Iterator[None]:
+def evaluating(models: Sequence[Any]) -> Iterator[None]:
     """Without dropout, which would make an encoding random and draw from the caller's generator."""
     training = [module for model in models for module in model.modules() if module.training]
     for module in training:

@@ -81,7 +81,7 @@ def _encoder(model: Any, name: str) -> tuple[str, Tensor]:
     # Offloading unties weights that are shared, so each name counts.
     shapes = sorted((at, tuple(p.shape)) for at, p in model.named_parameters(remove_duplicate=False))
     if not any(p.device.type == "meta" for p in parameters.values()):
-        sample = torch.cat([_sample(p.detach()) for p in parameters.values()])
+        sample = torch.cat([sample_of(p.detach()) for p in parameters.values()])
         _encoders[model] = shapes, sample
     elif _encoders.get(model, (None,))[0] != shapes:
         raise UnsupportedModelError(
@@ -91,7 +91,7 @@ def _encoder(model: Any, name: str) -> tuple[str, Tensor]:
     return type(model).__name__, _encoders[model][1]
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def sample_of(parameter: Tensor) -> Tensor:
     """Four numbers, float32 on the CPU."""
     flat = parameter.flatten()
     return flat[torch.linspace(0, flat.numel() - 1, 4).long().to(flat.device)].float().cpu()
