@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from ...engine.bank import ConceptBank
+from ...engine.concepts import Concept
 from ...engine.policy import Policy
 from ...integrations.diffusers import edits
 from ...integrations.diffusers.contract import family
@@ -16,13 +18,31 @@ from ...integrations.diffusers.install import install
 from ...operator.rule import Rule
 from ..cases import Case
 from ..model import DEFAULT_GUIDANCE
-
-if TYPE_CHECKING:
-    from .stage import Stage
+from ..world import World
 
 Value = float | str
 Numbers = Mapping[str, Value]
 Cases = Sequence[Case[Any]]
+
+
+class Setting(Protocol):
+    """What methods ask of the `Stage` that they are applied on."""
+
+    pipe: Any
+    world: World
+
+    @property
+    def scale(self) -> str:
+        """How the pipeline calls the scale of classifier-free guidance."""
+
+    def bank(self, cases: Cases, directions: bool = False) -> ConceptBank:
+        """The concepts of these cases."""
+
+    def known(self, given: Sequence[str]) -> str:
+        """The name there of a concept that is known by these words."""
+
+    def words(self, cases: Cases) -> dict[str, Concept]:
+        """Each of these words as a concept of its own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ class Method:
     """
 
     name: str
-    applied: Callable[[Stage, Cases, Numbers], AbstractContextManager[dict[str, Any]]]
+    applied: Callable[[Setting, Cases, Numbers], AbstractContextManager[dict[str, Any]]]
     tuned: Mapping[str, Range | Choice] = field(default_factory=dict)
     strength: tuple[str, float] | None = None
     mixed: bool = False
@@ -103,19 +123,19 @@ class Method:
 
 
 @contextmanager
-def _nothing(_stage: Stage, _cases: Cases, _numbers: Numbers) -> Iterator[dict[str, Any]]:
+def _nothing(_stage: Setting, _cases: Cases, _numbers: Numbers) -> Iterator[dict[str, Any]]:
     yield {}
 
 
 @contextmanager
-def _negative_prompt(stage: Stage, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
+def _negative_prompt(stage: Setting, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
     """What users do without any method: name it in the negative prompt, and raise the guidance."""
     texts = [" and ".join(case.concepts) for case in cases]
     yield {"negative_prompt": texts, stage.scale: numbers.get("guidance", DEFAULT_GUIDANCE)}
 
 
 @contextmanager
-def _preset(name: str, stage: Stage, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
+def _preset(name: str, stage: Setting, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
     of_policy = {key: value for key, value in numbers.items() if key == "stop"}
     of_rule = {key: value for key, value in numbers.items() if key not in ("strength", "stop")}
     rule = Rule.preset(name, family=family(stage.pipe).constants(stage.pipe), **of_rule)
@@ -134,20 +154,20 @@ def _preset(name: str, stage: Stage, cases: Cases, numbers: Numbers) -> Iterator
 
 
 @contextmanager
-def _edit(make: Callable[..., edits.Edit], stage: Stage, cases: Cases, numbers: Numbers) -> Any:
+def _edit(make: Callable[..., edits.Edit], stage: Setting, cases: Cases, numbers: Numbers) -> Any:
     with make(stage.pipe, stage.words(cases), **numbers):
         yield {}
 
 
 @contextmanager
-def _of_scores(make: Callable[..., edits.Edit], stage: Stage, cases: Cases, numbers: Numbers) -> Any:
+def _of_scores(make: Callable[..., edits.Edit], stage: Setting, cases: Cases, numbers: Numbers) -> Any:
     """They have a pass for each text: the concepts' own words, as a negative prompt would have them."""
     with make(stage.pipe, list(cases[0].concepts), **numbers):
         yield {}
 
 
 @contextmanager
-def _closed_form(make: Callable[..., edits.Edit], stage: Stage, cases: Cases, numbers: Numbers) -> Any:
+def _closed_form(make: Callable[..., edits.Edit], stage: Setting, cases: Cases, numbers: Numbers) -> Any:
     """Weights that forget words, and are to keep the world's other concepts, but for umbrella words."""
     world = stage.world
     away = {word for case in cases for concept in case.concepts for word in world.members(concept)}

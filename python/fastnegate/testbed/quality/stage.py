@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..cases import SPLITS, Case
 from ..model import DEFAULT_GUIDANCE, DEFAULT_STEPS, load
 from ..parts import ShortFluxPipeline
 from ..world import World
-from .methods import Method, Value
+from .methods import Method, Numbers
 
 GUIDANCE = ("cfg", "free")
 """With classifier-free guidance at the host's default scale; or without any, in half the passes."""
@@ -58,7 +58,7 @@ class Stage:
         self.joint = isinstance(self.pipe, ShortFluxPipeline)
         self._bank: ConceptBank | None = None
 
-    def bank(self, cases: Iterable[Case[Any]], directions: bool = False) -> ConceptBank:
+    def bank(self, cases: Sequence[Case[Any]], directions: bool = False) -> ConceptBank:
         """The concepts of these cases, by the names that they are `known` by; with `directions` if asked."""
         wanted = {self.known(given): given for case in cases for given in case.given}
         missing = {name: given for name, given in wanted.items() if not self._bank or name not in self._bank}
@@ -71,8 +71,7 @@ class Stage:
             self._find_directions(self._bank, wanted)
         return ConceptBank({name: self._bank[name] for name in wanted}, self._bank.fingerprint, self.pipe)
 
-    @staticmethod
-    def known(given: Sequence[str]) -> str:
+    def known(self, given: Sequence[str]) -> str:
         """The name of a concept in `bank`: the words that it is known by, in some suites not all."""
         return ", ".join(given)
 
@@ -85,7 +84,7 @@ class Stage:
         if pairs:
             bank.add_directions(self.pipe, pairs, batch=BATCH, **self._steps())
 
-    def words(self, cases: Iterable[Case[Any]]) -> dict[str, Concept]:
+    def words(self, cases: Sequence[Case[Any]]) -> dict[str, Concept]:
         """Each word that these negations may know their concepts by, as a concept of its own."""
         words = dict.fromkeys(word for case in cases for given in case.given for word in given)
         alone: Case[Any] = Case("", (), (), (), tuple((word,) for word in words))
@@ -95,7 +94,7 @@ class Stage:
     def draw(
         self,
         method: Method,
-        numbers: Mapping[str, Value],
+        numbers: Numbers,
         cases: Sequence[Case[Any]],
         noise: Sequence[int],
         on_step: Callable[[], None] = lambda: None,
