@@ -124,7 +124,17 @@ def test_names_of_the_package_exist() -> None:
 
 def test_the_definition_names_every_word() -> None:
     text = (ROOT / "docs" / "semantics.md").read_text()
-    fields = ("SIMILARITIES", "GATES", "DIRECTIONS", "COMBINES", "SELECTS", "NORMS", "SCOPES", "SHARED")
+    fields = (
+        "SIMILARITIES",
+        "GATES",
+        "DIRECTIONS",
+        "COMBINES",
+        "SELECTS",
+        "NORMS",
+        "SCOPES",
+        "SHARED",
+        "CENTERS",
+    )
     wanted = {word for field in fields for word in getattr(words, field)} | {*fn.presets()}
     wanted |= {*fn.Statistics._fields}
     quoted = {word for code in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\w+", code)}

@@ -12,7 +12,7 @@ from PIL import Image
 import fastnegate as fn
 from fastnegate import testbed
 from fastnegate.commands import cli
-from fastnegate.engine.bank import contents
+from fastnegate.engine.files import contents
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -39,9 +39,7 @@ def test_build_inspect_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_directions_of_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokenizer says in which captions a word means something; here a few of them."""
-    from fastnegate.testbed import model
-
-    monkeypatch.setattr(model, "templates", lambda member: testbed.templates(member)[:2])
+    monkeypatch.setattr(testbed.easy, "templates", lambda member: testbed.templates(member)[:2])
     file = tmp_path / "bank.safetensors"
     concepts = ["--concept", "red=red", "--concept", "blue=blue"]
     options = ["--directions", "--orthogonal", "--steps", "2", "--out", str(file)]

@@ -94,7 +94,7 @@ def test_names_are_texts() -> None:
 
 def test_a_snapshot_never_changes() -> None:
     bank = make_bank(x=make_concept(), y=make_concept())
-    version, concepts = bank.snapshot()
+    version, concepts, _ = bank.snapshot()
     assert bank.snapshot() is bank.snapshot() and version == bank.version
     bank.remove("x")
     bank.update("z", make_concept())
@@ -119,7 +119,7 @@ def test_threads_read_whole_banks_while_others_change_them() -> None:
 
     def read() -> None:
         while any(thread.is_alive() for thread in threads[:writers]):
-            version, concepts = bank.snapshot()
+            version, concepts, _ = bank.snapshot()
             names = tuple(concepts)
             if seen.setdefault(version, names) != names:
                 wrong.append(f"version {version}: {seen[version]} and {names}")

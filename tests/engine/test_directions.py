@@ -20,8 +20,9 @@ from fastnegate import (
     Rule,
     UnsupportedModelError,
 )
-from fastnegate.engine.bank import calls_for, contents
+from fastnegate.engine.bank import calls_for
 from fastnegate.engine.concepts import Directions
+from fastnegate.engine.files import contents
 
 pytest.importorskip("diffusers")
 
@@ -156,6 +157,28 @@ def test_policies_choose_among_directions() -> None:
     assert not torch.allclose(made[0], made[1], atol=1e-3)
 
 
+@pytest.mark.full
+def test_compiled_code_reads_the_directions_of_its_rows() -> None:
+    """One graph, whoever asks for what."""
+    pipe = pipelines.build("sd15")
+    bank = bank_of(pipe, "red", "cat")
+    plain, expected = generate(pipe), {}
+    for names in (("red",), ("red", "cat")):
+        engine = fn.install(pipe, bank, rule="casteer")
+        with engine.batch([Policy(dict.fromkeys(names, 1.0))]):
+            expected[names] = generate(pipe)
+        engine.remove()
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    engine = fn.install(pipe, bank, rule="casteer")
+    torch._dynamo.utils.counters.clear()
+    for names, made in expected.items():
+        with engine.batch([Policy(dict.fromkeys(names, 1.0))]):
+            torch.testing.assert_close(generate(pipe), made, rtol=0, atol=1e-4)
+    with engine.batch([None]):
+        torch.testing.assert_close(generate(pipe), plain, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_several_are_made_orthogonal() -> None:
     pipe = pipelines.build("sd15")
     bank = ConceptBank.from_prompts(pipe, {"red": "red", "cat": "cat"})
@@ -193,6 +216,10 @@ def test_another_denoiser_is_refused(tmp_path: Path) -> None:
     for refuse in (bank.check, lambda p: fn.install(p, bank), lambda p: fn.negate(p, bank, "casteer")):
         with pytest.raises(BankMismatchError, match="another denoiser"):
             refuse(pipe)
+    bank.add_directions(pipe, {"red": PAIRS}, **CALL)  # all that the bank has, so they may be of this one
+    bank.check(pipe)
+    with torch.no_grad():
+        attn.to_v.weight -= 0.5
     other = ConceptBank.from_prompts(pipe, {"cat": "cat"})
     other.add_directions(pipe, {"cat": PAIRS}, **CALL)
     with pytest.raises(ValueError, match="concept 'cat' has directions of another denoiser than the bank's"):
@@ -249,6 +276,8 @@ def test_what_cannot_be_collected_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"blue|pairs\['red'\]="):
             bank.add_directions(pipe, pairs, **CALL)
+    with pytest.raises(ValueError, match="pairs is empty"):
+        bank.add_directions(pipe, {}, **CALL)
     with pytest.raises(ValueError, match="batch=0"):
         bank.add_directions(pipe, {"red": PAIRS}, batch=0, **CALL)
     with fn.negate(pipe, bank), pytest.raises(ValueError, match="pipe has an engine"):

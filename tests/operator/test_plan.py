@@ -198,10 +198,10 @@ def test_plans_of_several_threads() -> None:
 
 
 def test_layouts_are_forgotten_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastnegate.operator import tokens
+    from fastnegate.operator import problem
 
-    monkeypatch.setattr(tokens, "_MOST_LAYOUTS", 1)
-    monkeypatch.setattr(tokens, "_layouts", {})
+    monkeypatch.setattr(problem, "_MOST_LAYOUTS", 1)
+    monkeypatch.setattr(problem, "_layouts", {})
     one, two = small(), small(concept_lengths=(3, 4, 5))
     expected = [call(one), call(two)]
     for _ in range(2):

@@ -175,8 +175,10 @@ def test_every_other_combination_is_legal() -> None:
         else:
             assert legal, words
             assert Rule.from_flat(rule.codes, rule.numbers) == rule
-    if rule.shared != "outside":  # as programs hold it that were exported before there was the word
-        assert Rule.from_flat(rule.codes[:-1], rule.numbers) == rule
+    # As programs hold it that were exported before there was `center`, or `shared`.
+    assert Rule.from_flat(rule.codes[:-1], rule.numbers) == rule
+    if rule.shared != "outside":
+        assert Rule.from_flat(rule.codes[:-2], rule.numbers) == rule
 
 
 finite = st.floats(-1e6, 1e6)
@@ -205,7 +207,7 @@ share = st.floats(0, 1)
     )
 )
 def test_codes_and_numbers_say_it_all(rule: Rule) -> None:
-    assert len(rule.codes) == 9 and all(type(code) is int for code in rule.codes)
+    assert len(rule.codes) == 10 and all(type(code) is int for code in rule.codes)
     assert len(rule.numbers) == 8 and all(isinstance(number, float) for number in rule.numbers)
     assert Rule.from_flat(rule.codes, rule.numbers) == rule
 

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastnegate", description="Cross-attention with concept negation.")
     parser.add_argument("--version", action="version", version=f"fastnegate {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    # A bank has tokens, not directions.
+    # The embedded model's bank has tokens, not directions.
     methods = [name for name, rule in presets().items() if rule.tokens != "none"]
 
     demo = commands.add_parser("demo", help="negate a concept on the embedded model and show the pictures")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import host
-from ..engine.bank import ConceptBank, calls_for, contents
+from ..engine.bank import ConceptBank, calls_for
+from ..engine.files import contents
 from ..engine.inversion import MOST_TOKENS, invert, phrases_shown
 from . import options
 from .progress import progress

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ConceptBank`: named concepts of one text encoder, and their files.
-
-Files are safetensors with JSON metadata, bound to the fingerprint of the text encoder.
-"""
+"""`ConceptBank`: named concepts of one text encoder."""
 
 from __future__ import annotations
 
-import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import host
 from .concepts import Concept, Directions, Fingerprint, Templates, counted
 from .errors import BankMismatchError
+from .files import Contents, contents, directions_of, write
 from .prototypes import contrast, orthogonal
-
-FORMAT = 1  # of the file
 
 
 class Snapshot(NamedTuple):
@@ -32,46 +26,12 @@ class Snapshot(NamedTuple):
     Attributes:
         version: grows with every change, so that equal versions of a bank are the same concepts.
         concepts: by name, in the order in which they were added.
+        neutral: float32 [T, C], the neutral tokens, or None.
     """
 
     version: int
     concepts: Mapping[str, Concept]
-
-
-class Contents(NamedTuple):
-    """What is in a file: the text encoder that its concepts are of, and the concepts by name."""
-
-    encoder: Fingerprint
-    concepts: dict[str, Concept]
-
-
-def contents(path: str | Path) -> Contents:
-    """Read a bank file without a pipeline, to look at it.
-
-    Raises:
-        ValueError: not a bank file (pickles are refused unread).
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with torch.inference_mode(False), safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {})["fastnegate"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
-        concepts = {}
-        for i, item in enumerate(header["concepts"]):
-            prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
-            directions = None
-            if "directions" in item:
-                layers = {layer: tensors[f"{i}.direction.{j}"] for j, layer in enumerate(item["directions"])}
-                directions = Directions(layers, Fingerprint(header["denoiser"], tensors["denoiser"]))
-            concepts[item["name"]] = Concept(
-                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"]), directions
-            )
-        return Contents(Fingerprint(header["encoder"], tensors["fingerprint"]), concepts)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path={str(path)!r} is not a concept bank: {error!r}") from error
+    neutral: Tensor | None = None
 
 
 class ConceptBank:
@@ -85,12 +45,19 @@ class ConceptBank:
         concepts: by name; all of one width.
         fingerprint: of the text encoder that they come from.
         pipe: the pipeline that has it, held weakly.
+        neutral: see the attribute.
 
     Raises:
-        ValueError: concepts of different widths.
+        ValueError: concepts or neutral tokens of different widths.
     """
 
-    def __init__(self, concepts: Mapping[str, Concept], fingerprint: Fingerprint, pipe: Any = None) -> None:
+    def __init__(
+        self,
+        concepts: Mapping[str, Concept],
+        fingerprint: Fingerprint,
+        pipe: Any = None,
+        neutral: Tensor | None = None,
+    ) -> None:
         self.fingerprint = fingerprint
         self._changing = threading.Lock()
         self._now = Snapshot(0, MappingProxyType({}))
@@ -98,6 +65,8 @@ class ConceptBank:
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         for name, concept in concepts.items():
             self.update(name, concept)
+        if neutral is not None:
+            self.neutral = neutral
 
     @classmethod
     def from_prompts(
@@ -106,6 +75,7 @@ class ConceptBank:
         prompts: Mapping[str, str | Sequence[str]],
         *,
         templates: Templates | None = None,
+        neutral: str | Sequence[str] | Tensor | None = None,
         called: str = "prompts",
     ) -> ConceptBank:
         """Encode concepts with a pipeline's own text encoder.
@@ -123,17 +93,22 @@ class ConceptBank:
                 to average, e.g. "a [{} dress] on a chair". Default: a few plain captions, as far as the
                 tokenizer knows their words; or what the tokenizer's own `concept_templates(member)`
                 offers, if it has that.
+            neutral: tokens that say nothing in particular, for rules that centre: `empty`, the end of the
+                encoder's empty caption; `padding`, the mean of what fills it; `mean`, the mean token of many
+                common words, or of phrases given as a list; or embeddings [T, C].
             called: what error messages call `prompts`.
 
         Raises:
             UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
             ValueError: an empty concept, a member that is too long or has characters that the tokenizer
-                does not know, or a template without `{}` or whose spans have different numbers of
-                tokens.
+                does not know, a template without `{}` or whose spans have different numbers of tokens, or
+                neutral tokens that the encoder does not have.
         """
         owner = host.of(pipe)
         fingerprint = owner.fingerprint(pipe)  # first: it is quick, and may refuse
-        return cls(owner.encode(pipe, prompts, templates, called), fingerprint, pipe)
+        if neutral is not None and not isinstance(neutral, Tensor):
+            neutral = owner.neutral(pipe, neutral, templates)
+        return cls(owner.encode(pipe, prompts, templates, called), fingerprint, pipe, neutral)
 
     @classmethod
     def load(cls, path: str | Path, pipe: Any) -> ConceptBank:
@@ -144,35 +119,18 @@ class ConceptBank:
             BankMismatchError: made for another text encoder, or its directions for another denoiser.
             UnsupportedModelError: the pipeline's text encoder is away and was never seen.
         """
-        theirs, concepts = contents(path)
+        theirs, concepts, neutral = contents(path)
         ours = host.of(pipe).fingerprint(pipe)
         if (difference := ours.difference(theirs)) is not None:
             raise BankMismatchError(f"path={str(path)!r} was made for another text encoder: {difference}")
-        bank = cls(concepts, ours, pipe)
+        bank = cls(concepts, ours, pipe, neutral)
         bank._check_directions(pipe, f"path={str(path)!r}")
         return bank
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same bank gives the same bytes."""
-        from safetensors.torch import save_file
-
-        concepts = self.snapshot().concepts
-        tensors = {"fingerprint": self.fingerprint.sample}
-        items: list[dict[str, Any]] = []
-        for i, (name, concept) in enumerate(concepts.items()):
-            tensors[f"{i}.prompt"], tensors[f"{i}.roles"] = concept.prompt, concept.roles
-            tensors.update({f"{i}.prototype.{j}": p for j, p in enumerate(concept.prototypes)})
-            items.append({"name": name, "members": concept.members, "prototypes": len(concept.prototypes)})
-            if concept.directions is not None:
-                layers = concept.directions.layers
-                tensors.update({f"{i}.direction.{j}": layers[layer] for j, layer in enumerate(layers)})
-                items[-1]["directions"] = [*layers]
-        header = {"format": FORMAT, "encoder": dict(self.fingerprint.facts), "concepts": items}
-        if (directions := _directions(concepts)) is not None:
-            header["denoiser"] = dict(directions.model.facts)
-            tensors["denoiser"] = directions.model.sample
-        tensors = {name: t.clone().contiguous() for name, t in tensors.items()}
-        save_file(tensors, str(path), metadata={"fastnegate": json.dumps(header, sort_keys=True)})
+        now = self.snapshot()
+        write(path, Contents(self.fingerprint, now.concepts, now.neutral))
 
     def update(self, name: str, embeddings: Concept | Tensor | Sequence[Tensor]) -> None:
         """Add or replace a concept: a `Concept`, or embeddings as in `Concept.from_embeddings`.
@@ -184,20 +142,24 @@ class ConceptBank:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r}: must be a str that is not empty")
         concept = embeddings if isinstance(embeddings, Concept) else Concept.from_embeddings(embeddings)
+        self._put({name: concept})
+
+    def _put(self, new: Mapping[str, Concept]) -> None:
+        """Add or replace all of them, or none."""
         with self._changing:
-            if self._width and concept.width != self._width:
-                raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {self._width}")
-            others = {n: other for n, other in self._now.concepts.items() if n != name}
-            known, new = _directions(others), concept.directions
-            if known is not None and new is not None:
-                difference = known.model.difference(new.model)
-                if difference is not None or known.shapes != new.shapes:
-                    raise ValueError(
-                        f"concept {name!r} has directions of another denoiser than the bank's: "
-                        f"{difference or 'other layers'}"
-                    )
+            known = directions_of({n: other for n, other in self._now.concepts.items() if n not in new})
+            for name, concept in new.items():
+                if (width := self._width) and concept.width != width:
+                    raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {width}")
+                if known is not None and (other := concept.directions) is not None:
+                    difference = known.model.difference(other.model)
+                    if difference is not None or known.shapes != other.shapes:
+                        raise ValueError(
+                            f"concept {name!r} has directions of another denoiser than the bank's: "
+                            f"{difference or 'other layers'}"
+                        )
             self._width = concept.width
-            self._become({**self._now.concepts, name: concept})
+            self._become({**self._now.concepts, **new})
 
     def add_directions(
         self,
@@ -223,19 +185,19 @@ class ConceptBank:
             pipe: the pipeline that the bank is of; no engine may be installed in it.
             pairs: name of a concept of the bank -> (prompt with it, prompt without it); 50 are many.
             make_orthogonal: take from each concept's directions what those before it in `pairs` have of them
-                (Gram-Schmidt), so that a policy with all of them removes what they share once. A policy with
-                one of the later ones alone then leaves that share.
+                (Gram-Schmidt): together they remove what they share once, a later one alone leaves it.
             seed: of the noise; pair j of a concept begins from noise `seed + j`.
             batch: prompts in one call of the pipeline.
             on_call: called after each; there are `calls_for(pairs, batch)`.
-            call: further arguments of these calls, e.g. `num_inference_steps` or `guidance_scale`.
+            call: further arguments of these calls, e.g. `num_inference_steps`.
 
         Raises:
-            UnsupportedModelError: the denoiser has no cross-attention layers that can be looked at: image and
-                text attend to each other, say.
+            UnsupportedModelError: the denoiser has no layers in which text is apart: a joint model's.
             ValueError: a name that the bank does not have, pairs that are none, a layer in which both prompts
                 give the same, or an engine in the pipeline. The bank is as it was.
         """
+        if not pairs:
+            raise ValueError("pairs is empty: there is nothing to collect")
         for name, prompts in pairs.items():
             self[name]
             texts = [text for pair in prompts for text in pair] if not isinstance(prompts, str) else [None]
@@ -254,8 +216,8 @@ class ConceptBank:
             made.append(contrast(*means))
         if make_orthogonal:
             made = orthogonal(made)
-        for name, layers in zip(pairs, made):
-            self.update(name, replace(self[name], directions=Directions(layers, model)))
+        concepts = (replace(self[name], directions=Directions(u, model)) for name, u in zip(pairs, made))
+        self._put(dict(zip(pairs, concepts)))
 
     def remove(self, name: str) -> None:
         """Forget a concept. Raises ValueError if there is none of that name."""
@@ -268,7 +230,7 @@ class ConceptBank:
         return self._now
 
     def _become(self, concepts: dict[str, Concept]) -> None:
-        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts))
+        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts), self._now.neutral)
 
     def check(self, pipe: Any) -> None:
         """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and its
@@ -278,12 +240,29 @@ class ConceptBank:
         self._check_directions(pipe, "the bank")
 
     def _check_directions(self, pipe: Any, called: str) -> None:
-        directions = _directions(self.snapshot().concepts)
+        directions = directions_of(self.snapshot().concepts)
         if directions is None:
             return
         difference = host.of(pipe).denoiser_fingerprint(pipe).difference(directions.model)
         if difference is not None:
             raise BankMismatchError(f"{called} has directions of another denoiser: {difference}")
+
+    @property
+    def neutral(self) -> Tensor | None:
+        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set:
+        ValueError for embeddings that are none, or of another width than the bank."""
+        return self._now.neutral
+
+    @neutral.setter
+    def neutral(self, embeddings: Tensor) -> None:
+        tokens = Concept.from_embeddings(embeddings).prompt
+        with self._changing:
+            if not len(tokens) or self._width not in (0, tokens.shape[1]):
+                raise ValueError(
+                    f"neutral has shape {list(tokens.shape)}: must be [T, {self._width or 'C'}], T > 0"
+                )
+            self._width = tokens.shape[1]
+            self._now = Snapshot(self._now.version + 1, self._now.concepts, tokens)
 
     @property
     def version(self) -> int:
@@ -324,22 +303,21 @@ class ConceptBank:
         return f"ConceptBank({counted(len(concepts), 'concept')}{listed}; width {self._width})"
 
     def __getstate__(self) -> dict[str, Any]:  # weak references, locks and views do not pickle
-        state = {**self.__dict__, "_pipe": None, "_now": (self.version, dict(self._now.concepts))}
+        state = {
+            **self.__dict__,
+            "_pipe": None,
+            "_now": (self.version, dict(self._now.concepts), self.neutral),
+        }
         del state["_changing"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        version, concepts = state.pop("_now")
+        version, concepts, neutral = state.pop("_now")
         self.__dict__.update(state)
         self._changing = threading.Lock()
-        self._now = Snapshot(version, MappingProxyType(concepts))
+        self._now = Snapshot(version, MappingProxyType(concepts), neutral)
 
 
 def calls_for(pairs: Mapping[str, Sequence[tuple[str, str]]], batch: int = 8) -> int:
     """How many calls of a pipeline `ConceptBank.add_directions` makes."""
     return sum(2 * -(-len(prompts) // batch) for prompts in pairs.values())
-
-
-def _directions(concepts: Mapping[str, Concept]) -> Directions | None:
-    """Of one of the concepts: those that have any agree in model and layers."""
-    return next((c.directions for c in concepts.values() if c.directions is not None), None)

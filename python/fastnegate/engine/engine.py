@@ -323,7 +323,7 @@ class Engine:
         if call.fixed:
             self.fixed.fill(running, 2 * self.max_batch)
         elif running.live:
-            running.index, running.numbers, running.weight = rows.tensors(running.active, call.device)
+            running.read(rows.tensors(running.active, call.device))
             running.directions = slots.directions_on(call.device)
         if running.live and running.gradients:
             _ = running.context  # outside of what checkpointing computes again

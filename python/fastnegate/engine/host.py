@@ -66,6 +66,10 @@ class Host(Protocol):
         """A request's negative prompt as a concept whose members are its comma-separated parts. The same
         text gives the same concept. Raises ValueError: not a text, blank, or too long."""
 
+    def neutral(self, pipe: Any, given: str | Sequence[str], templates: Templates | None = None) -> Tensor:
+        """Tokens [T, C] that say nothing in particular; `given` as for `ConceptBank.from_prompts`, which says
+        more. Raises ValueError: no such kind, or the text encoder has no such tokens."""
+
     def fingerprint(self, pipe: Any) -> Fingerprint:
         """Identity of the text encoders, also of encoders that were freed or offloaded after it was asked
         for once. Raises UnsupportedModelError where nobody can tell."""

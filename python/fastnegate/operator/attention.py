@@ -19,7 +19,7 @@ from .choice import backends as backends
 from .choice import check_backend as check_backend
 from .choice import explain as explain
 from .plan import plans
-from .problem import Partial, Slots, signature
+from .problem import Partial, Slots, located, signature
 from .rule import Rule
 from .statistics import Statistics, Tables
 from .tokens import COLUMNS, NUMBERS, ConceptTokens, check_entry_number
@@ -175,9 +175,11 @@ def _call(
             return plan.run(query, key, value, key_bias, concepts, shared, prompt, slots)
     problem = checks.problem(query, key, value, key_bias, concepts, rule, scale, shared, prompt, slots)
     chosen = choice.choose(problem, backend)
-    if chosen == "reference" and not query.is_meta:  # gradients flow through it, not through the operator
+    learns = torch.is_grad_enabled() and checks.requires_grad(*problem.operands)
+    # Gradients flow through the reference, not through the operator; compilers see the operator alone.
+    if chosen == "reference" and not query.is_meta and (learns or not torch.compiler.is_compiling()):
         return reference.plan(problem, statistics).run(*problem.operands)
-    if call is None or not (concepts is None or concepts.located().plain):
+    if call is None or not (concepts is None or located(concepts).plain):
         return registration.run(problem, chosen, statistics)
     plan = load(chosen).plan(problem, statistics)
     plans.add(call, plan)

@@ -180,6 +180,14 @@ def check(problem: Problem) -> None:
             raise ValueError(
                 f"{len(problem.slots)} slots: must go with a prompt, one for each of {count} concepts"
             )
+    tokens = problem.concepts
+    if problem.rule.center == "neutral" and tokens is not None and tokens.entries and tokens.neutral is None:
+        how = (
+            "combine takes none"
+            if problem.slots is not None
+            else "ConceptTokens.pack(..., neutral=) has them"
+        )
+        raise ValueError(f"center='neutral': concepts have no neutral tokens; {how}")
     if problem.rule.direction == "retrieve" and (problem.prompt is not None or problem.slots is not None):
         of = "prompt" if problem.slots is None else "concepts"
         raise ValueError(f"direction='retrieve' reads tokens, and {of} is a partial, which has none")
@@ -284,6 +292,7 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
         "direction": (concepts.concepts, heads, dim),
         "update": (concepts.concepts, heads, dim),
         "offset": (concepts.concepts,),
+        "neutral": (concepts.batch,),
     }
     for name in ("key", "value", "index", *shapes):
         tensor = getattr(concepts, name)
@@ -294,6 +303,6 @@ def _check_concepts(query: Tensor, concepts: ConceptTokens) -> None:
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"concepts.{name} has shape {list(tensor.shape)}: must be {list(shapes[name])}")
         dtype = query.dtype if name in ("key", "value") else torch.float32
-        dtype = torch.int32 if name == "index" else dtype
+        dtype = torch.int32 if name in ("index", "neutral") else dtype
         if tensor.dtype != dtype:
             raise ValueError(f"concepts.{name} has dtype {tensor.dtype}: must be {dtype}")

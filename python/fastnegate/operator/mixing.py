@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .rule import Rule
+from .statistics import GATE_REPORT_LEVEL
+from .tokens import NUMBERS, ConceptTokens
 
 TINY = 1e-30  # x / y means 0 where y < TINY; there is no other epsilon
 
@@ -32,8 +34,9 @@ class Entry:
     numbers: dict[str, Tensor]
     segment: Segment | None  # None: the rule reads no tokens, or there are none
     feature: Tensor  # X [H, N, D]
-    x: Tensor  # D = x X + z Z
+    x: Tensor  # D = x X + z Z + n F0
     z: Tensor
+    n: Tensor
     r: Tensor
     share: Tensor  # of softmax mass against shared keys
     present: Tensor | None  # [., N], where there is a partial of it; None: everywhere
@@ -52,8 +55,34 @@ class Nudge:
 NO_NUDGE = Nudge()
 
 
+def span_of(tokens: ConceptTokens, c: int) -> slice:
+    """The tokens of a concept, clamped."""
+    begin, length = tokens.index[tokens.entries + c :: tokens.concepts][:2].tolist()
+    begin = min(max(begin, 0), tokens.tokens)
+    return slice(begin, begin + min(max(length, 0), tokens.longest, tokens.tokens - begin))
+
+
+class Text(NamedTuple):
+    """Keys and values [H, T, D] of a concept, what is added to its logits, and what its values are multiplied
+    by."""
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    weight: Tensor | None
+
+
+def text_of(tokens: ConceptTokens, c: int, b: int, dtype: torch.dtype) -> Text:
+    """The tokens of concept c, as row b reads them."""
+    span, of_row = span_of(tokens, c), b if tokens.key.dim() == 4 else slice(None)
+    key, value = (t[of_row][span].transpose(0, 1).to(dtype) for t in (tokens.key, tokens.value))
+    bias, weight = (None if t is None else t[span] for t in (tokens.token_bias, tokens.token_weight))
+    scalar = torch.promote_types(dtype, torch.float32)
+    return Text(key, value, None if bias is None else bias.to(scalar)[None, None], weight)
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, weight: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None = None, *, scale: float
 ) -> Segment:
     """Softmax attention of q [H, N, D] to k, v [H, M, D] with additive bias [.., 1 or N, M]."""
     scalar = torch.promote_types(q.dtype, torch.float32)
@@ -130,19 +159,40 @@ def keep_largest(entries: list[Entry], runner_up: bool) -> None:
         entries[i].g = torch.where(chosen == place, g[place], 0.0)
 
 
+def entry_values(tokens: ConceptTokens, rule: Rule, e: int, scalar: torch.dtype) -> dict[str, Tensor]:
+    """The numbers of entry e; NaN stands for the rule's default."""
+    values: dict[str, Tensor] = {}
+    for column, name in enumerate(NUMBERS):
+        number = tokens.numbers[e, column].to(scalar)
+        if name == "active":
+            default = torch.ones_like(number)
+        elif name == "width" and rule.width is None:
+            default = 1 - values["threshold"]
+        else:
+            default = torch.full_like(number, getattr(rule, name))
+        values[name] = torch.where(number.isnan(), default, number)
+    return values
+
+
 class Mixed(NamedTuple):
     """What comes out, for one row."""
 
     output: Tensor  # [H, N, D]
     z: Tensor  # what it would have been without entries
-    magnitude: Tensor  # |a||Z| + sum |b||X|
+    magnitude: Tensor  # |a||Z| + sum |b||X| + |b0||F0|
     limited: Tensor  # [., N], where the norm was limited
 
 
 def mix(
-    rule: Rule, prompt: Segment, entries: list[Entry], scalar: torch.dtype, around: Segment | None = None
+    rule: Rule,
+    prompt: Segment,
+    entries: list[Entry],
+    scalar: torch.dtype,
+    around: Segment | None = None,
+    neutral: Tensor | None = None,
 ) -> Mixed:
-    """`around`: shared keys that are merged after the removal (`shared="outside"`), else None."""
+    """`a Z + sum b X + b0 F0`, with norm and blend. `around`: shared keys that are merged after the removal
+    (`shared="outside"`), else None; `neutral`: F0 of a rule that centres."""
     z = prompt.output
     a = torch.ones(1, 1, dtype=scalar, device=z.device)
     b = []
@@ -157,9 +207,13 @@ def mix(
             b.append(-pull * e.x)
     else:
         raise unknown("combine", rule.combine)
+    features = [e.feature for e in entries]
+    if neutral is not None:
+        features.append(neutral)
+        b.append(sum((-e.numbers["strength"] * e.g * e.n for e in entries), torch.zeros_like(a)))
     y = a.unsqueeze(-1) * z
-    for e, coefficient in zip(entries, b):
-        y = y + coefficient.unsqueeze(-1) * e.feature
+    for feature, coefficient in zip(features, b):
+        y = y + coefficient.unsqueeze(-1) * feature
     own = z
     if around is not None:
         y, z = merged(around, prompt, y), merged(around, prompt, z)
@@ -167,8 +221,8 @@ def mix(
     a = rule.blend * factor * a + (1 - rule.blend)
     output = rule.blend * factor.unsqueeze(-1) * y + (1 - rule.blend) * z
     magnitude = a.abs().unsqueeze(-1) * own.abs()
-    for e, coefficient in zip(entries, b):
-        magnitude = magnitude + (rule.blend * factor * coefficient).abs().unsqueeze(-1) * e.feature.abs()
+    for feature, coefficient in zip(features, b):
+        magnitude = magnitude + (rule.blend * factor * coefficient).abs().unsqueeze(-1) * feature.abs()
     if around is not None:
         kept = (rule.blend * factor + 1 - rule.blend).abs().unsqueeze(-1)
         magnitude = merged(around._replace(output=kept * around.output.abs()), prompt, magnitude)
@@ -266,6 +320,23 @@ def near_jump(rule: Rule, entries: list[Entry], delta: float) -> Tensor:
         best = torch.stack(torch.broadcast_tensors(*[e.g for e in entries])).topk(2, dim=0).values
         near = near | ((best[0] > 0) & (best[0] - best[1] <= delta))
     return near
+
+
+def entry_statistics(entry: Entry, prompt: Segment) -> Tensor:
+    g = entry.g
+    share = mass_share(prompt, entry.segment, entry.numbers["logit_bias"])
+    above = (g > GATE_REPORT_LEVEL).to(g.dtype)
+    numbers = g.max(), g.mean(), above.mean(), share.mean(), entry.r.max(), entry.share.mean()
+    return torch.stack(numbers).detach()
+
+
+def row_statistics(mixed: Mixed, share: Tensor, stored: torch.dtype) -> Tensor:
+    output, z, limited = mixed.output.detach(), mixed.z.detach(), mixed.limited
+    energy = divide((output - z).square().sum(), z.square().sum())
+    nonfinite = (~output.to(stored).isfinite()).sum()
+    means = (t.mean() if t.numel() else t.sum() for t in (limited, share.detach()))
+    limited, share = means
+    return torch.stack([energy, limited, nonfinite.to(z.dtype), share])
 
 
 def unknown(word: str, value: object) -> NotImplementedError:

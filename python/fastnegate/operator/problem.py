@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 from torch import Tensor
@@ -119,7 +121,7 @@ def signature(
         None if key_bias is None else (
             key_bias.shape, key_bias.stride(), key_bias.dtype, key_bias.device, key_bias.data_ptr() % 16
         ),
-        None if concepts is None else concepts.located().layout,
+        None if concepts is None else located(concepts).layout,
         rule if isinstance(rule, str) else rule.flat,
         scale,
         None if shared is None else (*_described(shared.out), *_described(shared.lse)),
@@ -130,3 +132,43 @@ def signature(
 
 def _described(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+
+
+class Located(NamedTuple):
+    """What a call needs to know of `ConceptTokens`, found once for each: see `located`."""
+
+    present: tuple[Tensor, ...]  # the tensors that there are
+    found_at: tuple[int, ...]  # the addresses of these
+    addresses: tuple[int, ...]  # of those in `ConceptTokens.tensors`, 0 for None
+    plain: bool  # torch's own tensors, whose memory holds their values: others have no plan
+    layout: int  # equal for concepts that no plan tells apart
+
+
+_data_ptr = Tensor.data_ptr
+_layouts: dict[Hashable, int] = {}
+_numbering, _adding = count(), threading.Lock()
+_MOST_LAYOUTS = 4096  # one that is forgotten gets another number, and its plans are made again
+
+
+def located(tokens: ConceptTokens) -> Located:
+    """Layout and addresses of concepts, found at the first call and again when memory has moved."""
+    known: Located | None = tokens.__dict__.get("found")
+    if known is None or tuple(map(_data_ptr, known.present)) != known.found_at:
+        known = tokens.__dict__["found"] = _locate(tokens)
+    return known
+
+
+def _locate(tokens: ConceptTokens) -> Located:
+    tensors = (*tokens.tensors, tokens.neutral)
+    present = tuple(t for t in tensors if t is not None)
+    addresses = tuple(0 if t is None else t.data_ptr() for t in tokens.tensors)
+    of_tensors = tuple(None if t is None else _described(t) for t in tensors)
+    plain = all(type(t) is Tensor and not t.is_neg() for t in present)
+    described = plain, of_tensors, tokens.capacities
+    with _adding:
+        layout = _layouts.get(described)
+        if layout is None:
+            if len(_layouts) >= _MOST_LAYOUTS:
+                del _layouts[next(iter(_layouts))]
+            layout = _layouts[described] = next(_numbering)
+    return Located(present, tuple(map(_data_ptr, present)), addresses, plain, layout)

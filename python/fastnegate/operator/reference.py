@@ -6,7 +6,8 @@ and entries and reads `ConceptTokens.index` on the host.
 
 Notation: Z is the attention to the prompt, F the attention to one concept's tokens (its own
 softmax), r a similarity, g a gate, D the direction subtracted. Everything ends as
-`O = a Z + sum_e b_e X_e` with scalars a and b_e per query.
+`O = a Z + sum_e b_e X_e + b0 F0` with scalars a, b_e and b0 per query, where F0, the attention to the row's
+neutral tokens, is there for a rule that centres.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .mixing import (
     attend,
     divide,
     dot,
+    entry_statistics,
+    entry_values,
     gate,
     keep_largest,
     mass_share,
@@ -33,6 +36,9 @@ from .mixing import (
     near_jump,
     over_scope,
     reduced,
+    row_statistics,
+    span_of,
+    text_of,
     unknown,
 )
 from .mixing import (
@@ -41,8 +47,8 @@ from .mixing import (
 from .plan import require, unknown_word
 from .problem import Partial, Problem, Slots
 from .rule import Rule
-from .statistics import GATE_REPORT_LEVEL, Tables
-from .tokens import NUMBERS, ConceptTokens
+from .statistics import Tables
+from .tokens import ConceptTokens
 
 NAME = "reference"
 WORDS = {
@@ -55,13 +61,14 @@ WORDS = {
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
     "shared": ("inside", "joint", "outside"),
+    "center": ("none", "neutral"),
 }
 
 
 class Evaluation(NamedTuple):
     """Result of `evaluate`: `output` [B, H, N, D], and for accuracy budgets `magnitude` [B, H, N] =
-    max_d(|a||Z| + sum|b||X|) and `near_jump` [B, H, N]: a similarity or the two best gates lie within
-    `Nudge.delta` of where the output jumps."""
+    max_d(|a||Z| + sum|b||X| + |b0||F0|) and `near_jump` [B, H, N]: a similarity or the two best gates lie
+    within `Nudge.delta` of where the output jumps."""
 
     output: Tensor
     tables: Tables
@@ -127,7 +134,7 @@ def partial(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, 
     """Attention to some keys, in the dtype of the query; both have gradients, also in rows without keys."""
     exact = torch.promote_types(query.dtype, torch.float32)
     bias = None if key_bias is None else key_bias.to(exact)
-    top, mass, output = attend(query, key, value, scale, bias)
+    top, mass, output = attend(query, key, value, bias, scale=scale)
     none = mass == 0  # NaN is something, and shows
     lse = torch.where(none, -torch.inf, top + torch.where(none, 1.0, mass).log())
     return Partial(output.to(query.dtype), lse)
@@ -153,20 +160,21 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
     scalar = torch.promote_types(dtype, torch.float32)
     tables = Tables.zeros(problem.entries, batch, queries, problem.query.device)
     tables = Tables._make(table.to(scalar) for table in tables)
+    existing = [[] if tokens is None else _existing(problem, tokens, b) for b in range(batch)]
+    neutral = [_neutral(problem, tokens, b) if existing[b] and tokens else None for b in range(batch)]
     outputs, magnitudes, jumps = [], [], []
     for b in range(batch):
         q = problem.query[b].to(dtype)
         text = _prompt(problem, b, q, dtype)
         shared = _reduced(problem.shared, b, scalar)
-        measured = []
-        if tokens is not None:
-            measured = _existing(problem, tokens, b)
         if rule.shared not in WORDS["shared"]:
             raise unknown("shared", rule.shared)
-        around = shared if rule.shared == "outside" and measured else None
+        around = shared if rule.shared == "outside" and existing[b] else None
         prompt = text if shared is None or around is not None else merge(shared, text)
-        seen = _Row(problem, b, q, prompt, shared, dtype, nudge)
-        entries = [_measure(seen, tokens, *where) for where in measured if tokens is not None]
+        seen = _Row(problem, b, q, prompt, shared, None, dtype, nudge)
+        if tokens is not None and (c := neutral[b]) is not None:
+            seen = seen._replace(neutral=_feature(seen, _attended(seen, tokens, c)))
+        entries = [_measure(seen, tokens, e, c) for e, c in existing[b] if tokens is not None]
         near = torch.zeros(heads, queries, dtype=torch.bool, device=q.device)
         z = prompt.output
         mixed = Mixed(z, z, z.abs(), z.new_zeros(1, queries))
@@ -176,13 +184,13 @@ def _evaluate(problem: Problem, dtype: torch.dtype, nudge: Nudge) -> Evaluation:
                 keep_largest(entries, nudge.runner_up)
             elif rule.select != "all":
                 raise unknown("select", rule.select)
-            mixed = mix(rule, prompt, entries, scalar, around)
+            mixed = mix(rule, prompt, entries, scalar, around, seen.neutral)
         for entry in entries if heads and queries else ():
             seen_at = entry.share if rule.similarity == "one" and shared is not None else 1.0
             tables.heat[entry.index] = (entry.g * seen_at).expand(heads, queries).mean(0).detach()
-            tables.entries[entry.index] = _entry_statistics(entry, prompt)
+            tables.entries[entry.index] = entry_statistics(entry, prompt)
         share = z.new_zeros(heads, queries) if shared is None else mass_share(shared, text, z.new_zeros(()))
-        tables.rows[b] = _row_statistics(mixed, share, problem.query.dtype)
+        tables.rows[b] = row_statistics(mixed, share, problem.query.dtype)
         magnitude = mixed.magnitude.detach()
         outputs.append(mixed.output)
         magnitudes.append(magnitude.amax(-1) if magnitude.shape[-1] else magnitude.sum(-1))
@@ -201,52 +209,55 @@ def _prompt(problem: Problem, b: int, q: Tensor, dtype: torch.dtype) -> Segment:
     bias = None
     if problem.key_bias is not None:
         bias = problem.key_bias[min(b, problem.key_bias.shape[0] - 1)].to(scalar)
-    return attend(q, problem.key[b].to(dtype), problem.value[b].to(dtype), problem.scale, bias)
+    return attend(q, problem.key[b].to(dtype), problem.value[b].to(dtype), bias, scale=problem.scale)
 
 
 def _reduced(partial: Partial | None, b: int, scalar: torch.dtype) -> Segment | None:
     return None if partial is None else reduced(partial.out[b], partial.lse[b], scalar)
 
 
-def _existing(problem: Problem, tokens: ConceptTokens, b: int) -> list[tuple[int, int, int, int]]:
-    """(entry, concept, begin, length) of the entries of row b that exist, indices clamped."""
+def _existing(problem: Problem, tokens: ConceptTokens, b: int) -> list[tuple[int, int]]:
+    """(entry, concept) of the entries of row b that exist, indices clamped."""
     reads = problem.rule.reads
     index = tokens.index.tolist()
     entries, concepts = tokens.entries, tokens.concepts
     rows = index[entries + 2 * concepts :]
-    found: list[tuple[int, int, int, int]] = []
+    found: list[tuple[int, int]] = []
     if concepts == 0:
         return found
     for e in range(max(rows[b], 0), min(rows[b + 1], entries)):
         c = min(max(index[e], 0), concepts - 1)
-        begin = min(max(index[entries + c], 0), tokens.tokens)
-        length = min(max(index[entries + concepts + c], 0), tokens.longest, tokens.tokens - begin)
-        present = length > 0
-        if problem.slots:
-            present = bool((problem.slots[c].lse[b] != -torch.inf).any())
-        elif present and tokens.token_bias is not None:
-            present = bool((tokens.token_bias[begin : begin + length] > -torch.inf).any())
-        has_what_is_read = (present or not (reads.tokens or problem.slots)) and (
+        has_what_is_read = (_has_tokens(problem, tokens, b, c) or not (reads.tokens or problem.slots)) and (
             tokens.direction is not None or not reads.direction
         )
         if has_what_is_read and not float(tokens.active[e].detach()) <= 0:  # NaN: 1
-            found.append((e, c, begin, length))
+            found.append((e, c))
     return found
 
 
-def _entry_values(tokens: ConceptTokens, rule: Rule, e: int, scalar: torch.dtype) -> dict[str, Tensor]:
-    """The numbers of entry e; NaN stands for the rule's default."""
-    values: dict[str, Tensor] = {}
-    for column, name in enumerate(NUMBERS):
-        number = tokens.numbers[e, column].to(scalar)
-        if name == "active":
-            default = torch.ones_like(number)
-        elif name == "width" and rule.width is None:
-            default = 1 - values["threshold"]
-        else:
-            default = torch.full_like(number, getattr(rule, name))
-        values[name] = torch.where(number.isnan(), default, number)
-    return values
+def _neutral(problem: Problem, tokens: ConceptTokens, b: int) -> int | None:
+    """The neutral concept of row b, which has entries; None for a rule that does not centre.
+
+    Raises:
+        ValueError: the rule centres, and there is none.
+    """
+    rule = problem.rule
+    if rule.center == "none":
+        return None
+    if rule.center != "neutral":
+        raise unknown("center", rule.center)
+    c = -1 if tokens.neutral is None else int(tokens.neutral[b])
+    if not 0 <= c < tokens.concepts or not _has_tokens(problem, tokens, b, c):
+        raise ValueError(f"center='neutral': row {b} of concepts has entries and no neutral tokens")
+    return c
+
+
+def _has_tokens(problem: Problem, tokens: ConceptTokens, b: int, c: int) -> bool:
+    """Whether some token of a concept is not masked, or some query of row b has the partial of it."""
+    if problem.slots:
+        return bool((problem.slots[c].lse[b] != -torch.inf).any())
+    span, bias = span_of(tokens, c), tokens.token_bias
+    return span.stop > span.start and (bias is None or bool((bias[span] > -torch.inf).any()))
 
 
 class _Row(NamedTuple):
@@ -257,39 +268,43 @@ class _Row(NamedTuple):
     q: Tensor
     prompt: Segment  # with what the rule puts into Z
     shared: Segment | None
+    neutral: Tensor | None  # F0, of a rule that centres
     dtype: torch.dtype
     nudge: Nudge
 
 
-def _measure(row: _Row, tokens: ConceptTokens, e: int, c: int, begin: int, length: int) -> Entry:
+def _attended(row: _Row, tokens: ConceptTokens, c: int) -> Segment:
+    """The softmax of a concept's own tokens."""
+    if row.problem.slots:
+        slot = row.problem.slots[c]
+        return reduced(slot.out[row.b], slot.lse[row.b], row.prompt.output.dtype)
+    return attend(row.q, *text_of(tokens, c, row.b, row.dtype), scale=row.problem.scale)
+
+
+def _feature(row: _Row, segment: Segment) -> Tensor:
+    """F of a concept: with the shared keys, where the rule puts them into it."""
+    inside = row.shared is not None and row.problem.rule.shared == "inside"
+    return merge(row.shared, segment).output if inside and row.shared is not None else segment.output
+
+
+def _measure(row: _Row, tokens: ConceptTokens, e: int, c: int) -> Entry:
     """Feature, similarity, gate and direction coefficients of one entry."""
-    problem, b, q, prompt, shared, dtype, nudge = row
+    problem, b, _, prompt, shared, neutral, dtype, nudge = row
     rule, z = problem.rule, prompt.output
-    values = _entry_values(tokens, rule, e, z.dtype)
+    values = entry_values(tokens, rule, e, z.dtype)
     zero = torch.zeros(1, 1, dtype=z.dtype, device=z.device)
     one = zero + 1
 
-    segment, feature, f, present = None, z * 0, z * 0, None
+    segment, feature, share, present = None, z * 0, zero, None
     if problem.slots:
-        slot = problem.slots[c]
-        segment = reduced(slot.out[b], slot.lse[b], z.dtype)
-        present = over_scope(segment.mass, rule.scope) > 0
-        segment = segment if rule.reads.tokens else None
-    elif rule.reads.tokens:
-        span = slice(begin, begin + length)
-        of_row = b if tokens.key.dim() == 4 else slice(None)
-        k = tokens.key[of_row][span].transpose(0, 1).to(dtype)
-        v = tokens.value[of_row][span].transpose(0, 1).to(dtype)
-        bias = None if tokens.token_bias is None else tokens.token_bias[span].to(z.dtype)[None, None]
-        weight = None if tokens.token_weight is None else tokens.token_weight[span]
-        segment = attend(q, k, v, problem.scale, bias, weight)
-    share = zero
-    if segment is not None:
-        feature = f = segment.output
-        if shared is not None:
-            share = mass_share(shared, segment, zero)
-            if rule.shared == "inside":
-                feature = f = merge(shared, segment).output
+        present = over_scope(_attended(row, tokens, c).mass, rule.scope) > 0
+    if rule.reads.tokens:
+        segment = _attended(row, tokens, c)
+        feature = _feature(row, segment)
+        share = zero if shared is None else mass_share(shared, segment, zero)
+    f = feature
+    if neutral is not None:
+        z, f = z - neutral, f - neutral
     along = zero
     if rule.reads.direction:
         assert tokens.direction is not None  # for the type checker: `_existing` has checked it
@@ -309,7 +324,7 @@ def _measure(row: _Row, tokens: ConceptTokens, e: int, c: int, begin: int, lengt
     else:
         raise unknown("similarity", rule.similarity)
 
-    x, zc = one, zero
+    x, zc = one, zero  # D = x X + zc Z, each centred where it is of Z or F
     if rule.direction == "difference":
         zc = -one
     elif rule.direction == "orthogonal":
@@ -322,29 +337,14 @@ def _measure(row: _Row, tokens: ConceptTokens, e: int, c: int, begin: int, lengt
         x, feature = along, update[c].to(z.dtype).unsqueeze(1).expand_as(z)
     elif rule.direction == "retrieve":
         inverse = problem.scale if rule.temperature is None else 1 / rule.temperature
-        feature = attend(z.to(dtype), v, v, inverse, bias, weight).output
+        _, value, *rest = text_of(tokens, c, b, dtype)
+        feature = attend(z.to(dtype), value, value, *rest, scale=inverse).output
     elif rule.direction != "raw":
         raise unknown("direction", rule.direction)
 
-    entry = Entry(e, c, values, segment, feature, x, zc, r, share, present)
+    n = -zc if rule.direction == "fixed" else -(x + zc)  # u' is not centred
+    entry = Entry(e, c, values, segment, feature, x, zc, n, r, share, present)
     entry.g = values["active"] * torch.minimum(gate(rule, r, values, nudge), values["cap"])
     if present is not None:
         entry.g, entry.r = torch.where(present, entry.g, 0.0), torch.where(present, r, 0.0)
     return entry
-
-
-def _entry_statistics(entry: Entry, prompt: Segment) -> Tensor:
-    g = entry.g
-    share = mass_share(prompt, entry.segment, entry.numbers["logit_bias"])
-    above = (g > GATE_REPORT_LEVEL).to(g.dtype)
-    numbers = g.max(), g.mean(), above.mean(), share.mean(), entry.r.max(), entry.share.mean()
-    return torch.stack(numbers).detach()
-
-
-def _row_statistics(mixed: Mixed, share: Tensor, stored: torch.dtype) -> Tensor:
-    output, z, limited = mixed.output.detach(), mixed.z.detach(), mixed.limited
-    energy = divide((output - z).square().sum(), z.square().sum())
-    nonfinite = (~output.to(stored).isfinite()).sum()
-    means = (t.mean() if t.numel() else t.sum() for t in (limited, share.detach()))
-    limited, share = means
-    return torch.stack([energy, limited, nonfinite.to(z.dtype), share])

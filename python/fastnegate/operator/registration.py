@@ -28,9 +28,10 @@ _ARGUMENTS = (
     "Tensor? token_weight, Tensor? direction, Tensor? update, Tensor? offset, "
     "int[] limits, int[] rule, float[] rule_numbers, float scale, str backend, "
     "Tensor? shared_out=None, Tensor? shared_lse=None, Tensor? prompt_out=None, Tensor? prompt_lse=None, "
-    "Tensor[]? slots=None"
+    "Tensor[]? slots=None, Tensor? neutral=None"
 )
 _BACKEND = 17  # its place
+_LATER = 6  # arguments behind it, which have defaults
 
 _library = torch.library.Library("fastnegate", "DEF")
 _library.define(f"negated_attention({_ARGUMENTS}) -> Tensor")
@@ -50,6 +51,7 @@ def flat(problem: Problem, backend: str) -> tuple[Any, ...]:
         *(problem.shared or (None, None)), *(problem.prompt or (None, None)),
         # torch resolves lazily negated tensors, but not in a list that may be None.
         None if problem.slots is None else [t.resolve_neg() for slot in problem.slots for t in slot],
+        None if tokens is None else tokens.neutral,
     )  # fmt: skip
 
 
@@ -60,12 +62,14 @@ def from_flat(*arguments: Any) -> Problem:
         ValueError: a code of the rule stands for no word, or there are too few capacities.
     """
     query, key, value, key_bias, *packed, limits, codes, numbers, scale, _ = arguments[: _BACKEND + 1]
-    shared, prompt, slots = _partials(*arguments[_BACKEND + 1 :])
+    later = (*arguments[_BACKEND + 1 :], *(None,) * _LATER)[:_LATER]  # a call may leave them out
+    shared, prompt, slots = _partials(*later[:-1])
     concepts = None
     if packed[0] is not None:
         if len(limits) != len(CAPACITIES):
             raise ValueError(f"limits={limits}: must be {', '.join(CAPACITIES)}")
-        concepts = ConceptTokens(**dict(zip(TENSORS, packed)), **dict(zip(CAPACITIES, limits)))
+        packed_as = dict(zip(TENSORS, packed)) | dict(zip(CAPACITIES, limits))
+        concepts = ConceptTokens(**packed_as, neutral=later[-1])
     rule = Rule.from_flat(codes, numbers)
     return Problem(query, key, value, key_bias, concepts, rule, scale, shared, prompt, slots)
 

@@ -25,6 +25,7 @@ NORMS = ("none", "limit", "preserve")
 NORM_ORDERS = (1, 2)
 SCOPES = ("head", "feature")
 SHARED = ("inside", "joint", "outside")
+CENTERS = ("none", "neutral")
 TOKENS = ("full", "content", "weighted", "prototype", "none")
 
 LARGEST, SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38  # of normal float32
@@ -38,13 +39,16 @@ _WORDS = {
     "norm": NORMS,
     "scope": SCOPES,
     "shared": SHARED,
+    "center": CENTERS,
     "tokens": TOKENS,
 }
 
 
 # In the order of `Rule.codes` and `Rule.numbers`. The code of a word is its place in its tuple, that of
 # norm_order the order itself.
-CODES = ("similarity", "gate", "direction", "combine", "select", "norm", "norm_order", "scope", "shared")
+CODES = (
+    "similarity", "gate", "direction", "combine", "select", "norm", "norm_order", "scope", "shared", "center",
+)  # fmt: skip
 _NUMBERS = ("norm_limit", "blend", "temperature", "strength", "logit_bias", "threshold", "width", "cap")
 
 
@@ -64,10 +68,8 @@ class Rule:
     Args:
         similarity: `one`, `cosine`, `direction` or `mass`: the number r measured per query.
         gate: `open`, `step`, `ramp` or `sigmoid`: how r opens the gate g.
-        direction: `raw`, `difference`, `orthogonal`, `projection`, `fixed` or `retrieve`: what is
-            subtracted.
-        combine: `separate` (`Z - sum strength g D`) or `joint` (one softmax over prompt and
-            concepts; direction must be `raw`).
+        direction: `raw`, `difference`, `orthogonal`, `projection`, `fixed` or `retrieve`: what is subtracted.
+        combine: `separate` (`Z - sum strength g D`) or `joint` (one softmax over all; direction `raw`).
         select: `all`, or `max`: per query only the entry with the largest gate acts.
         norm: `none`, `limit` (output norm at most `norm_limit` times the input's) or `preserve`.
         norm_order: 1 or 2, the p of the norm; `preserve` needs 2.
@@ -77,6 +79,8 @@ class Rule:
         shared: `inside`, `joint` or `outside`: which segments hold the keys that prompt and concepts
             share, in a call that has such keys. `joint` goes with combine `joint`, and only with it. None:
             `joint` there, else `inside`.
+        center: `none`, or `neutral`: r and what is subtracted are measured from the row's neutral tokens:
+            of Z - F0 and F - F0, where F0 is the attention to these (docs/semantics.md, section 11).
         temperature: softmax temperature of `retrieve`; None means 1 / scale.
         strength, logit_bias, threshold, width, cap: the numbers of an entry that does not name its
             own. `width=None` means `1 - threshold` of the entry.
@@ -87,10 +91,9 @@ class Rule:
 
     Attributes:
         codes: the words as integers, in the order of `CODES`.
-        numbers: norm_limit, blend, temperature (0: 1 / scale), then the entry defaults strength,
-            logit_bias, threshold, width (0: 1 - threshold), cap.
-        flat: both; rules that agree in it compute the same.
-        reads: what the rule reads.
+        numbers: norm_limit, blend, temperature (0: 1 / scale), then the numbers of an entry that names
+            none: strength, logit_bias, threshold, width (0: 1 - threshold), cap.
+        flat: both; rules that agree in it compute the same. `reads`: what the rule reads.
 
     Raises:
         ValueError: a word or number is outside what is allowed, or words do not go together.
@@ -107,6 +110,7 @@ class Rule:
     blend: float = 1.0
     scope: str = "head"
     shared: str | None = None
+    center: str = "none"
     temperature: float | None = None
     strength: float = 1.0
     logit_bias: float = 0.0
@@ -150,6 +154,8 @@ class Rule:
             raise ValueError(f"scope={self.scope!r}: direction='retrieve' needs scope='head'")
         if self.norm == "preserve" and self.norm_order != 2:
             raise ValueError(f"norm_order={self.norm_order!r}: norm='preserve' needs norm_order=2")
+        if self.center == "neutral" and (other := _uncentred(self)) is not None:
+            raise ValueError(f"center='neutral': means nothing with {other}")
         # Made once: every call of the operator asks for them.
         codes = tuple(_code(word, getattr(self, word)) for word in CODES)
         numbers = tuple(float(getattr(self, number) or 0.0) for number in _NUMBERS)
@@ -218,6 +224,15 @@ class Rule:
         return ("moments",) * moments + ("norms",) * (self.norm != "none")
 
 
+def _uncentred(rule: Rule) -> str | None:
+    """The words of a rule that leave nothing to centre, or do not say what."""
+    if rule.combine == "joint" or rule.direction == "retrieve":  # sums of values, and single tokens
+        return "combine='joint'" if rule.combine == "joint" else "direction='retrieve'"
+    if rule.direction == "difference" and rule.similarity in ("one", "mass"):  # F - F0 - (Z - F0)
+        return f"direction='difference' and similarity={rule.similarity!r}"
+    return None
+
+
 class _Implied(str):
     """A word that nobody chose: it follows `combine` in copies of the rule."""
 
@@ -243,9 +258,9 @@ def _code(word: str, value: Any) -> int:
 @functools.lru_cache(maxsize=1024)
 def _from_flat(codes: tuple[int, ...], numbers: tuple[float, ...]) -> Rule:
     """Kept: the registered operator asks for the same rule at every call. Programs that were exported before
-    there was `shared` hold one code less."""
-    for name, values, names in (("codes", codes, CODES), ("numbers", numbers, _NUMBERS)):
-        if len(values) != len(names) and (name, len(values)) != ("codes", len(CODES) - 1):
+    there were `shared` and `center` hold fewer codes."""
+    for name, values, names, later in (("codes", codes, CODES, 2), ("numbers", numbers, _NUMBERS, 0)):
+        if not len(names) - later <= len(values) <= len(names):
             raise ValueError(f"{name} of a rule has {len(values)} values: must be {', '.join(names)}")
     fields: dict[str, Any] = dict(zip(_NUMBERS, numbers))
     for name in ("temperature", "width"):
@@ -261,12 +276,7 @@ def _from_flat(codes: tuple[int, ...], numbers: tuple[float, ...]) -> Rule:
 
 
 def check_number(
-    name: str,
-    value: Any,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float | None = None,
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: float | None = None
 ) -> None:
     """Raise a ValueError that names `name` unless `value` is a finite float32 within the limits."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
@@ -328,18 +338,9 @@ _RANGES = {("nag", "zimage"): (0.5, 1.3)}
 
 
 def strength_range(name: str, *, family: str | None = None) -> tuple[float, float]:
-    """Between which strengths to look for one's own.
-
-    Args:
-        name, family: as for `Rule.preset`.
-
-    Returns:
-        The smallest and the largest that are reported to work; where nobody reports any, half and twice the
-        preset's own, which is a rule of thumb. A policy's strengths are factors of `Rule.strength`.
-
-    Raises:
-        ValueError: unknown preset or family.
-    """
+    """The smallest and the largest strength that are reported to work, between which to look for one's own;
+    where nobody reports any, half and twice the preset's, which is a rule of thumb. A policy's strengths are
+    factors of `Rule.strength`. Arguments and errors as for `Rule.preset`."""
     strength = Rule.preset(name, family=family).strength
     return _RANGES.get((name, family or ""), (strength / 2, 2 * strength))
 

@@ -8,11 +8,9 @@ capacities; only they decide tile sizes.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +21,8 @@ NUMBERS = ("strength", "logit_bias", "threshold", "width", "cap", "active")
 COLUMNS = 8  # numbers per entry, padded from 6 so that a row is 32 bytes
 
 # The one order in which concepts are flattened: in the registered operator, in the Triton kernel and in
-# csrc/arguments.h, always after query, key, value, (out) and key_bias.
+# csrc/arguments.h, always after query, key, value, (out) and key_bias. `neutral` is none of them: it came
+# after programs had been exported, so the registered operator has it at its end.
 TENSORS = (
     "key", "value", "index", "numbers", "token_bias", "token_weight", "direction", "update", "offset",
 )  # fmt: skip
@@ -40,16 +39,6 @@ Row = Sequence["int | Mapping[str, Any]"]
 def _number(name: str) -> Any:
     """A column of `ConceptTokens.numbers`, [E]."""
     return property(lambda tokens: tokens.numbers[:, NUMBERS.index(name)])
-
-
-class Located(NamedTuple):
-    """What a call needs to know of `ConceptTokens`, found once for each: see `ConceptTokens.located`."""
-
-    present: tuple[Tensor, ...]  # those of `tensors` that there are
-    found_at: tuple[int, ...]  # the addresses of these
-    addresses: tuple[int, ...]  # of all, 0 for None
-    plain: bool  # torch's own tensors, whose memory holds their values: others have no plan
-    layout: int  # equal for concepts that no plan tells apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +65,9 @@ class ConceptTokens:
         token_weight: float32 [T] or None, multiplies a token's value, not its softmax mass.
         direction, update: float32 [C, H, D] or None: fixed vectors u and u' (default u).
         offset: float32 [C] or None: added to <Z, u>.
+        neutral: int32 [B] or None: the concept whose tokens are a row's neutral segment, read by rules that
+            centre (`Rule.center`) and by nothing else. A row with entries must have one, with tokens; in
+            others -1 is as good.
     """
 
     key: Tensor
@@ -91,6 +83,7 @@ class ConceptTokens:
     direction: Tensor | None = None
     update: Tensor | None = None
     offset: Tensor | None = None
+    neutral: Tensor | None = None
 
     @classmethod
     def pack(
@@ -104,6 +97,7 @@ class ConceptTokens:
         direction: Sequence[Tensor] | Tensor | None = None,
         update: Sequence[Tensor] | Tensor | None = None,
         offset: Sequence[float] | Tensor | None = None,
+        neutral: int | Sequence[int | None] | None = None,
         **numbers: float,
     ) -> ConceptTokens:
         """Pack one list of concepts and one list of batch rows.
@@ -115,12 +109,15 @@ class ConceptTokens:
             token_bias, token_weight: one [T_c] tensor (or None) per concept, or one [T] tensor.
             direction, update: one [H, D] tensor per concept, or one [C, H, D] tensor.
             offset: one number per concept.
+            neutral: the index of the concept whose tokens say nothing in particular, for all rows or one per
+                row (None in rows without entries). It needs no entry, and is not negated by being neutral.
             numbers: strength, logit_bias, threshold, width (> 0), cap and active (in [0, 1]) for
                 entries that do not name their own. What neither names comes from the rule.
 
         Raises:
             ValueError: shapes, dtypes or devices disagree, a number is not finite or out of range,
-                or a row names a concept that does not exist.
+                a row names a concept that does not exist, or, where `neutral` is given, a row has entries and
+                no neutral tokens.
             TypeError: an argument or number with an unknown name.
         """
         if len(keys) != len(values):
@@ -176,14 +173,17 @@ class ConceptTokens:
             direction=_per_concept("direction", direction, [len(keys), *heads], device),
             update=_per_concept("update", update, [len(keys), *heads], device),
             offset=_per_concept("offset", offset, [len(keys)], device),
+            neutral=None if neutral is None else _neutral(neutral, rows, lengths, device),
         )
 
     @classmethod
     def uniform(
         cls, keys: Sequence[Tensor], values: Sequence[Tensor], batch: int, **numbers: Any
     ) -> ConceptTokens:
-        """Pack concepts that every one of `batch` rows negates; arguments as for `pack`."""
-        return cls.pack(keys, values, [list(range(len(keys)))] * batch, **numbers)
+        """Pack concepts that every one of `batch` rows negates, but for the `neutral` one; arguments as for
+        `pack`."""
+        negated = [c for c in range(len(keys)) if c != numbers.get("neutral")]
+        return cls.pack(keys, values, [negated] * batch, **numbers)
 
     @classmethod
     def from_activations(cls, key: Tensor, value: Tensor, layout: ConceptTokens) -> ConceptTokens:
@@ -228,13 +228,6 @@ class ConceptTokens:
         """In the order of `CAPACITIES`."""
         return self.entries, self.concepts, self.longest, self.busiest
 
-    def located(self) -> Located:
-        """Layout and addresses, found at the first call and again when memory has moved."""
-        known: Located | None = self.__dict__.get("found")
-        if known is None or tuple(map(_data_ptr, known.present)) != known.found_at:
-            known = self.__dict__["found"] = _locate(self)
-        return known
-
     @property
     def requires_grad(self) -> bool:
         """Whether one of the tensors does."""
@@ -253,37 +246,14 @@ class ConceptTokens:
             raise ValueError(f"batch={batch}: these tokens hold {self.batch} rows")
         rows = batch if self.key.dim() == 4 else self.tokens
         index = self.index[: self.index.shape[0] - self.batch + batch]
-        return replace(self, index=index, key=self.key[:rows], value=self.value[:rows])
+        neutral = None if self.neutral is None else self.neutral[:batch]
+        return replace(self, index=index, key=self.key[:rows], value=self.value[:rows], neutral=neutral)
 
     def cast(self, dtype: torch.dtype) -> ConceptTokens:
         """Keys and values in `dtype`; numbers stay float32."""
         return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
     strength, logit_bias, threshold, width, cap, active = map(_number, NUMBERS)
-
-
-_data_ptr = Tensor.data_ptr
-_layouts: dict[Any, int] = {}
-_numbering, _adding = count(), threading.Lock()
-_MOST_LAYOUTS = 4096  # one that is forgotten gets another number, and its plans are made again
-
-
-def _locate(tokens: ConceptTokens) -> Located:
-    tensors = tokens.tensors
-    present = tuple(t for t in tensors if t is not None)
-    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    of_tensors = tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors
-    )
-    plain = all(type(t) is Tensor and not t.is_neg() for t in present)
-    described = plain, of_tensors, tokens.capacities
-    with _adding:
-        layout = _layouts.get(described)
-        if layout is None:
-            if len(_layouts) >= _MOST_LAYOUTS:
-                del _layouts[next(iter(_layouts))]
-            layout = _layouts[described] = next(_numbering)
-    return Located(present, tuple(map(_data_ptr, present)), addresses, plain, layout)
 
 
 def check_entry_number(where: str, name: str, number: Any) -> None:
@@ -311,6 +281,20 @@ def _entry(item: Any, where: str, concepts: int, defaults: Mapping[str, float]) 
     if not 0 <= concept < concepts:
         raise ValueError(f"{where} names concept {concept}: there are {concepts} (0 to {concepts - 1})")
     return concept, entry_numbers(where, {**defaults, **given})
+
+
+def _neutral(
+    given: int | Sequence[int | None], rows: Sequence[Row], lengths: list[int], device: torch.device
+) -> Tensor:
+    each = [given] * len(rows) if isinstance(given, int) else list(given)
+    if len(each) != len(rows):
+        raise ValueError(f"neutral has {len(each)} rows, rows has {len(rows)}")
+    for b, (c, row) in enumerate(zip(each, rows)):
+        if c is None and not len(row):
+            continue
+        if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < len(lengths) or not lengths[c]:
+            raise ValueError(f"neutral of rows[{b}] is {c!r}: must be the index of a concept that has tokens")
+    return torch.tensor([-1 if c is None else c for c in each], dtype=torch.int32, device=device)
 
 
 def _per_token(

@@ -58,7 +58,7 @@ class Host(NamedTuple):
     joint: bool
 
 
-_HOSTS = {"easy": Host(EasyTokenizer, joint=False)}
+_HOSTS = {"easy": Host(EasyTokenizer, joint=False), "easy-joint": Host(EasyTokenizer, joint=True)}
 
 HOSTS: tuple[str, ...] = tuple(_HOSTS)
 """Names of the models that `load` knows."""

@@ -114,13 +114,9 @@ def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
 
 
 class ShortFluxPipeline(FluxPipeline):
-    """FLUX's pipeline whose texts are, unless said otherwise, as long as its tokenizer allows: not 512."""
+    """FLUX's pipeline for a model whose texts are short: it pads to what the tokenizer allows, not to 512."""
 
     def encode_prompt(self, *args: Any, max_sequence_length: int | None = None, **options: Any) -> Any:
-        length = max_sequence_length or self.tokenizer_2.model_max_length
+        longest = self.tokenizer_2.model_max_length
+        length = min(max_sequence_length or longest, longest)
         return super().encode_prompt(*args, max_sequence_length=length, **options)
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, max_sequence_length: int | None = None, **options: Any) -> Any:
-        length = max_sequence_length or self.tokenizer_2.model_max_length
-        return super().__call__(*args, max_sequence_length=length, **options)

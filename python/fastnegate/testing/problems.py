@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Holder = TypeVar("Holder", bound="DataclassInstance")
 
+NEUTRAL_TOKENS = 4
 LAYOUTS = ("contiguous", "bnhd", "broadcast", "odd")
 MASKS = ("none", "padding", "additive", "per_query", "per_head_and_query")
 PARTIALS = ("shared", "prompt", "both", "combine")
@@ -55,7 +56,8 @@ def make_problem(
     Query i and prompt token j belong to group i or j mod C + 1, the last group to no concept. The
     values of group c are built on the vector of concept c and point away from the others, so gates
     are open for some queries, partly open for more, and closed for the rest. A ground common to the
-    prompt keeps Z from cancelling, where no arithmetic is exact relative to it.
+    prompt keeps Z from cancelling, where no arithmetic is exact relative to it. For a rule that centres
+    there is one concept more, of this ground, which is the neutral one of all rows.
 
     Args:
         rows: what each batch row negates, or one of ROWS.
@@ -105,21 +107,26 @@ def make_problem(
     key = batched(lambda: keys_of(token_groups))
     value = batched(lambda: values_of(token_groups, 0.5 + 0.5 * uniform(keys), 0.6))
     groups = [torch.full((n,), c) for c, n in enumerate(concept_lengths)]
-    direction = looks[:count] * heads**-0.5 if heads else looks[:count]  # unit norm over H and D
-    tokens = sum(concept_lengths)
+    neutral = count if rule.center == "neutral" else None
+    if neutral is not None:
+        groups.append(torch.full((NEUTRAL_TOKENS,), neutral))
+    concepts_made = len(groups)
+    direction = looks[:concepts_made] * heads**-0.5 if heads else looks[:concepts_made]  # unit norm over H, D
+    tokens = sum(map(len, groups))
     bias = 0.5 * normal(tokens)
     bias[1:2] = -torch.inf  # never the only token of a concept in these tests
     optional = {
         "token_bias": bias,
         "token_weight": (uniform(tokens) > 0.2) * (0.5 + uniform(tokens)),
-        "update": direction + 0.1 * dim**-0.5 * normal(count, heads, dim),
-        "offset": 0.2 + 0.05 * uniform(count),
+        "update": direction + 0.1 * dim**-0.5 * normal(concepts_made, heads, dim),
+        "offset": 0.2 + 0.05 * uniform(concepts_made),
     }
     concepts = ConceptTokens.pack(
         [keys_of(g).to(dtype) for g in groups],
         [values_of(g, 0.6 + 0.2 * uniform(len(g)), 0.0).to(dtype) for g in groups],
         _rows(rows, batch, count) if isinstance(rows, str) else rows,
         direction=direction,
+        neutral=neutral,
         **(optional if extras else {}),
     )
     query, key, value = (

@@ -71,6 +71,7 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[[], Spelt]]] = {
     "crg": (lambda pipe, concepts: fn.edits.crg(pipe, concepts, 0.2, threshold=-1.0, gain=0.7), spelt_crg),
 }
 by_method = pytest.mark.parametrize("method", METHODS)
+mostly_sld = pytest.mark.parametrize("method", ["sld", pytest.param("crg", marks=pytest.mark.full)])
 
 
 def double(pipe: Any) -> Any:
@@ -95,7 +96,7 @@ def predicted_of(kind: str, e: Tensor, x: Tensor, kept: float) -> Tensor:
 
 
 @by_method
-@pytest.mark.parametrize("kind", ("epsilon", "v_prediction", "sample"))
+@pytest.mark.parametrize("kind", ["epsilon", "sample", pytest.param("v_prediction", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_a_unets_pipeline_is_the_loop_spelt_out(method: str, kind: str) -> None:
     """Each prediction on its own, turned into noise, guided, and turned back."""
@@ -182,7 +183,7 @@ def test_flux_with_two_calls_a_step_is_the_loop_spelt_out(method: str) -> None:
         torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["sld", pytest.param("crg", marks=pytest.mark.full)])
+@mostly_sld
 def test_flux_composes_with_negation(method: str) -> None:
     pipe = joint_pipelines.build("flux")
     make, _ = METHODS[method]
@@ -207,7 +208,7 @@ def test_flux_composes_with_negation(method: str) -> None:
     assert len({p.numpy().tobytes() for p in (plain, negated, both, edited)}) == 4
 
 
-@by_method
+@mostly_sld
 def test_nothing_is_remembered_across_generations(method: str) -> None:
     """Neither from the one before, nor from one that failed, nor from one within it."""
     pipe = build("sd15")

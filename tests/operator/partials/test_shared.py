@@ -429,10 +429,10 @@ def test_the_registered_operator_refuses_halves() -> None:
         with pytest.raises(ValueError, match=said):
             operator(*arguments)
     with pytest.raises(ValueError, match="slots has 5 tensors: must be out and lse of each"):
-        operator(*flat[:-1], flat[-1][:-1])
-    for slots in (flat[-1][:-2], flat[-1] + flat[-1][:2]):
+        operator(*flat[:22], flat[22][:-1])
+    for slots in (flat[22][:-2], flat[22] + flat[22][:2]):
         with pytest.raises(ValueError, match="slots: must go with a prompt, one for each of 3 concepts"):
-            operator(*flat[:-1], slots)
+            operator(*flat[:22], slots)
 
 
 class Layer(torch.nn.Module):

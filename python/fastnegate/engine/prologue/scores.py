@@ -12,7 +12,7 @@ Sources: "Safe Latent Diffusion" (CVPR 2023, arXiv 2211.05105), "Concept Removal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class State:
     """What a method remembers from step to step of one generation; None before its first step."""
 
     memory: Tensor | None = None
-    last: int = field(default=-1)  # step
+    last: int = -1  # step
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,10 @@ class Crg:
     ) -> Tensor:
         """What is subtracted from the prompt's prediction; arguments as for `Sld.step`, and the `path_weight`
         of this step, which counts from the next one on."""
-        change = torch.zeros_like(prompt)
-        evidence = []
-        before = torch.zeros(len(concepts), len(prompt), dtype=prompt.dtype, device=prompt.device)
-        before = before if state.memory is None else state.memory
-        for concept, path in zip(concepts, before):
+        if state.memory is None:
+            state.memory = prompt.new_zeros(len(concepts), len(prompt))
+        change, evidence = torch.zeros_like(prompt), []
+        for concept, path in zip(concepts, state.memory):
             difference = factor * (concept - empty)
             nearer = _squared(factor * (prompt - empty)) - _squared(factor * (prompt - concept))
             excess = (self.gain / 2 * nearer + path - self.threshold).clamp(min=0)
@@ -152,7 +151,7 @@ class Crg:
             omega = torch.where(length > 0, excess / length.where(length > 0, 1), 0)
             change += self.strength * omega.view(-1, *[1] * (prompt.dim() - 1)) * (concept - empty)
             evidence.append(nearer)
-        state.memory = before + weight * torch.stack(evidence)
+        state.memory = state.memory + weight * torch.stack(evidence)
         return change
 
 

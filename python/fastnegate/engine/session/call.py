@@ -16,7 +16,7 @@ from ...operator.statistics import Statistics
 from ...operator.tokens import ConceptTokens
 from ..errors import NegationNotAppliedError
 from .ledger import Ledger
-from .rows import Rows, Step
+from .rows import Read, Rows, Step
 from .slots import Slots
 
 State = Literal["idle", "dormant", "live"]  # nobody asks; no entry acts at this step; some entry acts
@@ -118,6 +118,7 @@ class Running:
     numbers: Tensor | None = None
     weight: Tensor | None = None
     directions: Mapping[str, Tensor] = field(default_factory=dict)  # by layer, of rules that read one
+    neutral: Tensor | None = None
     ledger: Ledger | None = None
     active: tuple[float, ...] = ()
     sampled: bool = False  # its gates are looked at
@@ -145,19 +146,25 @@ class Running:
             self._context = self.call.project(embeddings)
         return self._context
 
+    def read(self, tensors: Read) -> None:
+        """Have layers read these."""
+        self.index, self.numbers, self.weight, self.neutral = tensors
+
     def note(self, captured: bool) -> None:
         """The call has ended without an error. What compiled code and captured graphs run is not seen: their
         layers always negate."""
         if self.ledger is not None and self.rows is not None:
             self.ledger.note(self.rows, self.active, self.negated or self.call.compiled or captured)
 
-    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
+    def tokens(self, key: Tensor, value: Tensor, layer: str = "") -> ConceptTokens:
         """Tokens of a layer from its concept keys and values [T, H, D]. Raises NegationNotAppliedError: there
         are directions, and none for this layer."""
         assert self.slots is not None and self.index is not None and self.numbers is not None
         concepts, longest = len(self.slots.slots), self.slots.longest
         direction = direction_of(self.directions, layer)
-        return concept_tokens(key, value, self.index, self.numbers, self.weight, direction, concepts, longest)
+        return concept_tokens(
+            key, value, self.index, self.numbers, self.weight, direction, self.neutral, concepts, longest
+        )
 
 
 def concept_tokens(
@@ -167,6 +174,7 @@ def concept_tokens(
     numbers: Tensor,
     weight: Tensor | None,
     direction: Tensor | None,
+    neutral: Tensor | None,
     concepts: int,
     longest: int,
 ) -> ConceptTokens:
@@ -182,6 +190,7 @@ def concept_tokens(
         busiest=concepts,
         token_weight=weight,
         direction=direction,
+        neutral=neutral,
     )
 
 

@@ -34,8 +34,10 @@ class Fixed:
         self.numbers: Tensor | None = None
         self.weight: Tensor | None = None
         self.directions: dict[str, Tensor] = {}
+        self.neutral: Tensor | None = None  # a view, too
         self.concepts = self.longest = 0
         self._all: Tensor | None = None  # the index with room for all rows
+        self._all_neutral: Tensor | None = None
         self._read: Any = None  # event of the last reader
 
     @contextlib.contextmanager
@@ -73,13 +75,16 @@ class Fixed:
                 layer: self._copied(self.directions.get(layer), u, device)
                 for layer, u in slots.directions.items()
             }
+            neutral = rows.neutral(most)
+            self._all_neutral = None if neutral is None else self._copied(self._all_neutral, neutral, device)
             embeddings = slots.context(device, running.call.dtype)
             running.embeddings = self.embeddings = self._copied(self.embeddings, embeddings, device)
             if running.call.compiled:
                 self.context = self._copied(self.context, running.call.project(self.embeddings), device)
         self.index = self._all[: len(index) - most + running.call.batch]
+        self.neutral = None if self._all_neutral is None else self._all_neutral[: running.call.batch]
         self.concepts, self.longest = len(slots.slots), slots.longest
-        running.index, running.numbers, running.weight = self.index, self.numbers, self.weight
+        running.read((self.index, self.numbers, self.weight, self.neutral))
         running.directions = self.directions
         self.ready = running.call.compiled
 
@@ -106,10 +111,10 @@ class Fixed:
             self._read = torch.cuda.Event()
             self._read.record(torch.cuda.current_stream(device))
 
-    def tokens(self, key: Tensor, value: Tensor, layer: str) -> ConceptTokens:
+    def tokens(self, key: Tensor, value: Tensor, layer: str = "") -> ConceptTokens:
         """As `Running.tokens`, for compiled code."""
         assert self.index is not None and self.numbers is not None
         return concept_tokens(
             key, value, self.index, self.numbers, self.weight, direction_of(self.directions, layer),
-            self.concepts, self.longest,
+            self.neutral, self.concepts, self.longest,
         )  # fmt: skip

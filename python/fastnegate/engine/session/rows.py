@@ -18,6 +18,8 @@ from ..policy import Policy
 from .slots import Slots
 
 ACTIVE = NUMBERS.index("active")
+# Of `ConceptTokens`: index, numbers, token weights and neutral concepts.
+Read = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Rows:
     ) -> None:
         self.assignment, self.requests, self.slots = assignment, requests, slots
         self.entries: list[Entry] = []
-        self._made: dict[tuple[tuple[float, ...], torch.device], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._made: dict[tuple[tuple[float, ...], torch.device], Read] = {}
         self.offsets = [0]
         for policy in assignment.policies if assignment is not None else ():
             for name in policy.concepts if policy is not None else ():
@@ -190,11 +192,9 @@ class Rows:
             )
         return tuple(e.policy.active(0.0 if step is None else step.progress, stop) for e in self.entries)
 
-    def tensors(
-        self, active: tuple[float, ...], device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Index, numbers and token weights of these rows alone; the same tensors each time. Nobody changes
-        them: calls in other threads may be reading them."""
+    def tensors(self, active: tuple[float, ...], device: torch.device) -> Read:
+        """What `ConceptTokens` of these rows alone have; the same tensors each time. Nobody changes them:
+        calls in other threads may be reading them."""
         made = self._made.get((active, device))
         if made is None:
             batch, weight = len(self.requests), self.slots.weight
@@ -202,7 +202,9 @@ class Rows:
             with torch.inference_mode(False):  # later calls may be outside of it
                 index = self.index(entries, batch).to(device)
                 numbers = self.numbers(active, entries).to(device)
-                made = index, numbers, None if weight is None else weight.to(device)
+                neutral = self.neutral(batch)
+                weight, neutral = (None if t is None else t.to(device) for t in (weight, neutral))
+                made = index, numbers, weight, neutral
             self._made[active, device] = made
         return made
 
@@ -214,6 +216,11 @@ class Rows:
         begins, lengths = [s.begin for s in slots], [s.length for s in slots]
         index = concepts + [0] * (entries - len(concepts)) + begins + lengths + offsets
         return torch.tensor(index, dtype=torch.int32)
+
+    def neutral(self, batch: int) -> Tensor | None:
+        """`ConceptTokens.neutral` for so many rows; rows without entries do not read it."""
+        slot = self.slots.neutral
+        return None if slot is None else torch.full((batch,), slot, dtype=torch.int32)
 
     def numbers(self, active: tuple[float, ...], entries: int) -> Tensor:
         """`ConceptTokens.numbers` with room for so many entries."""

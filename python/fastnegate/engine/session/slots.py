@@ -52,8 +52,19 @@ class Room(NamedTuple):
 NO_ROOM = Room()
 
 
+def check_neutral(rule: Rule, neutral: Tensor | None) -> None:
+    """Raise ValueError for a rule that centres without neutral tokens."""
+    if rule.center == "neutral" and neutral is None:
+        raise ValueError(
+            f"rule {rule.name!r} has center='neutral', and the bank no neutral tokens: make it with "
+            "ConceptBank.from_prompts(..., neutral='empty'), or another kind, or set bank.neutral"
+        )
+
+
 class Slots:
     """Embeddings [T, C] of all tokens, and the slots in them.
+
+    `neutral` is the slot of the neutral tokens, for a rule that centres; else None. Nobody negates it.
 
     Compiled code is made for sizes: `room` is what negative prompts shall take at least, so that another
     text of another length changes no size. What is not taken are slots of length 0 and tokens of zeros.
@@ -66,13 +77,21 @@ class Slots:
         width: int,
         texts: Mapping[str, Concept] | None = None,
         room: Room = NO_ROOM,
+        neutral: Tensor | None = None,
     ) -> None:
+        check_neutral(rule, neutral)
         self.names = frozenset(concepts)
         self.slots: list[Slot] = []
         parts: list[Tensor] = []
         weights: list[Tensor] = []
         directions: list[Mapping[str, Tensor]] = []
         count = 0
+        self.neutral: int | None = None
+        if rule.center == "neutral" and neutral is not None:
+            self.neutral, count = 0, len(neutral)  # the first, so that it stays where it is
+            self.slots.append(Slot("", 0, count, first=None))
+            parts.append(neutral)
+            weights.append(torch.ones(count))
         for name, concept, text in _named(concepts, texts or {}):
             for group in concept.groups(rule):
                 self.slots.append(Slot(name, count, len(group.embeddings), text, group.first))
@@ -174,16 +193,16 @@ class Shelf:
 
     def slots(self, texts: Texts, fixed: bool) -> Slots:
         """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
-        version, concepts = self._bank.snapshot()
+        version, concepts, neutral = self._bank.snapshot()
         room = self._room if fixed else NO_ROOM
         with self._changing:
             slots = self._slots.get((version, texts, room))
         if slots is not None:
             return slots
-        slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room)
+        slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room, neutral)
         if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
             self._room = room = room.enlarged(slots.text_room, self._prompts)
-            slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room)
+            slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room, neutral)
         with self._changing:
             if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
                 self._slots.clear()

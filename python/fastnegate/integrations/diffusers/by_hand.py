@@ -168,8 +168,8 @@ class Concepts:
         self._look()
 
     def _look(self) -> None:
-        self._version, concepts = self._bank.snapshot()
-        self._slots = Slots(concepts, self._rule, self._bank.width)
+        self._version, concepts, neutral = self._bank.snapshot()
+        self._slots = Slots(concepts, self._rule, self._bank.width, neutral=neutral)
 
     def context(self, attn: Any, query: Tensor) -> Tensor:
         """The bank as it is now, [1, T, C] as the layer receives text."""
@@ -188,7 +188,7 @@ class Concepts:
         entries = [
             {"concept": i, "strength": relative * self._rule.strength}
             for i, relative in enumerate(strengths)
-            if relative
+            if relative and i != self._slots.neutral
         ]
         spans = [slice(slot.begin, slot.begin + slot.length) for slot in slots]
         return ConceptTokens.pack(
@@ -197,6 +197,7 @@ class Concepts:
             [entries if negated else [] for negated in conditional],
             token_weight=self._slots.weight,
             direction=self._direction(attn, key.device),
+            neutral=self._slots.neutral,
         )
 
     def _direction(self, attn: Any, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ from .learned.means import attention_means, contrasts, denoiser_fingerprint
 from .learned.tower import likeness
 from .text.encode import encode, negative_prompt
 from .text.identity import fingerprint
+from .text.neutral import neutral
 
 __all__ = [
     "attention_means",
@@ -20,4 +21,5 @@ __all__ = [
     "fingerprint",
     "likeness",
     "negative_prompt",
+    "neutral",
 ]

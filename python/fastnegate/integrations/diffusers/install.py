@@ -14,6 +14,7 @@ from ...engine.concepts import Concept, Templates
 from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.policy import Policy
+from ...engine.session.slots import check_neutral
 from ...operator.choice import check_backend
 from ...operator.rule import Rule
 from .by_hand import release
@@ -237,6 +238,7 @@ def negate(
     ]
     for policy in policies:
         policy.check(method)  # before any work
+    check_neutral(method, concepts.neutral if isinstance(concepts, ConceptBank) else None)
     if isinstance(concepts, ConceptBank):
         bank = concepts
     elif concepts is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import planned, require, unknown_word
-from ..problem import Partial, Problem, Slots
+from ..problem import Partial, Problem, Slots, located
 from ..statistics import GATE_REPORT_LEVEL, Tables
 from ..tokens import ConceptTokens
 from . import native
@@ -104,7 +104,7 @@ class CpuPlan:
             text = native.addresses(copies)
         elif self._negates and concepts is not None:
             # Found just now, to look the plan up.
-            text = (concepts.__dict__.get("found") or concepts.located()).addresses
+            text = (concepts.__dict__.get("found") or located(concepts)).addresses
         tables = Tables._make(map(torch.zeros, self._tables)) if self._tables else None
         _C.run_cpu(
             self._call,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan import partial, planned, require, unknown_word
-from ..problem import Partial, Problem, Slots
+from ..problem import Partial, Problem, Slots, located
 from ..statistics import Tables, Trace
 from ..tokens import ConceptTokens
 from . import native
@@ -156,7 +156,7 @@ class CudaPlan:
             text = native.addresses(copies)
         elif self._negates and concepts is not None:
             # Found just now, to look the plan up.
-            text = (concepts.__dict__.get("found") or concepts.located()).addresses
+            text = (concepts.__dict__.get("found") or located(concepts)).addresses
         moments = None if self._moments is None else query.new_empty(self._moments, dtype=torch.float32)
         norms = None if self._norms is None else query.new_empty(self._norms, dtype=torch.float32)
         trace = None if self._trace is None else Trace.empty(self._trace, query.device)

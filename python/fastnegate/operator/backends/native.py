@@ -27,6 +27,7 @@ WORDS = {
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
     "shared": ("inside", "joint", "outside"),
+    "center": ("none",),
 }
 ALIGNMENT = 16  # bytes that kernels read at a time
 _READ_AS_THEY_ARE = 2  # of the tensors of concepts, key and value have strides, the others are contiguous
@@ -118,9 +119,11 @@ def layout(problem: Problem) -> Layout:
 
 
 def codes(rule: Rule) -> tuple[int, ...]:
-    """The words by the numbers of `WORDS`, whatever their places in rule.py."""
+    """The words by the numbers of `WORDS`, whatever their places in rule.py; csrc is not told of `center`, of
+    which it knows one word."""
+    told = (word for word in CODES if len(WORDS[word]) > 1)
     return tuple(
-        rule.norm_order if word == "norm_order" else WORDS[word].index(getattr(rule, word)) for word in CODES
+        rule.norm_order if word == "norm_order" else WORDS[word].index(getattr(rule, word)) for word in told
     )
 
 

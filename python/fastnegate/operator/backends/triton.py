@@ -35,6 +35,7 @@ WORDS = {
     "norm_order": (1, 2),
     "scope": ("head", "feature"),
     "shared": ("inside", "joint", "outside"),
+    "center": ("none",),
 }
 _KERNELS = "fastnegate.triton_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -124,6 +124,9 @@ class _Scores(AroundDenoiser):
         wide = torch.promote_types(prompt.dtype, torch.float32)
         full = [c.to(wide) for c in concepts]
         g = self._method(prompt.to(wide), empty.to(wide), full, factor, generation.state, at, weight)
+        if last:
+            with self._adding:
+                self._generations = [other for other in self._generations if other is not generation]
         return g.to(prompt.dtype)
 
 

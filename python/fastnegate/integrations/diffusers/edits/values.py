@@ -77,15 +77,15 @@ class _Values(AroundDenoiser):
 
     def _hook(self, attn: Any, targets: Tensor) -> None:
         """Have the layer tell its text, and edit what `to_v` makes of that. Other texts may come by: concepts
-        to be negated, which are left as they are."""
+        to be negated, which are left as they are. So are copies of the layer, which have its hooks."""
 
-        def before(_attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (now := self._now()) is not None:
+        def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer is attn and (now := self._now()) is not None:
                 text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
                 now.text = text[0] if isinstance(text, tuple) else text
 
         def after(to_v: Any, args: tuple[Any, ...], made: Tensor) -> Tensor | None:
-            now = self._now()
+            now = self._now() if to_v is attn.to_v else None
             if now is None or now.text is None or not _same_storage(args[0], now.text):
                 return None
             now.edited.add(attn)

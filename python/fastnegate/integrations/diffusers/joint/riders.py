@@ -67,8 +67,9 @@ class Layout(NamedTuple):
 class Riders:
     """The concept tokens of the rows of one batch. Nobody changes it.
 
-    The entries of a row sit in *lanes* behind each other, the longest first. A column of a lane is the same
-    place of a text in every row, since models give one position to a column.
+    The entries of a row sit in *lanes* behind each other, the longest first, and so do its neutral tokens,
+    where the rule centres. A column of a lane is the same place of a text in every row, since models give one
+    position to a column.
 
     Args:
         rows: who negates what.
@@ -83,10 +84,11 @@ class Riders:
         ends: int64 [B, T], where the tokens of that rider's entry end in their text; 0 where nobody rides.
         bias: [B, 1, T, T], 0 between tokens of the same entry, and -inf between others: riders see the image
             and their own entry, not the prompt and not each other. What rides for nobody sees its like.
-        alone: whether no row has more than one entry, and each takes the first `longest` columns: these are
+        alone: whether no row has more than one of these, and each takes the first `longest` columns: they are
             what riders see then, and nothing need be masked.
-        spans: of each entry, its row and its columns.
-        index, weight: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of its row.
+        spans: of each entry, and of neutral tokens, its row and its columns.
+        index, weight, neutral: of `ConceptTokens`, in which each entry is a concept of its own: the tokens of
+            its row; so are the neutral tokens of each row, behind the entries.
 
     Raises:
         NegationNotAppliedError: a row has more than `most`.
@@ -97,11 +99,19 @@ class Riders:
     ) -> None:
         slots, batch = rows.slots.slots, len(rows.requests)
         of = [slots[entry.slot] for entry in rows.entries]  # each entry's
+        row_of = [entry.row for entry in rows.entries]
+        riding = [[*range(a, b)] for a, b in itertools.pairwise(rows.offsets)]
+        nothing_said = None if rows.slots.neutral is None else slots[rows.slots.neutral]
+        neutral = torch.full((batch,), -1, dtype=torch.int32)
+        for row, mates in enumerate(riding):
+            if nothing_said is not None and mates:
+                neutral[row] = len(of)
+                mates.append(len(of))
+                of.append(nothing_said)
+                row_of.append(row)
         begins, firsts = [0] * len(of), [0] * len(of)
         place: list[int] = []
-        longest_first = [
-            sorted(range(a, b), key=lambda i: -of[i].length) for a, b in itertools.pairwise(rows.offsets)
-        ]
+        longest_first = [sorted(mates, key=lambda i: -of[i].length) for mates in riding]
         for lane in itertools.zip_longest(*longest_first):
             taken = [i for i in lane if i is not None]
             known = [first for i in taken if (first := of[i].first) is not None]
@@ -123,14 +133,14 @@ class Riders:
         owner, ends = torch.full_like(pick, -1), torch.zeros_like(pick)
         weight = torch.ones(batch, self.count)
         self.spans: list[tuple[int, slice]] = []
-        for i, (entry, slot, begin, first) in enumerate(zip(rows.entries, of, begins, firsts)):
+        for i, (row, slot, begin, first) in enumerate(zip(row_of, of, begins, firsts)):
             span, tokens = slice(begin, begin + slot.length), slice(slot.begin, slot.begin + slot.length)
-            self.spans.append((entry.row, span))
-            pick[entry.row, span] = torch.arange(tokens.start, tokens.stop)
-            owner[entry.row, span] = i
-            ends[entry.row, span] = first + slot.length
+            self.spans.append((row, span))
+            pick[row, span] = torch.arange(tokens.start, tokens.stop)
+            owner[row, span] = i
+            ends[row, span] = first + slot.length
             if rows.slots.weight is not None:
-                weight[entry.row, span] = rows.slots.weight[tokens]
+                weight[row, span] = rows.slots.weight[tokens]
         alike = owner[:, :, None] == owner[:, None, :]
         bias = torch.zeros(alike.shape).masked_fill(~alike, -torch.inf).unsqueeze(1)
         self.longest = self.count if fixed else max((slot.length for slot in of), default=0)
@@ -138,13 +148,15 @@ class Riders:
             len(slots) if fixed else max((b - a for a, b in itertools.pairwise(rows.offsets)), default=0)
         )
         spans = {(begin, slot.length) for begin, slot in zip(begins, of)}
-        self.alone = not fixed and self.busiest == 1 and spans == {(0, self.longest)}
+        fullest = max(map(len, riding), default=0)
+        self.alone = not fixed and fullest == 1 and spans == {(0, self.longest)}
         # Weights are per token, not per row: tokens of all rows lie behind each other then.
         self.flat = rows.slots.weight is not None
         if self.flat:
-            begins = [begin + entry.row * self.count for begin, entry in zip(begins, rows.entries)]
-        self.entries = batch * len(slots) if fixed else len(of)
-        spare = [0] * (self.entries - len(of))
+            begins = [begin + row * self.count for begin, row in zip(begins, row_of)]
+        self.entries = batch * len(slots) if fixed else len(rows.entries)
+        self.concepts = self.entries + batch * (nothing_said is not None) if fixed else len(of)
+        spare = [0] * (self.concepts - len(of))
         index = [*range(self.entries), *begins, *spare, *(slot.length for slot in of), *spare, *rows.offsets]
         place += [0] * (self.count - len(place))  # a place that every model has; nobody is there
         self.reach = self.count + max(firsts, default=0)
@@ -152,6 +164,7 @@ class Riders:
             self.pick, self.ends, self.bias = pick.to(device), ends.to(device), bias.to(device)
             self.place = torch.tensor(place, dtype=torch.int64, device=device)
             self.index = torch.tensor(index, dtype=torch.int32, device=device)
+            self.neutral = None if nothing_said is None else neutral.to(device)
             self.weight = weight.flatten().to(device) if self.flat else None
         self._numbers: dict[tuple[float, ...], Tensor] = {}
 
@@ -174,8 +187,8 @@ class Riders:
         if self.flat:
             key, value = key.flatten(0, 1), value.flatten(0, 1)
         return ConceptTokens(
-            key, value, self.index, numbers, self.entries, self.entries, self.longest, self.busiest,
-            token_weight=self.weight,
+            key, value, self.index, numbers, self.entries, self.concepts, self.longest, self.busiest,
+            token_weight=self.weight, neutral=self.neutral,
         )  # fmt: skip
 
 

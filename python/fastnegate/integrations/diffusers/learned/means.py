@@ -22,7 +22,7 @@ from ..around import put_around, take_away
 from ..contract import bare, cross_attention_layers, denoisers, encoders_of, family, in_progress
 from ..hook import unconditional
 from ..install import engine_of
-from ..layers.ip_adapter import Adapted, WithImages
+from ..layers.ip_adapter import WithImages
 from ..layers.known import kind_of
 from ..text.identity import sample_of
 
@@ -36,7 +36,8 @@ _seen: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary(
 
 
 def denoiser_fingerprint(pipe: Any) -> Fingerprint:
-    """Identity of the denoisers and their cross-attention layers, by a sample of what makes values of text.
+    """Identity of the denoisers and their cross-attention layers, by a sample of what makes values of text: a
+    fine-tune that hardly changed them is the same.
 
     Raises:
         UnsupportedModelError: it has no such layers that can be looked at; or weights are offloaded that were
@@ -137,7 +138,7 @@ class _Watch:
         self._model, self._parameters = model, [*inspect.signature(model.forward).parameters]
         self._layers = {f"{prefix}{name}": attn for name, attn in cross_attention_layers(model).items()}
         for name, attn in self._layers.items():
-            if isinstance(kind_of(attn.processor), WithImages) or isinstance(attn.processor, Adapted):
+            if isinstance(kind_of(attn.processor), WithImages):
                 raise UnsupportedModelError(f"layer {name} has an IP-Adapter: unload it before")
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = dict.fromkeys(self._layers, 0)
@@ -182,7 +183,7 @@ class _Watch:
         self._rows[name] += len(rows)
 
     def means(self) -> dict[str, Tensor]:
-        """Raises ValueError: a layer that gave nothing for a prompt, since its denoiser has none of the steps."""
+        """Raises ValueError: a layer gave nothing, since its denoiser has none of the steps."""
         for name, rows in self._rows.items():
             if not rows:
                 raise ValueError(f"layer {name} was not asked in these runs: they have too few steps for it")

@@ -87,6 +87,16 @@ def negative_prompt(pipe: Any, text: str) -> Concept:
     return concept
 
 
+def with_roles(pipe: Any, text: str) -> tuple[Tensor, Tensor]:
+    """A text, which may be empty, as the pipeline encodes it: float32 [L, C] and the roles, int8 [L], of what
+    the model attends to."""
+    words = Words(encoder_of(pipe))
+    with torch.inference_mode(False):
+        (embeddings,), (kept,) = _encode(words.pipe, [text])
+    roles = words.roles(text, words.begin(text, len(embeddings)), len(embeddings))
+    return embeddings[kept], roles[kept]
+
+
 def _carry_out(words: Words, plans: Sequence[Plan]) -> list[Concept]:
     """Encode every text once, and make a concept of each plan."""
     if words.left_out:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of centring: what it asks of a host, what it writes, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from fastnegate.benchmarks.quality import centre, hosts
+
+import fastnegate as fn
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Hosts of two steps and few concepts; the rules that were scored."""
+    plain, scored = hosts.load, []
+    score = hosts.Host.score
+
+    class Few(hosts.Easy):
+        CONCEPTS = ("red",)
+
+        @staticmethod
+        def suite(name: str, n: int, seed: int) -> list[Any]:
+            many = (case for more in range(99) for case in hosts.Easy.suite(name, n, seed + more))
+            return [case for case in many if case.concept == "red"][:n]
+
+    def load(name: str) -> hosts.Host:
+        host = plain(name)
+        return hosts.Host(host.pipe, Few(), {**host.call, "num_inference_steps": 2})
+
+    def record(self: hosts.Host, bank: Any, rule: Any, *args: Any) -> Any:
+        scored.append((rule, bank.neutral))
+        return score(self, bank, rule, *args)
+
+    monkeypatch.setattr(centre, "load", load)
+    monkeypatch.setattr(hosts.Host, "score", record)
+    return scored
+
+
+def test_it_is_measured_once_and_goes_on(
+    short: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study.jsonl"
+    usual = [
+        "--suites",
+        "colour",
+        "benign",
+        "--cases",
+        "2",
+        "--threads",
+        "1",
+        "--strength",
+        "2",
+        "--out",
+        str(out),
+    ]
+    assert centre.main([*usual, "--neutral", "-", "--threshold", "0.5"]) == 0
+    first = out.read_text()
+    assert centre.main([*usual, "--neutral", "-", "empty", "mean", "--threshold", "0.5"]) == 0
+    assert out.read_text().startswith(first) and len(short) == 3
+    assert [rule.name for rule, _ in short] == ["protore", *["protore[center=neutral]"] * 2]
+    assert short[0][1] is None and not short[1][1].equal(short[2][1])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["neutral"] for line in lines] == ["-", "empty", "mean"]
+    shares = lines[0]["scores"]["colour"]
+    assert set(shares) == {"gone", "kept", "right"} and all(0 <= share <= 1 for share in shares.values())
+    printed = capsys.readouterr().out
+    assert "| neutral | threshold | strength | colour" in printed and "| mean " in printed
+    with pytest.raises(ValueError, match="is of another study"):
+        centre.main([*usual[:-4], "--strength", "2", "--seed", "7", "--out", str(out)])
+
+
+def test_hosts_have_names() -> None:
+    with pytest.raises(ValueError, match="host='other': allowed are easy"):
+        hosts.load("other")
+
+
+def test_nothing_is_negated_without_a_rule(short: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    host = centre.load("easy")
+    monkeypatch.setattr(hosts, "install", None)
+    bank = host.bank()
+    assert set(host.score(bank, None, ["colour", "benign"], 1, 0)) == {"colour", "benign"}
+    with pytest.raises(TypeError, match="NoneType"):
+        host.score(bank, fn.Rule(), ["colour"], 1, 0)
