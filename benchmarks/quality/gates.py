@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a method wins or loses: what its gates and similarities were, by layer and step, where the concept is in
-the prompt and where it is not."""
+"""Why a method wins or loses: its gates and similarities by layer and step, where the concept is in the
+prompt and where it is not."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastnegate.testbed.quality.measure import PICTURES
 from fastnegate.testbed.quality.results import Results, Study, read_studies
 from fastnegate.testbed.quality.scores import details, overview, table
 
@@ -32,8 +33,8 @@ def _section(folder: Path, results: Results, studies: list[Study]) -> Iterator[s
     yield f"## {results.host}, {results.guidance}"
     machines = sorted({row.price.machine for row in results.rows if row.price is not None})
     yield (
-        f"{plan.cases} cases of each suite, seed {plan.seed}, {plan.split} split. Right, strict, in per cent; "
-        f"milliseconds of a step of 8 pictures on {', '.join(machines)}:"
+        f"{plan.cases} cases of each suite, seed {plan.seed}, {plan.split} split. Right, in per cent; "
+        f"CPU milliseconds of a step of {PICTURES} pictures on {', '.join(machines)}:"
     )
     yield overview(results.rows)
     for suite in dict.fromkeys(score.suite for row in results.rows for score in row.scores):

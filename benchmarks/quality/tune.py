@@ -28,10 +28,12 @@ def tune(
     The sampler is seeded, and verdicts are in `lines`, so a study that was stopped goes through the same
     trials again without drawing them.
 
+    Returns:
+        The best of all that were tried; no trials, if the method does not fit the stage.
+
     Raises:
         ModuleNotFoundError: optuna is missing.
         ValueError: another method, or one without anything to tune.
-        UnsupportedModelError: it does not fit the stage.
     """
     optuna = _optuna()
     method = method_of(name)

@@ -292,6 +292,17 @@ def test_methods_that_need_guidance_are_refused_without(
         assert contest.row(name).refused == f"{name} needs classifier-free guidance"
 
 
+def test_joint_hosts_are_called_as_they_want(hurried: Stage) -> None:
+    """True guidance has an empty negative prompt for each picture; free runs have half the passes."""
+    plan = Plan(("colour",), cases=1)
+    for guidance, name, passes in (("cfg", "sld", 3), ("free", "vsf", 1)):
+        contest = Contest(Stage("easy-joint", guidance), plan, Lines())
+        price = contest.row(name, price=True).price
+        assert price is not None and price.passes == passes
+        assert contest.row("casteer").refused == "casteer needs layers that attend to text alone"
+        assert "text changes from layer to layer" in contest.row("adavd").refused
+
+
 def test_fingerprints_change_with_weights_and_cases(hurried: Stage) -> None:
     cases = easy.suite("colour", 2, 0)
     found = {hurried.fingerprint(cases), hurried.fingerprint(cases[:1]), hurried.fingerprint(cases[1:])}

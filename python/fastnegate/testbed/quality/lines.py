@@ -19,7 +19,7 @@ class Price:
 
     Args:
         passes: rows of the denoiser per picture and step.
-        ms: milliseconds of a step of `pictures` pictures, the median.
+        ms: of all cores for a step of `pictures` pictures, the median.
         pictures: that were drawn together.
         machine: its processor.
     """

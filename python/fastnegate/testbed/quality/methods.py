@@ -92,6 +92,7 @@ class Method:
             factor of it.
         mixed: each case of a batch may have concepts of its own; otherwise they share them.
         guided: it needs classifier-free guidance.
+        apart: it needs layers that attend to text alone, which joint hosts have not.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Method:
     strength: tuple[str, float] | None = None
     mixed: bool = False
     guided: bool = False
+    apart: bool = False
 
     def check(self, numbers: Numbers) -> None:
         """Raise ValueError unless each is one that the method is tuned in."""
@@ -183,7 +185,10 @@ _TOKENS = {"tokens": Choice(("prompt", "prototype"))}
 
 def _of_preset(name: str, low: float, high: float, **more: Range) -> Method:
     tuned = {"strength": Range(low, high, log=True), **more, **_STOP}
-    return Method(name, partial(_preset, name), tuned, ("strength", 1.0), mixed=True)
+    # In joint layers the prompt is a part of a larger softmax, where the operator refuses to retrieve, and no
+    # directions are collected.
+    apart = Rule.preset(name).direction in ("retrieve", "fixed")
+    return Method(name, partial(_preset, name), tuned, ("strength", 1.0), mixed=True, apart=apart)
 
 
 _GATED = {"threshold": Range(0.0, 0.9), "norm_limit": Range(1.0, 3.0)}

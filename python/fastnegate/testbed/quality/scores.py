@@ -91,7 +91,7 @@ def overview(rows: Iterable[Row]) -> str:
     """A Markdown table of methods and suites: `right` in per cent, strict."""
     rows = list(rows)
     suites = list(dict.fromkeys(score.suite for row in rows for score in row.scores))
-    head = ["method", *suites, "objective", "passes", "ms a step"]
+    head = ["method", *suites, "objective", "passes", "CPU ms a step"]
     body = []
     for row in rows:
         found = {score.suite: score for score in row.scores}

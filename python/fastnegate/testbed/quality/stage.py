@@ -113,6 +113,8 @@ class Stage:
         """
         if method.guided and self.guidance != "cfg":
             raise UnsupportedModelError(f"{method.name} needs classifier-free guidance")
+        if method.apart and self.joint:
+            raise UnsupportedModelError(f"{method.name} needs layers that attend to text alone")
 
         def on_step_end(_pipe: Any, _i: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
             on_step()
