@@ -45,9 +45,16 @@ def _section(folder: Path, results: Results, studies: list[Study]) -> Iterator[s
         yield _studies(studies)
     if (folder / f"{name}-frontier.png").exists():
         yield f"![gone against kept, by strength]({_from_page(name)}-frontier.png)"
+    for file in sorted(folder.glob(f"{name}-gates-*.png")):
+        method = file.stem.removeprefix(f"{name}-gates-")
+        yield f"Gates of `{method}` on cases of the development split:"
+        yield f"![gates of {method}, by layer and step]({_from_page(file.stem)}.png)"
     for file in sorted(folder.glob(f"{name}-grid-*.png")):
         method = file.stem.removeprefix(f"{name}-grid-")
-        yield f"The first eight cases of each suite without negation, and below with `{method}`:"
+        yield (
+            "The first eight cases of each suite, in the order of the table, without negation and below with "
+            f"`{method}`:"
+        )
         yield f"![unselected pictures of {method}]({_from_page(file.stem)}.png)"
 
 

@@ -70,7 +70,8 @@ def test_runs_end_in_files_and_the_page_shows_them(
     assert all(0 <= g["mean"] <= g["largest"] <= 1 and sum(g["similarities"]) == 2 for g in found)
     shown = page.measured(tmp_path)
     assert "2 cases of each suite, seed 0, test split" in shown and "| vsf " in shown
-    assert "easy-cfg-frontier.png" in shown and "easy-cfg-grid-nag.png" in shown
+    for name in ("frontier", "grid-nag", "gates-protore"):
+        assert f"easy-cfg-{name}.png" in shown
 
     assert command.main(["gates", "--methods", "uce", *few, *where]) == 2
     assert "uce acts beside attention: it has no gates" in capsys.readouterr().err
