@@ -177,6 +177,7 @@ setup(
         "fastnegate.benchmarks.gpu.steps",
         "fastnegate.benchmarks.operator",
         "fastnegate.benchmarks.pipeline",
+        "fastnegate.benchmarks.quality",
     ],
     package_dir={
         "": "python",

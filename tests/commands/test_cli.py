@@ -23,7 +23,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise AssertionError("work has begun")
 
     monkeypatch.setattr(demo, "load", work)
-    monkeypatch.setattr(quality, "load", work)
+    monkeypatch.setattr(quality, "Stage", work)
     monkeypatch.setattr(bench, "facts", work)
     monkeypatch.setattr(doctor, "_report", work)
     monkeypatch.chdir(tmp_path)
@@ -45,9 +45,8 @@ BAD = [
     ("demo --out there/x", "argument --out: 'there/x': must be a folder that can be written"),
     ("quality --cases 0", "argument --cases: '0': must be a whole number >= 1"),
     ("quality --cases many", "argument --cases: 'many'"),
-    ("quality --methods magic", "argument --methods: invalid choice: 'magic'"),
-    ("quality --methods none casteer", "argument --methods: invalid choice: 'casteer'"),
-    ("quality --suites colour hue", "argument --suites: invalid choice: 'hue'"),
+    ("quality --methods none magic", "method='magic'; allowed: none, negative prompt, protore"),
+    ("quality --guidance some", "argument --guidance: invalid choice: 'some'"),
     ("quality --seed -1", "argument --seed: '-1'"),
     ("quality --strength 0", "argument --strength: '0': must be a number above 0"),
     ("quality --strength nan", "argument --strength: 'nan': must be a number above 0"),

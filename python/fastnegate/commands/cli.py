@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..operator.rule import presets
-from ..testbed import CONCEPTS, SUITES, objects_in
+from ..testbed import CONCEPTS, objects_in
 from . import concepts, options
 
 
@@ -65,14 +65,18 @@ def _parser() -> argparse.ArgumentParser:
 
     concepts.add(commands)
 
-    quality = commands.add_parser("quality", help="score methods on the embedded model")
-    default = ["none", "negative prompt", "protore"]
-    quality.add_argument("--methods", nargs="+", choices=[*default[:2], *methods], default=default)
-    quality.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
-    quality.add_argument("--cases", type=options.whole(1), default=64)
+    quality = commands.add_parser("quality", help="score methods on the testbed's models")
+    quality.add_argument("--host", default="easy", help="the model: easy, easy-joint, hard, hard-joint")
+    quality.add_argument("--guidance", choices=("cfg", "free"), default="cfg")
+    quality.add_argument("--methods", nargs="+", default=["none", "negative prompt", "protore"])
+    quality.add_argument("--suites", nargs="+", default=[], help="of the model's world (default: all)")
+    quality.add_argument("--cases", type=options.whole(1), default=64, help="of each suite")
     quality.add_argument("--seed", type=options.seed, default=0)
     quality.add_argument("--strength", type=options.strength, default=1.0, help="1: the method's own")
+    quality.add_argument("--tuned", type=Path, metavar="FILE", help="also the numbers in this file")
+    quality.add_argument("--lines", type=options.file, metavar="FILE", help="go on from there, and add to it")
     quality.add_argument("--json", type=options.file, metavar="FILE", help="also write the scores")
+    quality.add_argument("--quick", action="store_true", help="none and protore, three suites, 16 cases")
     quality.set_defaults(run=_quality)
     return parser
 
@@ -103,9 +107,22 @@ def _doctor(given: argparse.Namespace) -> int:
 
 
 def _quality(given: argparse.Namespace) -> int:
-    from .quality import run
+    _quiet_hub()
+    from ..testbed.quality import Plan
+    from .quality import QUICK, run
 
-    run(given.methods, given.suites, given.cases, given.seed, given.strength, given.json)
+    if given.quick:
+        given.methods, given.suites, given.cases = QUICK
+    run(
+        given.host,
+        given.guidance,
+        given.methods,
+        Plan(tuple(given.suites), given.cases, given.seed),
+        strength=given.strength,
+        tuned=given.tuned,
+        lines=given.lines,
+        file=given.json,
+    )
     return 0
 
 

@@ -169,7 +169,7 @@ def _kept(scheduler: Any, timestep: float) -> float:
 def _put(pipe: Any, concepts: Several, name: str, method: Method) -> Edit:
     entry = family(pipe)
     unet = entry.denoisers == ("unet",) and entry.texts is None and not entry.guider
-    if not unet and type(pipe).__name__ != "FluxPipeline":
+    if not unet and "FluxPipeline" not in (kind.__name__ for kind in type(pipe).__mro__):
         raise UnsupportedModelError(
             f"{name} needs a UNet whose rows are [unconditional, conditional] halves, or FluxPipeline with "
             f"true guidance: {type(pipe).__name__} is neither"
