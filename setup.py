@@ -178,6 +178,7 @@ setup(
         "fastnegate.benchmarks.operator",
         "fastnegate.benchmarks.pipeline",
         "fastnegate.benchmarks.quality",
+        "fastnegate.benchmarks.training",
     ],
     package_dir={
         "": "python",

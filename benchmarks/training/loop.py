@@ -56,7 +56,7 @@ def train(
 ) -> Any:
     """Train `host`; returns the copy of it that holds the averaged weights.
 
-    `folder` gets `state.pt` every ten minutes and `log.jsonl`, a line per evaluation; `evaluate(averaged,
+    `folder` gets `state.pt`, every ten minutes and at an evaluation, and `log.jsonl`, a line per evaluation; `evaluate(averaged,
     name)` gives what a line says beside the loss. Ends early, resumable, after `minutes`.
     """
     torch.manual_seed(recipe.seed)
@@ -116,7 +116,8 @@ def train(
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
             tqdm.write(json.dumps(log[-1]))
             host.train()
-        if time.monotonic() - saved > 600:
+            save()
+        elif time.monotonic() - saved > 600:
             save()
             saved = time.monotonic()
     bar.close()
