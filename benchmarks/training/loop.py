@@ -56,8 +56,9 @@ def train(
 ) -> Any:
     """Train `host`; returns the copy of it that holds the averaged weights.
 
-    `folder` gets `state.pt`, every ten minutes and at an evaluation, and `log.jsonl`, a line per evaluation; `evaluate(averaged,
-    name)` gives what a line says beside the loss. Ends early, resumable, after `minutes`.
+    `folder` gets `state.pt`, every ten minutes and at an evaluation, and `log.jsonl`, a line per
+    evaluation; `evaluate(averaged, name)` gives what a line says beside the loss. Ends early, resumable,
+    after `minutes`.
     """
     torch.manual_seed(recipe.seed)
     host = host.to(device)
