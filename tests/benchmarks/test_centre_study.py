@@ -18,21 +18,13 @@ import fastnegate as fn
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Hosts of two steps and few concepts; the rules that were scored."""
+    """Hosts of two steps; the rules that were scored."""
     plain, scored = hosts.load, []
     score = hosts.Host.score
 
-    class Few(hosts.Easy):
-        CONCEPTS = ("red",)
-
-        @staticmethod
-        def suite(name: str, n: int, seed: int) -> list[Any]:
-            many = (case for more in range(99) for case in hosts.Easy.suite(name, n, seed + more))
-            return [case for case in many if case.concept == "red"][:n]
-
-    def load(name: str) -> hosts.Host:
-        host = plain(name)
-        return hosts.Host(host.pipe, Few(), {**host.call, "num_inference_steps": 2})
+    def load(name: str, guided: bool) -> hosts.Host:
+        host = plain(name, guided)
+        return hosts.Host(host.pipe, host.world, {**host.call, "num_inference_steps": 2})
 
     def record(self: hosts.Host, bank: Any, rule: Any, *args: Any) -> Any:
         scored.append((rule, bank.neutral))
@@ -77,14 +69,14 @@ def test_it_is_measured_once_and_goes_on(
 
 
 def test_hosts_have_names() -> None:
-    with pytest.raises(ValueError, match="host='other': allowed are easy"):
+    with pytest.raises(ValueError, match="host='other'; allowed: easy"):
         hosts.load("other")
 
 
 def test_nothing_is_negated_without_a_rule(short: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    host = centre.load("easy")
+    host = centre.load("easy", True)
     monkeypatch.setattr(hosts, "install", None)
-    bank = host.bank()
+    bank = host.bank(["colour"], 1, 0, "development")
     assert set(host.score(bank, None, ["colour", "benign"], 1, 0)) == {"colour", "benign"}
     with pytest.raises(TypeError, match="NoneType"):
         host.score(bank, fn.Rule(), ["colour"], 1, 0)

@@ -136,6 +136,8 @@ class Slots:
 
     def directions_on(self, device: torch.device) -> dict[str, Tensor]:
         """The directions there; the same tensors each time."""
+        if not self.directions:
+            return self.directions  # nothing to keep: traced code would be traced again
         there = self._there.get(device)
         if there is None:
             with torch.inference_mode(False):  # as above
