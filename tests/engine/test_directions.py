@@ -264,6 +264,35 @@ def test_rules_that_read_tokens_and_a_direction_get_both() -> None:
         assert not torch.equal(generate(pipe), plain)
 
 
+def test_a_rule_may_read_a_direction_and_centre() -> None:
+    """The neutral tokens have a slot, and no direction."""
+    pipe = pipelines.build("sd15")
+    bank = bank_of(pipe, "dog", "red")
+    bank.neutral = ConceptBank.from_prompts(pipe, {"red": "red"}, neutral="empty").neutral
+    rule = Rule("direction", "step", "projection", center="neutral", tokens="prototype")
+    pictures = []
+    for names in (("dog", "red"), ("red",)):  # where it is in the bank changes nothing
+        part = ConceptBank({name: bank[name] for name in names}, bank.fingerprint, pipe, bank.neutral)
+        engine = fn.install(pipe, part, rule=rule)
+        with engine.batch([Policy({"red": 1.0})]):
+            pictures.append(generate(pipe))
+        engine.remove()
+    assert torch.equal(*pictures) and not torch.equal(pictures[0], generate(pipe))
+
+
+def test_directions_of_another_denoiser_stop_an_engine() -> None:
+    pipe, other = pipelines.build("sd15"), pipelines.build("sd15", seed=1)
+    bank, theirs = bank_of(pipe), bank_of(other)
+    engine = fn.install(pipe, bank, rule="casteer")
+    with engine.batch([Policy({"red": 1.0})]):
+        generate(pipe)
+        bank.update("red", replace(bank["red"], directions=theirs["red"].directions))
+        with pytest.raises(
+            NegationNotAppliedError, match="directions of another denoiser: the weights differ"
+        ):
+            generate(pipe)
+
+
 def test_what_cannot_be_collected_is_refused() -> None:
     pipe = pipelines.build("sd15")
     bank = bank_of(pipe)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -218,6 +220,7 @@ BAD: list[tuple[Callable[[Any], Any], str]] = [
     (lambda p: fn.edits.crg(p, "dog", gain=0), "gain=0"),
     (lambda p: fn.edits.uce(p, "dog", ridge=0), "ridge=0"),
     (lambda p: fn.edits.uce(p, "dog", tokens="x"), "tokens='x'"),
+    (lambda p: fn.edits.uce(p, "dog", ["cat", "red"]), "target has 2 concepts, cat, red: must be one"),
     (lambda p: fn.edits.uce(p, "dog", preserve={}), "preserve={}: must name"),
     (lambda p: fn.edits.rece(p, "dog", epochs=0), "epochs=0"),
     (lambda p: fn.edits.rece(p, "dog", adversarial_ridge=0), "adversarial_ridge=0"),
@@ -321,6 +324,37 @@ def test_the_weights_stay_the_same_tensors() -> None:
         assert attn.to_k.weight is weight and weight.data_ptr() == address and weight._version > version
         version = weight._version
     assert attn.to_k.weight is weight and weight._version > version
+
+
+@pytest.mark.parametrize("assign", (False, True))
+def test_weights_that_were_lost_stop_the_call(assign: bool, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = build("sd15")
+    state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with fn.edits.uce(pipe, "dog"), fn.edits.uce(pipe, "cat"):
+        draw(pipe)
+        pipe.unet.load_state_dict(state, assign=assign)
+        with pytest.raises(NegationNotAppliedError, match="uce: weights that it wrote were changed since"):
+            draw(pipe)
+    assert bool(caplog.records) is not assign
+    draw(pipe)
+
+
+def test_edits_within_each_other_are_no_change_of_weights(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = build("sd15")
+    with fn.edits.uce(pipe, "dog"):
+        with fn.edits.rece(pipe, "cat"):
+            pipe.to(torch.bfloat16)
+        draw(pipe)
+    assert not [record for record in caplog.records if record.name == "fastnegate"]
+
+
+def test_a_pipeline_that_nobody_has_is_freed() -> None:
+    pipe = build("sd15")
+    alive = weakref.ref(pipe.unet)
+    fn.edits.uce(pipe, "dog")
+    del pipe
+    gc.collect()
+    assert alive() is None
 
 
 def _quantized(attn: Any) -> None:
@@ -465,6 +499,17 @@ def test_safree_filters_the_first_steps_and_needs_words() -> None:
     count = [len(pipe.tokenizer(p).input_ids) - 2 for p in PROMPTS]
     assert torch.equal(changed[0], changed[1]) and not changed[:, 0].any()
     assert not changed[0, count[0] + 1 :].any() and not changed[2, count[1] + 1 :].any()
+
+
+def test_safree_within_safree_filters_both() -> None:
+    pipe = build("sd15")
+    pictures = [draw(pipe)]
+    with EDITS["safree"](pipe):
+        pictures.append(draw(pipe))
+        with EDITS["safree"](pipe, "red"):
+            pictures.append(draw(pipe))
+        assert torch.equal(draw(pipe), pictures[1])
+    assert len({p.numpy().tobytes() for p in pictures}) == 3
 
 
 # ---- what goes wrong later ------------------------------------------------------------------

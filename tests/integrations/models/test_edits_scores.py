@@ -250,6 +250,15 @@ def test_without_guidance_it_raises(method: str) -> None:
         joint_pipelines.generate(pipe)
 
 
+def test_a_warmup_that_never_ends_stops_generation() -> None:
+    """As a window that holds no step does: what was asked for would not be done."""
+    pipe = build("sd15")
+    with fn.edits.sld(pipe, "dog", warmup=2):
+        generate(pipe, steps=3, height=16, width=16)
+        with pytest.raises(NegationNotAppliedError, match="sld acts from step 2 on, and 2 steps run"):
+            generate(pipe, steps=2, height=16, width=16)
+
+
 def test_schedulers_that_are_not_understood_are_refused() -> None:
     pipe = build("sd15")
     pipe.scheduler.register_to_config(prediction_type="flow_prediction")

@@ -20,7 +20,7 @@ from joint_pipelines import JOINT, build, generate
 from pipelines import one_thread  # noqa: F401
 
 import fastnegate as fn
-from fastnegate import ConceptBank, Policy, Rule
+from fastnegate import ConceptBank, Policy, Rule, UnsupportedModelError
 
 STRONG = Rule.preset("nag", family="flux", strength=10.0, norm_limit=5.0, blend=1.0)
 VSF = Rule.preset("vsf", strength=3.0)
@@ -34,6 +34,15 @@ def bank_of(pipe: Any) -> ConceptBank:
 
 def errs(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind", ("flux", "sd3"))
+def test_a_rule_that_retrieves_is_refused_at_once(kind: str) -> None:
+    """It reads the prompt's tokens, and these models' share one softmax with the image."""
+    pipe = build(kind)
+    with pytest.raises(UnsupportedModelError, match="direction='retrieve' reads the prompt's own tokens"):
+        fn.install(pipe, bank_of(pipe), rule="protore_retrieve")
+    fn.install(pipe, bank_of(pipe)).remove()  # nothing stayed behind
 
 
 @pytest.mark.parametrize("kind", (*FRAMED, "flux", "sd3"))

@@ -15,6 +15,8 @@ from torch import Tensor
 from ...operator.rule import Rule
 from ..bank import ConceptBank
 from ..concepts import Concept
+from ..errors import NegationNotAppliedError
+from ..files import directions_of
 from ..policy import Policy
 
 MOST_TEXTS = 256  # negative prompts whose encodings are kept
@@ -116,6 +118,8 @@ class Slots:
             self.weight = torch.cat([*weights, torch.zeros(spare.tokens)])
         # By layer, [slots, H, D]; for rules that read no direction there are none. A bank's have one model.
         layers = directions[0] if directions else ()
+        if self.neutral is not None and layers:  # nobody negates it, so its direction is never read
+            directions.insert(0, {layer: torch.zeros_like(u) for layer, u in directions[0].items()})
         self.directions = {layer: torch.stack([of[layer] for of in directions]) for layer in layers}
         self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._there: dict[torch.device, dict[str, Tensor]] = {}
@@ -181,6 +185,7 @@ class Shelf:
         self._texts: OrderedDict[tuple[str, Hashable], Concept] = OrderedDict()
         self._slots: dict[tuple[int, Texts, Room], Slots] = {}
         self._room = NO_ROOM
+        self._directions = directions_of(bank.snapshot().concepts)  # those that `install` has checked
         self._changing = threading.Lock()
 
     def encode(self, policies: Iterable[Policy | None]) -> Texts:
@@ -201,6 +206,10 @@ class Shelf:
             slots = self._slots.get((version, texts, room))
         if slots is not None:
             return slots
+        now = directions_of(concepts)
+        if self._rule.reads.direction and now is not None and self._directions is not None:
+            if (difference := self._directions.model.difference(now.model)) is not None:
+                raise NegationNotAppliedError(f"the bank has directions of another denoiser: {difference}")
         slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room, neutral)
         if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
             self._room = room = room.enlarged(slots.text_room, self._prompts)

@@ -82,7 +82,8 @@ def install(
         The engine: `with engine.batch(policies): pipe(prompts)`, and `engine.remove()`.
 
     Raises:
-        UnsupportedModelError: unknown pipeline, no denoiser in it, or a processor that cannot be wrapped.
+        UnsupportedModelError: unknown pipeline, no denoiser in it, a processor that cannot be wrapped, or a
+            rule that retrieves tokens in a joint model.
         BankMismatchError: the bank belongs to another text encoder.
         ValueError: bad arguments, or an engine is installed already.
     """
@@ -106,6 +107,11 @@ def install(
         rule = Rule.preset(rule or entry.method, family=entry.constants(pipe))
     if not isinstance(rule, Rule):
         raise TypeError(f"rule is a {type(rule).__name__}: must be a Rule or the name of a preset")
+    if entry.joint is not None and rule.direction == "retrieve":
+        raise UnsupportedModelError(
+            f"rule {rule.name!r}: direction='retrieve' reads the prompt's own tokens, and in "
+            f"{type(pipe).__name__} they share one softmax with the image"
+        )
     of_pipe = weakref.ref(pipe)
     engine = Engine(
         bank,

@@ -10,6 +10,7 @@ e_0 + s / (s - 1) g instead of e_0, to the same effect.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -41,8 +42,9 @@ class _Generation:
 
 
 class _Scores(AroundDenoiser):
-    def __init__(self, pipe: Any, name: str, texts: list[Tensor], method: Method) -> None:
+    def __init__(self, pipe: Any, name: str, texts: list[Tensor], method: Method, first: int) -> None:
         super().__init__(pipe, name)
+        self._first = first  # the step from which it acts
         self.extra_passes = len(texts)
         self._texts, self._method = texts, method
         self._generations: list[_Generation] = []
@@ -89,6 +91,11 @@ class _Scores(AroundDenoiser):
             if found is None or (starts and progress.at <= found.state.last):
                 self._generations = [g for g in self._generations if g is not found][-MOST_GENERATIONS + 1 :]
                 found = _Generation(progress.timesteps)
+                if len(found.steps) <= self._first:
+                    raise NegationNotAppliedError(
+                        f"{self.method} acts from step {self._first} on, and {len(found.steps)} steps run: "
+                        "give it a shorter warmup"
+                    )
                 self._generations.append(found)
             found.state.last = progress.at
             return found
@@ -166,7 +173,7 @@ def _kept(scheduler: Any, timestep: float) -> float:
     return float(between)
 
 
-def _put(pipe: Any, concepts: Several, name: str, method: Method) -> Edit:
+def _put(pipe: Any, concepts: Several, name: str, method: Method, first: int = 0) -> Edit:
     entry = family(pipe)
     unet = entry.denoisers == ("unet",) and entry.texts is None and not entry.guider
     if not unet and "FluxPipeline" not in (kind.__name__ for kind in type(pipe).__mro__):
@@ -177,7 +184,7 @@ def _put(pipe: Any, concepts: Several, name: str, method: Method) -> Edit:
     _kind(pipe.scheduler)
     check_plain(pipe, name)
     found = concepts_of(pipe, concepts)
-    return _Scores(pipe, name, [text_of(c, n) for n, c in found.items()], method)
+    return _Scores(pipe, name, [text_of(c, n) for n, c in found.items()], method, first)
 
 
 def sld(pipe: Any, concepts: Several, preset: str = "medium", **numbers: float) -> Edit:
@@ -201,7 +208,8 @@ def sld(pipe: Any, concepts: Several, preset: str = "medium", **numbers: float) 
     Raises:
         UnsupportedModelError: another pipeline or scheduler, or a denoiser that is compiled or cached.
         ValueError: a bad argument.
-        NegationNotAppliedError: in a later call without classifier-free guidance.
+        NegationNotAppliedError: in a later call without classifier-free guidance, or whose steps all are
+            warmup.
     """
     if preset not in SLD:
         raise ValueError(f"preset={preset!r}: allowed are {', '.join(SLD)}")
@@ -217,7 +225,7 @@ def sld(pipe: Any, concepts: Several, preset: str = "medium", **numbers: float) 
     ) -> Tensor:
         return chosen.step(prompt, empty, concepts, factor, state, at)
 
-    return _put(pipe, concepts, "sld", method)
+    return _put(pipe, concepts, "sld", method, math.ceil(chosen.warmup))
 
 
 def crg(

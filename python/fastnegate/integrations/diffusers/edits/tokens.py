@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ class _Prompt:
         self.last = -1
 
 
-_PROMPTS: ContextVar[tuple[Any, list[_Prompt]] | None] = ContextVar("fastnegate_safree", default=None)
+# Of the call at work, by the edit.
+_PROMPTS: ContextVar[Mapping[Edit, list[_Prompt]]] = ContextVar(
+    "fastnegate_safree", default=MappingProxyType({})
+)
 
 
 class _Tokens(AroundDenoiser):
@@ -54,7 +58,7 @@ class _Tokens(AroundDenoiser):
             raise NegationNotAppliedError("safree needs prompt=: it reads the words, prompt_embeds have none")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         words = Words(pipe)
-        token = _PROMPTS.set((self, [self._masked(words, prompt) for prompt in listed]))
+        token = _PROMPTS.set({**_PROMPTS.get(), self: [self._masked(words, prompt) for prompt in listed]})
         try:
             return super()._generate(pipe, call, args, kwargs, frame)
         finally:
@@ -85,18 +89,18 @@ class _Tokens(AroundDenoiser):
         given = self._arguments(model, args, kwargs)
         progress, text = in_progress(model, frame, given), given["encoder_hidden_states"]
         rows = conditional_rows(progress, self.pipe, len(text), "safree")
-        now = _PROMPTS.get()
-        if progress is None or not progress.own or now is None or now[0] is not self:
+        now = _PROMPTS.get().get(self)
+        if progress is None or not progress.own or now is None:
             raise NegationNotAppliedError(
                 "safree: this call of the denoiser is not the edited pipeline's own"
             )
         at = [i for i, conditional in enumerate(rows) if conditional]
-        each, rest = divmod(len(at), max(len(now[1]), 1))
+        each, rest = divmod(len(at), max(len(now), 1))
         if rest:
-            raise NegationNotAppliedError(f"safree: {len(at)} rows are not images of {len(now[1])} prompts")
+            raise NegationNotAppliedError(f"safree: {len(at)} rows are not images of {len(now)} prompts")
         filtered = text.clone()
         for i, row in enumerate(at):
-            self._filter(now[1][i // each], filtered[row], progress.at)
+            self._filter(now[i // each], filtered[row], progress.at)
         return call(**{**given, "encoder_hidden_states": filtered})
 
     def _filter(self, prompt: _Prompt, text: Tensor, step: int) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ....engine.concepts import Concept
-from ....engine.errors import UnsupportedModelError
+from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.prologue.weights import ClosedForm, answers, evened, resurfacing
 from ....operator.rule import check_number
 from ..contract import bare
@@ -22,7 +24,9 @@ from .given import One, Several, as_received, check_tokens, concepts_of, tail, t
 
 log = logging.getLogger("fastnegate")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_edits: weakref.WeakKeyDictionary[nn.Module, list[Edit]] = weakref.WeakKeyDictionary()  # by denoiser
+# By denoiser, the last one last; weakly, since an edit has the pipeline, and so its own key.
+_edits: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = weakref.WeakKeyDictionary()
+_written: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # version of a weight as we left it
 
 
 class WeightEdit(Edit):
@@ -35,27 +39,46 @@ class WeightEdit(Edit):
     def __init__(self, pipe: Any, method: str, new: Mapping[nn.Parameter, Tensor]) -> None:
         super().__init__(pipe, method)
         self._before = {weight: weight.detach().clone() for weight in new}
-        self._versions: dict[nn.Parameter, int] = {}
         try:
             for weight, value in new.items():
                 _write(weight, value)
-                self._versions[weight] = weight._version
         except BaseException:
             self._restore()
             raise
         for model in self._models.values():
-            _edits.setdefault(bare(model), []).append(self)
+            _edits.setdefault(bare(model), []).append(weakref.ref(self))
         self._put()
 
     def _undo(self) -> None:
         models = [bare(model) for model in self._models.values()]
-        if any(_edits[model][-1] is not self for model in models):
+        if any(_edits[model][-1]() is not self for model in models):
             raise RuntimeError(f"{self.method}: weights were edited again since; remove the last edit first")
-        if any(weight._version != version for weight, version in self._versions.items()):
+        if self._changed():
             log.warning("%s: weights were changed since, which is undone as well", self.method)
         self._restore()
         for model in models:
             _edits[model].pop()
+
+    def _generate(
+        self, pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
+        if self._changed() or self._displaced():
+            raise NegationNotAppliedError(
+                f"{self.method}: weights that it wrote were changed since, so it may be undone: remove it, "
+                "and edit them again"
+            )
+        return super()._generate(pipe, call, args, kwargs, frame)
+
+    def _changed(self) -> bool:
+        """Whether somebody else has written into the weights."""
+        return any(weight._version != _written[weight] for weight in self._before)
+
+    def _displaced(self) -> bool:
+        """Whether the denoisers have other weights now. Offloading has placeholders for them, and puts them
+        back."""
+        now = {id(w): w for model in self._models.values() for w in model.parameters()}
+        gone = any(id(weight) not in now for weight in self._before)
+        return gone and not any(weight.is_meta for weight in now.values())
 
     def _restore(self) -> None:
         for weight, value in self._before.items():
@@ -65,6 +88,7 @@ class WeightEdit(Edit):
 @torch.no_grad()
 def _write(weight: nn.Parameter, value: Tensor) -> None:
     weight.copy_(value)
+    _written[weight] = weight._version
 
 
 def checked(name: str, weight: Any, method: str) -> nn.Parameter:
@@ -125,7 +149,10 @@ class _Wanted:
         kept = {} if preserve is None else concepts_of(pipe, preserve, "preserve")
         new = empty(pipe)
         if not (isinstance(target, str) and not target.strip()):
-            new = _tails(concepts_of(pipe, target, "target"), tokens)[0]
+            named = concepts_of(pipe, target, "target")
+            if len(named) > 1:
+                raise ValueError(f"target has {len(named)} concepts, {', '.join(named)}: must be one")
+            (new,) = _tails(named, tokens)
         self._pipe = pipe
         self._pairs = evened(_tails(old, tokens), [new] * len(old))
         self._kept = torch.cat([*_tails(kept, tokens), new[:0]])
