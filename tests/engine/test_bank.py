@@ -258,6 +258,9 @@ def test_pickles_are_refused_unread(tmp_path: Path) -> None:
         ("format", "format 99: this version reads 1"),
         ("tensor", "not a concept bank"),
         ("nan", "nan"),
+        ("facts", "encoder is a list"),
+        ("dtype", "fingerprint is torch.float64: must be torch.float32"),
+        ("twice", "two concepts have the same name"),
     ],
 )
 def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) -> None:
@@ -273,6 +276,13 @@ def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) ->
         header["format"] = 99
     if damage == "tensor":
         del tensors["0.roles"]
+    if damage == "facts":
+        header["encoder"] = []
+    if damage == "dtype":
+        tensors["fingerprint"] = tensors["fingerprint"].double()
+    if damage == "twice":
+        header["concepts"] *= 2
+        tensors |= {"1" + name[1:]: value.clone() for name, value in tensors.items() if name[0] == "0"}
     if damage == "nan":
         tensors["0.prompt"][0, 0] = NAN
     text = "{" if damage == "not json" else json.dumps(header)

@@ -38,6 +38,16 @@ def contents(path: str | Path) -> Contents:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']!r}: this version reads {FORMAT}")
+        for name in ("encoder", "denoiser"):
+            if not isinstance(facts := header.get(name, {}), dict):
+                raise ValueError(f"{name} is a {type(facts).__name__}: must be facts by name")
+        for name, tensor in tensors.items():
+            kind = torch.int8 if name.endswith(".roles") else torch.float32
+            if tensor.dtype != kind:
+                raise ValueError(f"{name} is {tensor.dtype}: must be {kind}")
+        names = [item["name"] for item in header["concepts"]]
+        if len({*names}) < len(names):
+            raise ValueError("two concepts have the same name")
         concepts = {}
         for i, item in enumerate(header["concepts"]):
             prototypes = tuple(tensors[f"{i}.prototype.{j}"] for j in range(item["prototypes"]))
