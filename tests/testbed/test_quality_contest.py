@@ -271,7 +271,7 @@ def test_each_method_acts_in_the_pipeline_and_is_undone(name: str, hurried: Stag
 
 
 @pytest.mark.parametrize(
-    ("name", "guidance", "passes"), [("none", "cfg", 2), ("vsf", "free", 1), ("sld", "cfg", 3)]
+    ("name", "guidance", "passes"), [("none", "cfg", 2), ("vsf", "free", 1), ("crg", "cfg", 3)]
 )
 def test_passes_are_counted(
     name: str, guidance: str, passes: int, hurried: Stage, monkeypatch: pytest.MonkeyPatch
@@ -295,7 +295,7 @@ def test_methods_that_need_guidance_are_refused_without(
 def test_joint_hosts_are_called_as_they_want(hurried: Stage) -> None:
     """True guidance has an empty negative prompt for each picture; free runs have half the passes."""
     plan = Plan(("colour",), cases=1)
-    for guidance, name, passes in (("cfg", "sld", 3), ("free", "vsf", 1)):
+    for guidance, name, passes in (("cfg", "crg", 3), ("free", "vsf", 1)):
         contest = Contest(Stage("easy-joint", guidance), plan, Lines())
         price = contest.row(name, price=True).price
         assert price is not None and price.passes == passes
