@@ -115,3 +115,17 @@ class World(Protocol):
 def pick(rng: np.random.Generator, options: Sequence[KindT]) -> KindT:
     """One of `options`, each as likely as the others."""
     return options[int(rng.integers(len(options)))]
+
+
+def check_words(prompt: str, words: Sequence[str], most: int) -> None:
+    """Check that a prompt is of these words, in any case, and of at most so many.
+
+    Raises:
+        ValueError: naming the first unknown word and the vocabulary, or the number of words.
+    """
+    said = prompt.lower().split()
+    for word in said:
+        if word not in words:
+            raise ValueError(f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(words)}")
+    if len(said) > most:
+        raise ValueError(f"prompt={prompt!r} has {len(said)} words; at most {most} fit")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shapes import signed_distance
-from ..world import Drawn, Scene, pick
+from ..world import Drawn, Scene, check_words, pick
 
 SIZE = 32
 """Height and width of every image, in pixels."""
@@ -114,12 +114,7 @@ def check_prompt(prompt: str) -> None:
     Raises:
         ValueError: naming the first unknown word and the vocabulary, or the number of words.
     """
-    words = prompt.lower().split()
-    for word in words:
-        if word not in WORDS:
-            raise ValueError(f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(WORDS)}")
-    if len(words) > MAX_WORDS:
-        raise ValueError(f"prompt={prompt!r} has {len(words)} words; at most {MAX_WORDS} fit")
+    check_words(prompt, WORDS, MAX_WORDS)
 
 
 def article(word: str) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from ..world import check_words
+
 COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "heart")
 FILLS: tuple[str, ...] = ("solid", "striped")
@@ -119,12 +121,7 @@ def check_prompt(prompt: str) -> None:
     Raises:
         ValueError: naming the first unknown word and the vocabulary, or the number of words.
     """
-    words = prompt.lower().split()
-    for word in words:
-        if word not in WORDS:
-            raise ValueError(f"prompt={prompt!r} has the unknown word {word!r}; allowed: {', '.join(WORDS)}")
-    if len(words) > MAX_WORDS:
-        raise ValueError(f"prompt={prompt!r} has {len(words)} words; at most {MAX_WORDS} fit")
+    check_words(prompt, WORDS, MAX_WORDS)
 
 
 def _true_of(word: str, kind: Kind) -> bool:
