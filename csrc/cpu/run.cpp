@@ -137,19 +137,6 @@ Buffer allocate(int64_t floats) {  // aligned to a cache line, not initialized
 
 int64_t clamp(int64_t x, int64_t high) { return std::max<int64_t>(0, std::min(x, high)); }
 
-// The numbers of one entry: NaN stands for the rule's default, default width 0 for 1 - threshold.
-Numbers resolve(const float* row, const Numbers& defaults) {
-  const auto pick = [](float given, float fallback) { return std::isnan(given) ? fallback : given; };
-  Numbers n;
-  n.strength = pick(row[0], defaults.strength);
-  n.logit_bias = pick(row[1], defaults.logit_bias);
-  n.threshold = pick(row[2], defaults.threshold);
-  n.width = pick(row[3], defaults.width > 0 ? defaults.width : 1.f - n.threshold);
-  n.cap = pick(row[4], defaults.cap);
-  n.active = pick(row[5], 1.f);
-  return n;
-}
-
 // Everything a Plan points to.
 struct Workspace {
   Plan plan{};
@@ -187,7 +174,7 @@ void find_live(const Problem& p, Workspace& w) {
     const int64_t end = any ? clamp(rows[b + 1], p.entries) : 0;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t c = clamp(p.index[e], p.concepts - 1);
-      const Numbers numbers = resolve(p.numbers + e * kNumberColumns, p.rule.defaults);
+      const Numbers numbers = numbers_of(p.numbers + e * kNumberColumns, p.rule.defaults);
       Span span = span_of(p, c);
       if (of_rows) span.batch = b;
       if (!(numbers.active > 0.f) || (w.plan.reads.direction && !p.direction) ||

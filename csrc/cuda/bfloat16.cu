@@ -4,6 +4,6 @@
 
 namespace fastnegate::cuda {
 
-Kernel kernel_bfloat16(int dim) { return kernel<bfloat16>(dim); }
+Kernel kernel_bfloat16(CudaKind kind, int dim) { return kernel<bfloat16>(kind, dim); }
 
 }  // namespace fastnegate::cuda

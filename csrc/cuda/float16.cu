@@ -4,6 +4,6 @@
 
 namespace fastnegate::cuda {
 
-Kernel kernel_float16(int dim) { return kernel<float16>(dim); }
+Kernel kernel_float16(CudaKind kind, int dim) { return kernel<float16>(kind, dim); }
 
 }  // namespace fastnegate::cuda

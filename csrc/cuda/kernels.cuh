@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of one dtype, by head_dim.
+// The kernels of one dtype, by kind and head_dim.
 #pragma once
 
 #include "cuda/kernel.cuh"
@@ -11,11 +11,21 @@
 
 namespace fastnegate::cuda {
 
+template <class T, int D>
+Kernel kernel_of(CudaKind kind) {
+  switch (kind) {
+    case CudaKind::plain: return &attention<T, D, CudaKind::plain>;
+    case CudaKind::one: return &attention<T, D, CudaKind::one>;
+    case CudaKind::many: return &attention<T, D, CudaKind::many>;
+  }
+  return nullptr;
+}
+
 template <class T>
-Kernel kernel(int dim) {
+Kernel kernel(CudaKind kind, int dim) {
   switch (dim) {
 #define FASTNEGATE_CASE(D) \
-  case D: return &attention<T, D>;
+  case D: return kernel_of<T, D>(kind);
     FASTNEGATE_CUDA_DIMS(FASTNEGATE_CASE)
 #undef FASTNEGATE_CASE
     default: return nullptr;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the host gives the kernel, and what it knows of it.
+// What the host gives the kernels, and what it knows of them.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/tiling.h"
 #include "fastnegate/problem.h"
-#include "fastnegate/tile.h"
 
 namespace fastnegate::cuda {
 
@@ -18,7 +18,6 @@ struct Launch {
   Problem problem;
   Goal goal;
   CudaTiling tiling;
-  bool reads_tokens, reads_moments;  // the rule: of concepts; <Z, Z>, <Z, F> and <F, F>
   float factor, bias_factor;  // of logits: scale * log2(e); of biases, which are added before: 1 / scale
   float per_head;             // 1 / H
   float *moments, *norms;    // for scope `feature`, else null
@@ -28,7 +27,7 @@ struct Launch {
 
 using Kernel = void (*)(Launch);
 // The kernel for a head_dim, or null.
-Kernel kernel_float16(int dim);
-Kernel kernel_bfloat16(int dim);
+Kernel kernel_float16(CudaKind kind, int dim);
+Kernel kernel_bfloat16(CudaKind kind, int dim);
 
 }  // namespace fastnegate::cuda

@@ -51,10 +51,10 @@ std::string release(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-Kernel kernel_of(const Problem& p) {
+Kernel kernel_of(const Problem& p, CudaKind kind) {
   const int dim = static_cast<int>(p.dim);
-  const Kernel kernel = p.dtype == Dtype::float16    ? cuda::kernel_float16(dim)
-                        : p.dtype == Dtype::bfloat16 ? cuda::kernel_bfloat16(dim)
+  const Kernel kernel = p.dtype == Dtype::float16    ? cuda::kernel_float16(kind, dim)
+                        : p.dtype == Dtype::bfloat16 ? cuda::kernel_bfloat16(kind, dim)
                                                      : nullptr;
   if (!kernel) throw std::invalid_argument("no CUDA kernel for this dtype or head_dim");
   return kernel;
@@ -91,14 +91,16 @@ CudaPlan plan_cuda(const Problem& p, int device) {
   const int64_t most = std::numeric_limits<int>::max() / 2;
   if (std::max({p.batch * p.heads * ceil_div(p.queries, kCudaQueries), p.queries, p.keys, p.tokens, p.entries}) > most)
     throw std::invalid_argument("more than 2^30 queries, tiles of 16 queries, keys, concept tokens or entries");
-  const Kernel kernel = kernel_of(p);
   const OnDevice guard(device);
   // What rows have is known on the device, here only capacities are.
-  const int64_t tokens = std::min(p.entries, p.busiest) * ceil_div(p.longest, 8) * 8;
-  const CudaTiling tiling = cuda_tiling({p.batch, p.heads, p.queries, p.keys, tokens, p.dim,
+  const int64_t entries = p.concepts > 0 ? std::min(p.entries, p.busiest) : 0;
+  const int64_t longest = p.rule.reads.tokens ? p.longest : 0;
+  const CudaTiling tiling = cuda_tiling({p.batch, p.heads, p.queries, p.keys, p.dim, entries, longest,
+                                         p.rule.reads.products,
                                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                                          attribute(cudaDevAttrMultiProcessorCount, device)});
   if (tiling.warps == 0) throw std::invalid_argument("not even a piece of the text fits in shared memory");
+  const Kernel kernel = kernel_of(p, tiling.kind);
   allow_shared(kernel, device, tiling.shared);
   return {device, kernel, tiling};
 }
@@ -118,7 +120,6 @@ void run_cuda(const CudaPlan& plan, const Problem& p, const CudaTables& tables, 
   Problem& q = launch.problem;
   if (!reads.direction) q.direction = q.offset = nullptr;
   if (q.entries == 0 || q.concepts == 0 || (reads.direction && !q.direction)) q.index = nullptr;
-  launch.reads_tokens = reads.tokens, launch.reads_moments = reads.products;
   launch.factor = p.scale * 1.44269504088896f;
   launch.bias_factor = 1.f / p.scale;
   launch.per_head = 1.f / static_cast<float>(p.heads);

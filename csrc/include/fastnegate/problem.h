@@ -25,6 +25,15 @@ struct Numbers {
 };
 inline constexpr int kNumberColumns = 8;
 
+// Of a row of that table, where NaN stands for the default of the rule, and of `active` for 1.
+constexpr Numbers numbers_of(const float* row, const Numbers& defaults) {
+  const auto number = [](float x, float otherwise) { return x == x ? x : otherwise; };
+  const float threshold = number(row[2], defaults.threshold);
+  return {number(row[0], defaults.strength), number(row[1], defaults.logit_bias), threshold,
+          number(row[3], defaults.width > 0.f ? defaults.width : 1.f - threshold),
+          number(row[4], defaults.cap), number(row[5], 1.f)};
+}
+
 // What a rule reads; the rest need not be there, and is not computed.
 struct Reads {
   bool tokens;     // L_e or F_e: an entry without tokens does not exist

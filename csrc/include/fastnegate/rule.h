@@ -2,8 +2,8 @@
 // Scalars of one query -> coefficients: the only C++ copy of the mixing maths.
 //
 // Opens the namespace of an instruction set (or of the device), which has to provide F, the
-// type of one scalar per query, and its functions: operators, splat, select, fma, min, max, sqrt,
-// divide (0 where the divisor is below 1e-30) and exp2. Modes are uniform branches.
+// type of one scalar per query, I, that of a comparison, and their functions: operators, splat, select, fma, min,
+// max, sqrt, divide (0 where the divisor is below 1e-30), exp2 and exponent. Modes are uniform branches.
 #pragma once
 
 #include <cmath>
@@ -45,6 +45,18 @@ FN_INLINE F gate(const Rule& rule, const Numbers& n, F r) {
   return n.active * min(psi, splat(n.cap));
 }
 
+// A similarity that is NaN, from a concept that holds one, must show in the output. min and max lose it, and the
+// query would come out as if the gate were closed.
+FN_INLINE F shown(F g, F r) { return select(r == r, g, r); }
+
+// Whether, of two entries, select="max" keeps the first: the larger g; ties: larger r, then lower concept, then lower
+// entry. `place` is that of the entry among the others by the last two.
+template <class Place>
+FN_INLINE I better(F g, F r, Place place, F than_g, F than_r, Place than_place) {
+  const I tie = (r > than_r) | ((r == than_r) & (place < than_place));
+  return (g > than_g) | ((g == than_g) & tie);
+}
+
 // What is subtracted, D = x X + z Z.
 struct Pull {
   F x, z;
@@ -70,17 +82,20 @@ FN_INLINE F mass_share(F top, F mass, F entry_top, F entry_mass, const Numbers& 
   return mass_share(entry_top - n.logit_bias * kLog2e - top, mass, entry_mass);
 }
 
+// Of combine="joint", one softmax over segments: a segment weighs w 2^t, where w is its mass, of an entry times its
+// gate, and t its top, of an entry less its bias. Its level, below which nothing is that matters, brings w to 1 .. 2,
+// however small it is; then its part, relative to the highest level of all.
+FN_INLINE F joint_level(F w, F t) { return select(w > 0.f, t + exponent(w), splat(kLowest)); }
+FN_INLINE F joint_part(F w, F gap) {
+  return select(w == 0.f, splat(0.f), w * exp2(min(splat(127.f), gap)));  // in this order: NaN shows
+}
+
 // Factor on Y from the norms of Y and Z over the scope; `limited` is 1 where `limit` acted.
 FN_INLINE F norm_factor(const Rule& rule, F norm_y, F norm_z, F* limited) {
-  const F one = splat(1.f), ratio = divide(norm_y, norm_z);
-  *limited = splat(0.f);
-  if (rule.norm == Norm::none) return one;
-  F factor = divide(one, ratio);
-  if (rule.norm == Norm::limit) {
-    factor = select(ratio > rule.norm_limit, divide(splat(rule.norm_limit), ratio), one);
-    *limited = select(ratio > rule.norm_limit, one, splat(0.f));
-  }
-  return select(norm_z < kTiny, one, factor);
+  const F one = splat(1.f), most = norm_z * (rule.norm == Norm::limit ? rule.norm_limit : 1.f);
+  const I acts = rule.norm == Norm::limit ? (norm_y > most) & (norm_z >= kTiny) : norm_z >= kTiny;
+  *limited = rule.norm == Norm::limit ? select(acts, one, splat(0.f)) : splat(0.f);
+  return rule.norm == Norm::none ? one : select(acts, divide(most, norm_y), one);
 }
 
 }  // namespace fastnegate::FASTNEGATE_ISA

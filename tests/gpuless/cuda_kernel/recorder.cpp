@@ -39,14 +39,14 @@ std::vector<std::tuple<unsigned, unsigned, size_t, py::bytes>> take() {
 
 }  // namespace
 
-Kernel kernel_float16(int) { return &record; }
-Kernel kernel_bfloat16(int) { return &record; }
+Kernel kernel_float16(CudaKind, int) { return &record; }
+Kernel kernel_bfloat16(CudaKind, int) { return &record; }
 
 }  // namespace fastnegate::cuda
 
 PYBIND11_MODULE(recorder, m) {
   m.def("take", &fastnegate::cuda::take);
   m.def("tokens_at_a_time", [](int dim) {
-    return std::pair(fastnegate::cuda_prompt_tokens(dim), fastnegate::kCudaConceptTokens);
-  }, "Of a softmax of the prompt, and of a concept.");
+    return std::pair(fastnegate::cuda_prompt_tokens(dim), fastnegate::kCudaBlockTokens);
+  }, "Of a softmax of the prompt, and of concepts.");
 }

@@ -85,9 +85,13 @@ class Gpu(NamedTuple):
 A100, ONE, TWO = Gpu(108), Gpu(1), Gpu(2)
 
 
-class Tiling(NamedTuple):
-    """CudaTiling of csrc/include/fastnegate/tile.h."""
+KINDS = ("plain", "one", "many")  # of kernels: CudaKind of csrc/cuda/tiling.h
 
+
+class Tiling(NamedTuple):
+    """CudaTiling of csrc/cuda/tiling.h."""
+
+    kind: int
     warps: int
     blocks: int
     stages: int
@@ -121,14 +125,14 @@ class Simulator:
         spec = importlib.util.spec_from_file_location(f"{folder.name}.recorder", library)
         self.recorder = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.recorder)
-        self.programs: dict[tuple[torch.dtype, int], Program] = {}
+        self.programs: dict[tuple[torch.dtype, int, int], Program] = {}
 
-    def program(self, dtype: torch.dtype, dim: int) -> Program:
-        if (dtype, dim) not in self.programs:
-            self.programs[dtype, dim] = self.compile(dtype, dim)
-        return self.programs[dtype, dim]
+    def program(self, dtype: torch.dtype, dim: int, kind: int) -> Program:
+        if (dtype, dim, kind) not in self.programs:
+            self.programs[dtype, dim, kind] = self.compile(dtype, dim, kind)
+        return self.programs[dtype, dim, kind]
 
-    def compile(self, dtype: torch.dtype, dim: int, instructions: str | None = None) -> Program:
+    def compile(self, dtype: torch.dtype, dim: int, kind: int, instructions: str | None = None) -> Program:
         """The kernel, with `instructions` in place of ptx.cuh."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         if instructions is not None:
@@ -138,7 +142,8 @@ class Simulator:
         source.write_text(f"""
             #include "cuda/kernel.cuh"
             namespace fastnegate::cuda {{
-            template __global__ void attention<{TYPES[dtype]}, {dim}>(const __grid_constant__ Launch);
+            template __global__ void attention<{TYPES[dtype]}, {dim}, CudaKind::{KINDS[kind]}>(
+                const __grid_constant__ Launch);
             }}
         """)
         includes = [f"-I{path}" for path in (folder, CSRC, CSRC / "include")]
@@ -165,7 +170,7 @@ class Simulator:
             change: makes of the compiled program that which runs.
             limit: as of `ptxsim.run`.
         """
-        program = change(self.program(problem.query.dtype, problem.sizes[-1]))
+        of_kinds: dict[int, Program] = {}
         sums = problem.rule.sums_over_heads if problem.concepts is not None else ()
         memory, launches = Tensors(), []
 
@@ -186,6 +191,10 @@ class Simulator:
             concepts = tuple(there[name] for name in CONCEPTS) if concepts else ()
             self.shim.module.run(call, *prompt, concepts, moments, norms, entries, rows, stream)
             tiling = Tiling(*self.shim.module.tiling(call))
+            kind = tiling.kind
+            if kind not in of_kinds:
+                of_kinds[kind] = change(self.program(problem.query.dtype, problem.sizes[-1], kind))
+            program = of_kinds[kind]
             for goal, (blocks, threads, shared, parameter) in zip((*sums, "output"), self.recorder.take()):
                 assert (blocks, threads, shared) == (tiling.blocks, WARP * tiling.warps, tiling.shared)
                 result = run(program, (blocks,), threads, [parameter], memory, shared, limit)

@@ -73,6 +73,14 @@ namespace fastnegate::shim {
 
 const Coordinates* coordinates = nullptr;
 
+// Exact; the subnormal numbers of half precision are normal in single precision.
+float from_half(uint16_t x) {
+  const uint32_t sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+  const float scaled = bits<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t infinite = magnitude >= 0x7c00 ? 0x7f800000u : 0;
+  return bits<float>(sign | infinite | bits<uint32_t>(scaled));
+}
+
 namespace {
 
 // ---- fibers -----------------------------------------------------------------------------------------
@@ -479,14 +487,6 @@ void run_blocks(dim3 grid, dim3 size, size_t shared, int64_t seed) {
 }
 
 // ---- numbers ----------------------------------------------------------------------------------------
-
-// Exact; the subnormal numbers of half precision are normal in single precision.
-float from_half(uint16_t x) {
-  const uint32_t sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
-  const float scaled = bits<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t infinite = magnitude >= 0x7c00 ? 0x7f800000u : 0;
-  return bits<float>(sign | infinite | bits<uint32_t>(scaled));
-}
 
 float from_brain(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
 

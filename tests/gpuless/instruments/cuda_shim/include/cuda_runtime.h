@@ -155,6 +155,7 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float x) { return fastnegate::shim::bits<unsigned>(x); }
 inline int __float_as_int(float x) { return fastnegate::shim::bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return fastnegate::shim::bits<float>(x); }

@@ -40,6 +40,7 @@ void multiply(bool brain, float* d, const uint32_t (&a)[2], uint32_t b);        
 void count_exp2();
 uint16_t round_to_half(float x);
 uint16_t round_to_brain(float x);
+float from_half(uint16_t x);
 
 template <int N>
 [[gnu::always_inline]] inline void load(bool transposed, uint32_t (&m)[N], const void* row) {
@@ -66,15 +67,18 @@ namespace fastnegate::ptx {
 
 inline char* shared_memory() { return shim::shared_memory(); }
 
+using Address = char*;
+inline Address address(const void* shared) { return static_cast<char*>(const_cast<void*>(shared)); }
+
 // The copy is made when it is waited for, as late as it may be; until then its destination holds NaN. That,
 // not ThreadSanitizer, shows who reads it too early.
-[[gnu::always_inline]] inline void copy_16(void* to, const void* from, bool present) {
+[[gnu::always_inline]] inline void copy_16(Address to, const void* from, bool present) {
   shim::begin_copy(to, present ? from : nullptr);
   if (present) {  // a bad address shows here
     (void)static_cast<const volatile uint64_t*>(from)[0];
     (void)static_cast<const volatile uint64_t*>(from)[1];
   }
-  *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};
+  *reinterpret_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};
 }
 
 inline void commit() { shim::commit_copies(); }
@@ -84,27 +88,30 @@ template <int N>
   for (shim::Copy copy; shim::finish_copy(N, copy);) *copy.to = copy.from ? *copy.from : uint4{};
 }
 
-template <int N>
-[[gnu::always_inline]] inline void load_matrices(uint32_t (&m)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
-  shim::load(false, m, row);
+template <int kOffset, int N>
+[[gnu::always_inline]] inline void load_matrices(uint32_t (&m)[N], Address row) {
+  static_assert(N == 2 || N == 4, "no other ldmatrix is used");
+  shim::load(false, m, row + kOffset);
 }
 
-template <int N>
-[[gnu::always_inline]] inline void load_transposed(uint32_t (&m)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
-  shim::load(true, m, row);
-}
-
-template <class T>
-inline void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                     uint32_t b1) {
-  shim::multiply(shim::is_brain<T>, d, {a0, a1, a2, a3}, {b0, b1});
+template <int kOffset, int N>
+[[gnu::always_inline]] inline void load_transposed(uint32_t (&m)[N], Address row) {
+  static_assert(N == 2 || N == 4, "no other ldmatrix is used");
+  shim::load(true, m, row + kOffset);
 }
 
 template <class T>
-inline void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  shim::multiply(shim::is_brain<T>, d, {a0, a1}, b0);
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  shim::multiply(shim::is_brain<T>, sums, a, {b0, b1});
+  for (int i = 0; i < 4; ++i) d[i] = sums[i];
+}
+
+template <class T>
+inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, const float (&c)[4]) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  shim::multiply(shim::is_brain<T>, sums, {a[0], a[1]}, b0);
+  for (int i = 0; i < 4; ++i) d[i] = sums[i];
 }
 
 inline float exp2(float x) {
@@ -122,6 +129,25 @@ inline uint32_t pack(float low, float high) {
   return round(low) | static_cast<uint32_t>(round(high)) << 16;
 }
 
-inline int again(int x) { return x; }
+template <class T>
+inline float low(uint32_t both) {
+  return shim::is_brain<T> ? __uint_as_float(both << 16) : shim::from_half(static_cast<uint16_t>(both));
+}
+template <class T>
+inline float high(uint32_t both) {
+  return low<T>(both >> 16);
+}
+
+template <int kLanes, class X>
+inline X exchange(X x) {
+  return __shfl_xor_sync(~0u, x, kLanes);
+}
+template <int i>
+inline float of_lane(float x) {
+  return __shfl_sync(~0u, x, i, 4);
+}
+
+inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 
 }  // namespace fastnegate::ptx
