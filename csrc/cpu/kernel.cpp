@@ -541,12 +541,9 @@ class Tile {
       }
     if (rule.select == Select::max)
       for (int q = 0; q < NQ; ++q) keep_largest(q);
-    // A similarity that is NaN, from a concept that holds one, must show in the output. min and max lose it,
-    // and the query would come out as if the gate were closed.
     for (int64_t i = 0; i < entries * NQ; ++i) {
-      const F r = load(entry(i / NQ, kR, i % NQ));
       float* g = entry(i / NQ, kG, i % NQ);
-      store(g, select(r == r, load(g), r));
+      store(g, shown(load(g), load(entry(i / NQ, kR, i % NQ))));
     }
   }
 
@@ -556,12 +553,11 @@ class Tile {
     for (int64_t e = 0; e < entries; ++e) {
       const F g = load(entry(e, kG, q)), r = load(entry(e, kR, q));
       const F concept_index = splat(static_cast<float>(live[e].concept_index));
-      const I tie = (r > best_r) | ((r == best_r) & (concept_index < best_concept));
-      const I better = (g > best_g) | ((g == best_g) & tie);
-      best_g = select(better, g, best_g);
-      best_r = select(better, r, best_r);
-      best_concept = select(better, concept_index, best_concept);
-      best = select(better, splat(static_cast<float>(e)), best);
+      const I wins = better(g, r, concept_index, best_g, best_r, best_concept);  // an earlier entry keeps a tie
+      best_g = select(wins, g, best_g);
+      best_r = select(wins, r, best_r);
+      best_concept = select(wins, concept_index, best_concept);
+      best = select(wins, splat(static_cast<float>(e)), best);
     }
     for (int64_t e = 0; e < entries; ++e) {
       float* g = entry(e, kG, q);
@@ -635,7 +631,6 @@ class Tile {
   // `joint`: one softmax over segments with logits L and L_e - logit_bias + log g.
   void share(int64_t g, F* a) {
     for (int q = 0; q < NQ; ++q) {
-      // Segment i weighs w 2^t; the largest is brought to 1 .. 2, however small w = mass * gate.
       const auto w = [&](int64_t i) {
         const F m = load(mass(g, i, q));
         return i ? m * load(entry(i - 1, kG, q)) : m;
@@ -645,12 +640,9 @@ class Tile {
       };
       F highest = splat(kLowest);
       for (int64_t i = 0; i <= entries; ++i)
-        highest = max(highest, select(w(i) > 0.f, t(i) + exponent(w(i)), splat(kLowest)));
+        highest = max(highest, joint_level(w(i), t(i)));
       F total = F{};
-      const auto part = [&](int64_t i) {
-        const F gap = (t(i) - highest) + load(low(g, i, q));
-        return select(w(i) == 0.f, F{}, w(i) * exp2(min(splat(127.f), gap)));  // in this order: NaN shows
-      };
+      const auto part = [&](int64_t i) { return joint_part(w(i), (t(i) - highest) + load(low(g, i, q))); };
       for (int64_t i = 0; i <= entries; ++i) total = total + part(i);
       const F inverse = select(total == 0.f, F{}, 1.f / total);
       a[q] = part(0) * inverse;

@@ -36,7 +36,8 @@ void run(const Call& call, uintptr_t query, uintptr_t key, uintptr_t value, uint
 
 py::tuple tiling(const Call& call) {
   const CudaTiling& t = call.plan.tiling;
-  return py::make_tuple(static_cast<int>(t.kind), t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots, t.shared);
+  return py::make_tuple(static_cast<int>(t.kind), t.warps, t.blocks, t.stages, t.prompt_slots, t.concept_slots,
+                        t.rosters, t.shared);
 }
 
 }  // namespace
@@ -48,7 +49,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init<const py::tuple&, int>());
   m.def("run", &run);
   m.def("tiling", &tiling,
-        "(kind of kernel, warps of a block, blocks, stages, prompt tokens and concept tokens that stay, bytes of shared memory).");
+        "(kind of kernel, warps of a block, blocks, stages, prompt tokens, concept tokens and blocks of these that stay, bytes of "
+        "shared memory).");
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");
   m.def("supports_dim", [](int dim) { return cuda::kernel_float16(CudaKind::plain, dim) != nullptr; });
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;

@@ -54,9 +54,8 @@ class Entries {
   template <class Left>
   FN_INLINE void measure(int block, const Left& q) {
     const Roster& roster = text.roster(block);
-    const Header header = roster.header;
-    slot = roster.slots[t];
-    leads = slot.entry >= 0 && t % slot.tiles == 0;
+    const Header header = roster.known();
+    mine = &roster.slots[t];
     float zf[2] = {0.f, 0.f}, ff[2] = {0.f, 0.f};
     if (rule.reads.tokens) {
       scores(q, header.slot, header.tiles, header.joined & kMore);
@@ -85,9 +84,8 @@ class Entries {
   template <class Left, class Bring>
   FN_INLINE void measure_long(int block, const Left& q, const Bring& bring) {
     const Roster& roster = text.roster(block);
-    const Header header = roster.header;
-    slot = roster.slots[t];
-    leads = t == 0;
+    const Header header = roster.known();
+    mine = &roster.slots[t];
     float zf[2] = {0.f, 0.f}, ff[2] = {0.f, 0.f};
     float highest[2] = {kLowest, kLowest};
     mass[0] = mass[1] = 0.f;
@@ -184,7 +182,7 @@ class Entries {
     if (rule.direction == Direction::fixed)
       add_vectors(b, y);
     else
-      add(text.roster(block).header.slot, text.roster(block).header.tiles, b, y);
+      add(uniform(text.roster(block).header.slot), uniform(text.roster(block).header.tiles), b, y);
   }
   template <class Left, class Bring>
   FN_INLINE void apply_long(int block, const Left& q, const Bring& bring, Rows<D>& y) {
@@ -218,6 +216,7 @@ class Entries {
 
   // The block that was measured last: p, not divided by the mass; then of the lane's entry, for rows g and g + 8.
   float weight[4][4];
+  const Slot* mine;
   Slot slot;
   bool leads;             // whether the lane is the first of its entry
   float top[2], mass[2];  // base-2 logit of the highest token, and the mass relative to it
@@ -308,7 +307,7 @@ class Entries {
   FN_INLINE float joined_sum(int joined, float x) const {
     if (joined & (kFirstTwo | kLastTwo | kFour)) {
       const float pair = x + ptx::exchange<1>(x), four = pair + ptx::exchange<2>(pair);
-      x = slot.tiles == 1 ? x : slot.tiles == 2 ? pair : four;
+      x = mine->tiles == 1 ? x : mine->tiles == 2 ? pair : four;
     }
     return x;
   }
@@ -346,12 +345,12 @@ class Entries {
     bool small = p.token_weight;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      small |= slot.entry >= 0 && ff[r] < kCancels * mass[r] * mass[r];
+      small |= mine->entry >= 0 && ff[r] < kCancels * mass[r] * mass[r];
     }
     const bool cancel = __any_sync(~0u, small) && values_cancel(header, norms, ff);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float unit = slot.scale * inverse[r];
+      const float unit = mine->scale * inverse[r];
       zf[r] *= inverse[r], ff[r] *= unit * unit;
     }
     if (cancel) measure_features(header, zf, ff);
@@ -364,7 +363,7 @@ class Entries {
     sum_tiles(header.joined, [&](int i, int j) {
       return i / 2 * 2 < header.tiles ? fabsf(weight[i][j] * norms[i * 8 + j % 2]) : 0.f;
     }, parallel);
-    return __any_sync(~0u, slot.entry >= 0 && (ff[0] < kCancels * parallel[0] * parallel[0] ||
+    return __any_sync(~0u, mine->entry >= 0 && (ff[0] < kCancels * parallel[0] * parallel[0] ||
                                                ff[1] < kCancels * parallel[1] * parallel[1]));
   }
 
@@ -372,7 +371,8 @@ class Entries {
   static constexpr float kCancels = 1e-3f;
 
   // scaled G, tile after tile; G only has what is within entries, so that of a pair, or of all four tiles.
-  FN_INLINE void gram_product(int block, const Header& header, const uint32_t (&packed)[2][4], float (&product)[4][4]) const {
+  FN_INLINE void gram_product(int block, const Header& header, const uint32_t (&packed)[2][4],
+                              float (&product)[4][4]) const {
     const int lane = place.lane;
     const ptx::Address row = ptx::address(text.gram(block)) +
                              (lane % 8 * kCudaGramRow + lane / 16 * kCudaBlockTokens + lane / 8 % 2 * 8) * 2;
@@ -397,9 +397,9 @@ class Entries {
   FN_INLINE void measure_features(const Header& header, float (&zf)[2], float (&ff)[2]) const {
 #pragma unroll 1
     for (int i = 0; i < header.tiles; ++i) {
-      if (!__any_sync(~0u, leads && t == i)) continue;
-      const bool mine = (t & ~(slot.tiles - 1)) == i;
-      const float b[2] = {mine ? inverse[0] : 0.f, mine ? inverse[1] : 0.f};
+      if (!__any_sync(~0u, mine->entry >= 0 && t == i && t % mine->tiles == 0)) continue;
+      const bool own_entry = (t & ~(mine->tiles - 1)) == i;
+      const float b[2] = {own_entry ? inverse[0] : 0.f, own_entry ? inverse[1] : 0.f};
       Rows<D> f;
       f.clear();
       add(header.slot, header.tiles, b, f);
@@ -407,7 +407,7 @@ class Entries {
       inner(z.out, f, with_z);
       inner(f, f, with_f);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) zf[r] = mine ? with_z[r] : zf[r], ff[r] = mine ? with_f[r] : ff[r];
+      for (int r = 0; r < 2; ++r) zf[r] = own_entry ? with_z[r] : zf[r], ff[r] = own_entry ? with_f[r] : ff[r];
     }
   }
 
@@ -438,7 +438,7 @@ class Entries {
   // The same for an entry that is longer than a block.
   template <class Left, class Bring>
   FN_INLINE void add_long(int block, const Left& q, const Bring& bring, const float (&b)[2], Rows<D>& y) {
-    const Header header = text.roster(block).header;
+    const Header header = text.roster(block).known();
     float tops[4][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) tops[i][0] = unscaled_top[0], tops[i][1] = unscaled_top[1];
@@ -467,7 +467,9 @@ class Entries {
       if (entry < 0) continue;
       const float* u = vector(p.direction, entry);
       float sum[2];
-      over_channels<D>([&](int n, int j, float part) { return fmaf(z.out.at[n][j], __ldg(u + 8 * n + j % 2), part); }, sum);
+      over_channels<D>([&](int n, int j, float part) {
+        return fmaf(z.out.at[n][j], __ldg(u + 8 * n + j % 2), part);
+      }, sum);
       if (t == i) along[0] = sum[0], along[1] = sum[1];
     }
   }
@@ -490,6 +492,8 @@ class Entries {
   // ---- the rule
 
   FN_INLINE void note(const float (&zf)[2], const float (&ff)[2]) {
+    slot = *mine;  // not before: registers are for the products
+    leads = slot.entry >= 0 && t % slot.tiles == 0;
     Moments m[2];
     float along[2] = {0.f, 0.f};
     if (rule.reads.direction && (!l.moments || l.goal == Goal::moments)) measure_along(along);
@@ -519,7 +523,9 @@ class Entries {
       return;
     }
     const float* from = l.moments + int64_t{slot.entry} * p.heads * p.queries + place.query(r);
-    const auto sum = [&](int plane) { return over_heads(from + plane * apart, static_cast<int>(p.heads), p.queries); };
+    const auto sum = [&](int plane) {
+      return over_heads(from + plane * apart, static_cast<int>(p.heads), p.queries);
+    };
     if (rule.reads.products) m.zz = sum(kZz), m.zf = sum(kZf), m.ff = sum(kFf);
     if (rule.reads.direction) m.along = sum(kAlong);
     if (rule.reads.mass) m.mass = sum(kMass) * l.per_head;

@@ -90,7 +90,8 @@ FN_INLINE void write(const Problem& p, const Place& place, const Rows<D>& o, T* 
 
 // For statistics.
 template <class T, int D>
-FN_INLINE void trace(const Launch& l, const Place& place, const Rows<D>& o, const Rows<D>& z, const float (&limited)[2]) {
+FN_INLINE void trace(const Launch& l, const Place& place, const Rows<D>& o, const Rows<D>& z,
+                     const float (&limited)[2]) {
   const Problem& p = l.problem;
   float moved[2], energy[2], nonfinite[2];
   over_channels<D>([&](int i, int j, float part) {

@@ -25,6 +25,10 @@ FN_INLINE void repeat(const Body& f) {
   }
 }
 
+// x, which is the same in all lanes. Only after this does the compiler know that it is: that a branch or a loop keeps a
+// warp together, and no exchange of lanes has to be prepared for the case that it does not.
+FN_INLINE int uniform(int x) { return __reduce_max_sync(~0u, x); }
+
 // ---- the lanes of a row -----------------------------------------------------------------------------
 
 // The same bits in each lane of a quad.

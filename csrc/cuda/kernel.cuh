@@ -20,17 +20,14 @@ template <class T, int D, CudaKind kKind>
 class Block {
  public:
   FN_INLINE explicit Block(const Launch& launch)
-      : l(launch), p(launch.problem), text(launch), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
+      : l(launch), p(launch.problem), text(launch), lane(threadIdx.x % kWarp), warp(uniform(threadIdx.x / kWarp)),
         warps(blockDim.x / kWarp) {}
 
   FN_INLINE void run() {
-    // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads.
-    const int tiles = static_cast<int>(ceil_div(p.queries, kCudaQueries)), blocks = gridDim.x, block = blockIdx.x;
-    const int all = static_cast<int>(p.batch * p.heads) * tiles, each = all / blocks, more = all % blocks;
-    const int begin = each * block + ::min(block, more), end = begin + each + (block < more);
-    for (int head = begin / tiles; head * tiles < end; ++head) {
+    for (int head = share().begin / share().tiles; head * share().tiles < share().end; ++head) {
       b = head / static_cast<int>(p.heads), h = head % static_cast<int>(p.heads);
-      const int first = ::max(begin - head * tiles, 0), last = ::min(end - head * tiles, tiles);
+      const int first = ::max(share().begin - head * share().tiles, 0);
+      const int last = ::min(share().end - head * share().tiles, share().tiles);
       fetch(first + warp, last, 0);
       load_text();
       int stage = 0;
@@ -66,6 +63,18 @@ class Block {
   int b, h;           // the head
   int blocks_of_row;  // of concept tokens
 
+  // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads. Computed again
+  // wherever it is asked for: registers are for the tiles.
+  struct Share {
+    int tiles, begin, end;  // of a head, and of this block
+  };
+  FN_INLINE Share share() const {
+    const int tiles = static_cast<int>(ceil_div(p.queries, kCudaQueries)), blocks = gridDim.x;
+    const int all = static_cast<int>(p.batch * p.heads) * tiles, block = ptx::opaque(static_cast<int>(blockIdx.x));
+    const int each = all / blocks, more = all % blocks, begin = each * block + ::min(block, more);
+    return {tiles, begin, begin + each + (block < more)};
+  }
+
   FN_INLINE bool prompt_stays() const { return l.tiling.prompt_slots > 0 || p.keys == 0; }
   FN_INLINE static const T* head_of(const Strided& s, int64_t b, int64_t h) {
     return reinterpret_cast<const T*>(s.data) + b * s.batch + h * s.head;
@@ -78,7 +87,7 @@ class Block {
   // Asks for the queries of a tile; of no row beyond the end, or if the tile is not before `last`. Four lanes have
   // the rows g and g + 8.
   FN_INLINE void fetch(int tile, int last, int stage) const {
-    const int first = lane / 4, t = lane % 4;
+    const int mine = ptx::opaque(lane), first = mine / 4, t = mine % 4;
     const ptx::Address to = ptx::address(buffer(stage) + first * kRow + t * 8);
     const T* from = head_of(p.query, b, h) + t * 8;
     const int queries = tile < last ? static_cast<int>(p.queries) : 0;
@@ -110,7 +119,7 @@ class Block {
     if constexpr (kKind != CudaKind::plain) {
       if (warp == 0) gather_all(p, l.tiling, text, cuda::row_of(p, b), lane);
       __syncthreads();
-      blocks_of_row = text.roster(0).header.blocks;
+      blocks_of_row = uniform(text.roster(0).header.blocks);
       for (int i = 0; i < blocks_of_row; ++i) {
         const Roster& roster = text.roster(i);
         if (p.rule.reads.tokens) load_block(p, text, roster, h, 0, roster.header.count);
@@ -124,7 +133,7 @@ class Block {
 
   // Of blocks whose text is in shared memory.
   FN_INLINE void make_grams(int blocks) const {
-    if (blocks <= 0 || !p.rule.reads.products) return;
+    if (blocks <= 0 || !p.rule.reads.products || (l.moments && l.goal != Goal::moments)) return;
     for (int i = warp; i < blocks; i += warps)
       if (text.roster(i).header.count == 0) make_gram(text, text.roster(i), text.gram(i), lane);
     __syncthreads();
@@ -147,21 +156,33 @@ class Block {
     __syncthreads();
   }
 
+  // The piece of the prompt that begins with key `first`, if there is one, to its place in turn.
+  FN_INLINE void bring_prompt(int first) const {
+    constexpr int kStep = cuda_prompt_tokens(D);
+    const int count = ::min(static_cast<int>(p.keys) - first, kStep);
+    if (count > 0) load_prompt(l.tiling.pieces == 2 ? first / kStep % 2 * kStep : 0, first, count);
+    ptx::commit();
+  }
+
   FN_INLINE void attend_to_prompt(const Queries<T, D>& q, int lane, Segment<T, D>& z) {
     constexpr int kStep = cuda_prompt_tokens(D);
     const int keys = static_cast<int>(p.keys);
     z.empty();
+    const bool stays = prompt_stays();
+    // In shared memory: with two, one is read while the other is worked on. Of narrow heads few prompts do not stay.
+    const int pieces = cuda_most_pieces(D) == 2 ? l.tiling.pieces : 1;
+    if (!stays && pieces == 2) bring_prompt(0);
     int done = 0;
     do {  // once for no keys: nothing is added
-      const int count = ptx::opaque(::min(keys - done, kStep));
-      if (!prompt_stays()) {
-        __syncthreads();  // the piece before is not needed any more
-        load_prompt(0, done, count);
-        ptx::commit();
-        ptx::wait<0>();
+      const int count = ::min(keys - done, kStep);
+      if (!stays) {
+        bring_prompt(pieces == 2 ? done + kStep : done);
+        pieces == 2 ? ptx::wait<1>() : ptx::wait<0>();
         __syncthreads();
       }
-      z.template add<kStep / 16>(q, text.piece(prompt_stays() ? done : 0, lane), count, p.key_bias, l.factor, done == 0);
+      const int slot = stays ? done : pieces == 2 ? done / kStep % 2 * kStep : 0;
+      z.template add<kStep / 16>(q, text.piece(slot, lane), count, p.key_bias, l.factor, done == 0);
+      if (!stays) __syncthreads();  // this piece is not needed any more
       done += kStep;
     } while (done < keys);
     z.finish(l.factor);
@@ -175,8 +196,8 @@ class Block {
 #pragma unroll 1
     for (int i = turns ? cuda::row_of(p, b).begin : 0; i < end;) {
       if (turns) bring_block(i);
-      if (!turns || text.roster(0).header.tiles > 0) f(turns ? 0 : i);
-      i = turns ? text.roster(0).header.next : i + 1;
+      if (!turns || uniform(text.roster(0).header.tiles) > 0) f(turns ? 0 : i);
+      i = turns ? uniform(text.roster(0).header.next) : i + 1;
     }
   }
 
@@ -192,13 +213,13 @@ class Block {
   }
 
   FN_INLINE void measure(Entries<T, D>& entries, int block, const Queries<T, D>& q) const {
-    if (text.roster(block).header.count > 0)
+    if (uniform(text.roster(block).header.count) > 0)
       entries.measure_long(block, q, bring(block));
     else
       entries.measure(block, q);
   }
   FN_INLINE void apply(Entries<T, D>& entries, int block, const Queries<T, D>& q, Rows<D>& y) const {
-    if (text.roster(block).header.count > 0)
+    if (uniform(text.roster(block).header.count) > 0)
       entries.apply_long(block, q, bring(block), y);
     else
       entries.apply(block, y);

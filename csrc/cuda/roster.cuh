@@ -34,6 +34,11 @@ constexpr int kTakeTurns = -1;
 struct Roster {
   Header header;
   Slot slots[kCudaBlockTiles];
+
+  // What a warp asks of the header.
+  FN_INLINE Header known() const {
+    return {uniform(header.slot), uniform(header.tiles), uniform(header.joined), uniform(header.count), 0, 0, {}};
+  }
 };
 static_assert(sizeof(Roster) == kCudaRosterBytes);
 
@@ -111,7 +116,8 @@ FN_INLINE int slots_of(const Header& header) {
 
 // A warp: the blocks of a row, as many as there is room for. Says in the first one how many they are.
 template <class T, int D>
-FN_INLINE void gather_all(const Problem& p, const CudaTiling& tiling, const Text<T, D>& text, const Row& row, int lane) {
+FN_INLINE void gather_all(const Problem& p, const CudaTiling& tiling, const Text<T, D>& text, const Row& row,
+                          int lane) {
   int blocks = 0, slot = tiling.concepts;
   for (int e = row.begin; blocks != kTakeTurns;) {
     if (blocks == tiling.rosters) {
@@ -130,7 +136,8 @@ FN_INLINE void gather_all(const Problem& p, const CudaTiling& tiling, const Text
 
 // All threads: the text of a block; of an entry that is longer than a block `count` tokens from `first` on.
 template <class T, int D>
-FN_INLINE void load_block(const Problem& p, const Text<T, D>& text, const Roster& roster, int head, int first, int count) {
+FN_INLINE void load_block(const Problem& p, const Text<T, D>& text, const Roster& roster, int head, int first,
+                          int count) {
   const Header& header = roster.header;
   const T* key = reinterpret_cast<const T*>(p.concept_key.data) + head * p.concept_key.head;
   const T* value = reinterpret_cast<const T*>(p.concept_value.data) + head * p.concept_value.head;

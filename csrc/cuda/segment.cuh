@@ -60,7 +60,8 @@ struct Segment {
         return;
       }
       score<T, D, pair.value>(q, piece.column, piece.last_column, s[j], s[j + 1]);
-      if (biased || ((!kAll || pair.value == kPairs - 1) && (j + 2) * 8 > count)) {  // only the last pair has places without a token
+      // Only the last pair has places without a token.
+      if (biased || ((!kAll || pair.value == kPairs - 1) && (j + 2) * 8 > count)) {
 #pragma unroll
         for (int i = j; i < j + 2; ++i) {
           const float2 more = *reinterpret_cast<const float2*>(piece.added + i * 8);
@@ -86,7 +87,6 @@ struct Segment {
     top[0] = highest[0], top[1] = highest[1];
     repeat<kPairs>([&](auto pair) {
       constexpr int j = 2 * pair.value;
-      if (!kAll && j * 8 >= count) return;
 #pragma unroll
       for (int i = j; i < j + 2; ++i) {
         // Scaled after the subtraction, the weights of the tokens that matter are the most exact.
@@ -95,6 +95,7 @@ struct Segment {
         mass[0] += s[i][0] + s[i][1];
         mass[1] += s[i][2] + s[i][3];
       }
+      if (!kAll && j * 8 >= count) return;
       uint32_t p[4];
       pack_pair<T>(s[j], s[j + 1], p);
       add_values<T, D, pair.value>(p, piece.value, out);

@@ -20,6 +20,9 @@ constexpr int cuda_row(int dim) { return (dim / 8 | 1) * 8; }
 // With 160 channels that is too many.
 constexpr int cuda_prompt_tokens(int dim) { return dim <= 128 ? 80 : 64; }
 
+// Pieces of it in shared memory, where not all fits: one is read while the other is worked on.
+constexpr int cuda_most_pieces(int dim) { return dim > 64 ? 2 : 1; }
+
 // One kernel for each: what is compiled apart is what needs other registers.
 enum class CudaKind : int {
   plain,  // no entries
@@ -55,6 +58,7 @@ struct CudaTiling {
   int warps, blocks;
   int stages;         // 2: the next queries are read while these are worked on
   int prompt_slots;   // tokens of the prompt that stay in shared memory: all, or 0
+  int pieces;         // else of it in turn: with 2, one is read while the other is worked on
   int concept_slots;  // the same of the concepts of a batch row: all of them, or blocks take turns
   int rosters;        // blocks of concept tokens that stay
   // Where things begin in shared memory, in bytes. Keys are at 0: first the prompt's, or two pieces of it, then those
@@ -84,7 +88,7 @@ constexpr int64_t cuda_concept_tokens(int64_t entries, int64_t longest) {
 constexpr int cuda_warp_bytes(int dim, int stages) { return stages * kCudaQueries * cuda_row(dim) * 2; }
 
 constexpr CudaTiling cuda_laid_out(CudaTiling t, int dim, bool grams) {
-  const int row = cuda_row(dim) * 2, prompt = t.prompt_slots > 0 ? t.prompt_slots : 2 * cuda_prompt_tokens(dim);
+  const int row = cuda_row(dim) * 2, prompt = t.prompt_slots + t.pieces * cuda_prompt_tokens(dim);
   const int slots = prompt + t.concept_slots;
   t.concepts = prompt;
   t.values = slots * row;
@@ -128,22 +132,24 @@ constexpr CudaTiling cuda_tiling(const CudaWork& w) {
   // then read once for the longest run of queries.
   const int64_t share = ceil_div(heads * tiles, w.multiprocessors);
   const int64_t most = cuda_most_warps(kind, dim);
-  const int wanted = static_cast<int>(share < 1 ? 1 : share < 4 ? share : share / 4 * 4 < most ? share / 4 * 4 : most);
+  const int64_t fours = share / 4 * 4 < most ? share / 4 * 4 : most;
+  const int wanted = static_cast<int>(share < 1 ? 1 : share < 4 ? share : fours);
   // What does not fit all is read piece by piece, a block of tokens at a time.
   const int64_t prompt = ceil_div(w.keys, 16) * 16;
-  const int64_t blocks = ceil_div(concepts, kCudaBlockTokens) < w.entries ? ceil_div(concepts, kCudaBlockTokens) : w.entries;
+  const int64_t full = ceil_div(concepts, kCudaBlockTokens), blocks = full < w.entries ? full : w.entries;
   const int64_t rosters = w.longest > kCudaBlockTokens ? w.entries : blocks;
   const int64_t piece = concepts < kCudaBlockTokens ? concepts : kCudaBlockTokens;
   struct Choice {
-    int64_t prompt, concepts, rosters;
+    int64_t prompt, pieces, concepts, rosters;
   };
-  const Choice choices[] = {{prompt, concepts, rosters},
-                            {prompt, piece, concepts > 0},
-                            {0, concepts, rosters},
-                            {0, piece, concepts > 0}};
+  const Choice choices[] = {{prompt, 0, concepts, rosters},
+                            {prompt, 0, piece, concepts > 0},
+                            {0, cuda_most_pieces(dim), concepts, rosters},
+                            {0, cuda_most_pieces(dim), piece, concepts > 0},
+                            {0, 1, piece, concepts > 0}};
   CudaTiling t{};
   // Half of the warps, or waiting for the queries, costs less than reading the text again for every tile.
-  for (int i = 0; i < 4 && t.warps == 0; ++i)
+  for (int i = 0; i < 5 && t.warps == 0; ++i)
     for (int least = i < 2 ? (wanted + 1) / 2 : 1, warps = wanted; warps >= least && t.warps == 0;
          warps -= warps > 4 ? 4 : 1)
       for (int stages = 2; stages >= 1 && t.warps == 0; --stages) {
@@ -151,6 +157,7 @@ constexpr CudaTiling cuda_tiling(const CudaWork& w) {
         CudaTiling made{};
         made.kind = kind, made.warps = warps, made.stages = stages;
         made.prompt_slots = static_cast<int>(choices[i].prompt);
+        made.pieces = static_cast<int>(choices[i].pieces);
         made.concept_slots = static_cast<int>(choices[i].concepts);
         made.rosters = static_cast<int>(choices[i].rosters);
         made = cuda_laid_out(made, dim, w.grams);
@@ -160,7 +167,8 @@ constexpr CudaTiling cuda_tiling(const CudaWork& w) {
   // Equal shares for all multiprocessors; or, where that is done earlier, blocks that see one head each.
   const int64_t shares = heads * tiles < w.multiprocessors ? heads * tiles : w.multiprocessors;
   const int64_t even = heads > 0 ? shares / heads * heads : 0;
-  const bool aligned = even > 0 && cuda_busiest(heads, tiles, even, t.warps) < cuda_busiest(heads, tiles, shares, t.warps);
+  const bool aligned =
+      even > 0 && cuda_busiest(heads, tiles, even, t.warps) < cuda_busiest(heads, tiles, shares, t.warps);
   t.blocks = static_cast<int>(aligned ? even : shares);
   return t;
 }

@@ -330,7 +330,7 @@ def test_the_bank_does_not_matter(shim: Shim) -> None:
     assert barriers[0] == barriers[1]
 
 
-# ---- tile.h -----------------------------------------------------------------------------------------
+# ---- tiling.h ---------------------------------------------------------------------------------------
 
 
 class Tiling:
@@ -338,7 +338,7 @@ class Tiling:
         options = {"batch": 2, "heads": 8, "keys": 77, "rows": "same", "extras": False, **options}
         case = problem(**options)
         values = shim.module.tiling(shim.module.Call(native.layout(case).arguments, 0))
-        self.kind, self.warps, self.blocks, self.stages, self.prompt, self.concepts, self.shared = values
+        _, self.warps, self.blocks, self.stages, self.prompt, self.concepts, _, self.shared = values
         self.tiles = options["batch"] * options["heads"] * -(-options["queries"] // 16)
 
 

@@ -24,12 +24,25 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16")
-# Most registers of a lane, on any GPU: with 255, 8 warps fill a multiprocessor.
-REGISTERS = {32: 232, 40: 248, 64: 255, 72: 248, 80: 248, 88: 255, 96: 255, 112: 248, 128: 255, 160: 255}
+KINDS = ("plain", "one", "many")
+# Most registers of a lane where 16, 12 or 8 warps fill a multiprocessor, which has 65536 for them.
+REGISTERS = {16: 128, 12: 168, 8: 255}
 KERNEL = """#include "cuda/kernel.cuh"
-template __global__ void fastnegate::cuda::attention<fastnegate::{dtype}, {dim}>(
-    const __grid_constant__ fastnegate::cuda::Launch);
+using namespace fastnegate;
+template __global__ void cuda::attention<{dtype}, {dim}, CudaKind::{kind}>(const __grid_constant__ cuda::Launch);
 """
+
+
+def warps(kind: str, dim: int) -> int:
+    """cuda_most_warps of csrc/cuda/tiling.h."""
+    if kind == "plain":
+        return 16 if dim <= 64 else 12 if dim <= 96 else 8
+    return 12 if kind == "one" and dim <= 64 else 8
+
+
+def may_spill(kind: str, dim: int) -> int:
+    """Bytes of local memory that a lane may have: none where SDXL and most others without negation run."""
+    return 0 if kind == "plain" else 64 if kind == "one" else 0 if dim < 80 else 64 if dim < 128 else 640
 
 
 class Compiled(NamedTuple):
@@ -40,9 +53,9 @@ class Compiled(NamedTuple):
     instructions: Counter[str]  # of the PTX, as they stand there
 
 
-def compiled(folder: Path, arch: int, dtype: str, dim: int) -> Compiled:
-    source = folder / f"{arch}-{dtype}-{dim}.cu"
-    source.write_text(KERNEL.format(dtype=dtype, dim=dim))
+def compiled(folder: Path, arch: int, dtype: str, dim: int, kind: str) -> Compiled:
+    source = folder / f"{arch}-{dtype}-{dim}-{kind}.cu"
+    source.write_text(KERNEL.format(dtype=dtype, dim=dim, kind=kind))
     command = [NVCC, "-std=c++17", "-O3", *NVCC_OPTIONS, f"-arch=sm_{arch}"]
     command += ["-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin", source]
     command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
@@ -59,31 +72,27 @@ def compiled(folder: Path, arch: int, dtype: str, dim: int) -> Compiled:
     )
 
 
-def check(folder: Path, arch: int, dtype: str, dim: int) -> None:
-    kernel = compiled(folder, arch, dtype, dim)
-    print(f"sm_{arch} {dtype} {dim}: {kernel}")
-    assert kernel.spilled == kernel.stack == 0
-    assert kernel.registers <= REGISTERS[dim]
+def check(folder: Path, arch: int, dtype: str, dim: int, kind: str) -> None:
+    kernel = compiled(folder, arch, dtype, dim, kind)
+    print(f"sm_{arch} {dtype} {dim} {kind}: {kernel}")
+    assert kernel.stack <= may_spill(kind, dim)
+    assert kernel.registers <= REGISTERS[warps(kind, dim)]
     assert kernel.barriers == 1  # __syncthreads and no other
     assert {"mma.sync", "ldmatrix", "cp.async.cg", "ex2.approx"} <= kernel.instructions.keys()
     assert not kernel.instructions["wgmma"]  # one code for all
 
 
-# The dims that take the most registers for each way to hold Z and what is removed.
-SOME = list(zip(ARCHS, itertools.cycle(DTYPES), itertools.cycle((64, 96, 160))))
-ALL = [(arch, dtype, dim) for arch in ARCHS for dtype in DTYPES for dim in HEAD_DIMS]
+# Of each kind the dims that take the most registers for their number of warps.
+SOME = list(zip(ARCHS, itertools.cycle(DTYPES), (64, 64, 96, 64, 64, 128), itertools.cycle(("plain", "one"))))
+ALL = [(arch, dtype, dim, kind) for arch in ARCHS for dtype in DTYPES for dim in HEAD_DIMS for kind in KINDS]
 
 
-def test_budgets_are_for_every_head_dim() -> None:
-    assert REGISTERS.keys() == set(HEAD_DIMS)
-
-
-@pytest.mark.parametrize("arch, dtype, dim", SOME)
-def test_some(arch: int, dtype: str, dim: int, tmp_path: Path) -> None:
-    check(tmp_path, arch, dtype, dim)
+@pytest.mark.parametrize("arch, dtype, dim, kind", SOME)
+def test_some(arch: int, dtype: str, dim: int, kind: str, tmp_path: Path) -> None:
+    check(tmp_path, arch, dtype, dim, kind)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("arch, dtype, dim", ALL)
-def test_all(arch: int, dtype: str, dim: int, tmp_path: Path) -> None:
-    check(tmp_path, arch, dtype, dim)
+@pytest.mark.parametrize("arch, dtype, dim, kind", ALL)
+def test_all(arch: int, dtype: str, dim: int, kind: str, tmp_path: Path) -> None:
+    check(tmp_path, arch, dtype, dim, kind)

@@ -17,18 +17,25 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 SOURCE = CSRC.parent / "benchmarks" / "gpu" / "drive.cpp"
 DIMS = "-DFASTNEGATE_CUDA_DIMS(X)=X(40) X(64) X(160)"
-LAUNCH, KERNEL = "run.cu", "kernel.cuh"
+LAUNCH = "run.cu"
 
 # Each is switched on by its name in the variable FAULT: where, what is there, and what is in its place.
 FAULTS = {
     "softmax factor": (LAUNCH, "p.scale * 1.44269504088896f", "p.scale * (FAULT ? 1.4f : 1.44269504088896f)"),
     "last query not written": (
-        KERNEL, "* (D / 8) && n < p.queries)\n", "* (D / 8) && n < p.queries - FAULT)\n",
+        "epilogue.cuh", "if (!place.has(r)) continue;",
+        "if (place.query(r) >= place.queries - FAULT) continue;",
     ),
-    "first gate kept": (KERNEL, "g > mix.best_g[r] ||", "g > mix.best_g[r] + FAULT ||"),
-    "last head not summed": (KERNEL, "= head < p.heads && n", "= head < p.heads - FAULT && n"),
-    "piece before not scaled": (KERNEL, "mass[r] *= shrink;", "mass[r] *= FAULT ? 1.f : shrink;"),
-    "masses of statistics": (KERNEL, "to[2 * apart] = mass[r];", "to[2 * apart] = mass[r] + .1f * FAULT;"),
+    "second gate kept": (
+        "entries.cuh", "slot.place == best[r] ? g[r]", "slot.place == best[r] + FAULT ? g[r]",
+    ),
+    "last head not summed": ("entries.cuh", "h < heads; ++h) sum", "h < heads - FAULT; ++h) sum"),
+    "piece before not scaled": (
+        "segment.cuh", "mass[0] *= shrink[0],", "mass[0] *= FAULT ? 1.f : shrink[0],",
+    ),
+    "masses of statistics": (
+        "entries.cuh", "to[2 * apart] = share[r];", "to[2 * apart] = share[r] + .1f * FAULT;",
+    ),
 }  # fmt: skip
 
 BEGIN = "int driver = 0, devices = 0;"  # of the first thing that is done with the device
@@ -64,7 +71,7 @@ def faulty(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "cuda").mkdir()
     (folder / "fault.h").write_text(SWITCH)
-    for file in (LAUNCH, KERNEL):
+    for file in {file for file, _, _ in FAULTS.values()}:
         text = (CSRC / "cuda" / file).read_text()
         assert (BEGIN in text) == (file == LAUNCH)
         text = text.replace(BEGIN, f"arrange_failure(); {BEGIN}")

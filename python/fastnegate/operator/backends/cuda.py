@@ -130,7 +130,7 @@ class CudaPlan:
         return f"<plan of the CUDA backend: {self.describe()}>"
 
     def describe(self) -> str:
-        warps, blocks, _, prompt, concepts, shared = _cuda.tiling(self._call)
+        _, warps, blocks, _, prompt, concepts, _, shared = _cuda.tiling(self._call)
         where = "in shared memory" if prompt else "read piece by piece"
         return (
             f"{blocks} blocks of {warps} warps, 16 queries each at a time, prompt {where}, room for "
