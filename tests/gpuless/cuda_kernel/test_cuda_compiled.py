@@ -28,8 +28,9 @@ KINDS = ("plain", "one", "many")
 # Most registers of a lane where 16, 12 or 8 warps fill a multiprocessor, which has 65536 for them.
 REGISTERS = {16: 128, 12: 168, 8: 255}
 KERNEL = """#include "cuda/kernel.cuh"
-using namespace fastnegate;
-template __global__ void cuda::attention<{dtype}, {dim}, CudaKind::{kind}>(const __grid_constant__ cuda::Launch);
+namespace fastnegate::cuda {{
+template __global__ void attention<{dtype}, {dim}, CudaKind::{kind}>(const __grid_constant__ Launch);
+}}
 """
 
 
