@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             PAGE.write_text(with_measured(PAGE.read_text(), measured()))
             return 0
         with progress("step") as bar:
-            COMMANDS[given.command](given, Stage(given.host, given.guidance), bar)
+            COMMANDS[given.command](given, Stage(given.host, given.guidance, given.lines), bar)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"benchmarks.quality {given.command}: {error}", file=sys.stderr)
         return 2

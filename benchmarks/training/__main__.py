@@ -27,7 +27,7 @@ from .scenes import SCENES, scenes
 HOSTS: dict[str, Callable[[], Host]] = {
     "easy-joint": lambda: JointHost.untrained(4, 4, 32, 2, 3, tokenizer_of(EasyTokenizer)),
     "hard": lambda: CrossHost.untrained(6, (48, 80), tokenizer_of(HardTokenizer)),
-    "hard-joint": lambda: JointHost.untrained(6, 3, 48, 2, 3, tokenizer_of(HardTokenizer)),
+    "hard-joint": lambda: JointHost.untrained(6, 3, 48, 2, 3, tokenizer_of(HardTokenizer), picture=True),
 }
 
 

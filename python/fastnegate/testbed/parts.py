@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -111,6 +112,28 @@ def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
         model_max_length=kind.world.MAX_WORDS + 2, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+class PictureFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps of rectified flow for a model that predicts the clean picture instead of the velocity.
+
+    Pictures have far fewer ways to be than noise, so a narrow model of large patches, which need not carry
+    the noise through, learns sooner (Li and He, "Back to Basics: Let Denoising Generative Models Denoise",
+    arXiv 2511.13720).
+    """
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, prediction_type: str = "sample") -> None:
+        super().__init__(num_train_timesteps)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, **options: Any
+    ) -> Any:
+        """As the base class's, with the picture [B, ...] for `model_output`."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        velocity = (sample.float() - model_output.float()) / self.sigmas[self.step_index]
+        return super().step(velocity.to(model_output.dtype), timestep, sample, **options)
 
 
 class ShortFluxPipeline(FluxPipeline):

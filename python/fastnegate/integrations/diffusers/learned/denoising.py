@@ -199,7 +199,8 @@ def _noising(scheduler: Any) -> Noised:
         def flowing(clean: Tensor, noise: Tensor, when: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sigma = shift * when / (1 + (shift - 1) * when)
             share = _column(sigma, clean)
-            return clean + share * (noise - clean), noise - clean, (sigma * steps).float()
+            target = clean if says == "sample" else noise - clean
+            return clean + share * (noise - clean), target, (sigma * steps).float()
 
         return flowing
     if says not in _TARGETS or not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
