@@ -261,6 +261,8 @@ def test_pickles_are_refused_unread(tmp_path: Path) -> None:
         ("facts", "encoder is a list"),
         ("dtype", "fingerprint is torch.float64: must be torch.float32"),
         ("twice", "two concepts have the same name"),
+        ("members", "members of 'x' is 'cat': must be a list of phrases"),
+        ("roles", "must be int8, of"),
     ],
 )
 def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) -> None:
@@ -283,6 +285,10 @@ def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) ->
     if damage == "twice":
         header["concepts"] *= 2
         tensors |= {"1" + name[1:]: value.clone() for name, value in tensors.items() if name[0] == "0"}
+    if damage == "members":
+        header["concepts"][0]["members"] = "cat"
+    if damage == "roles":
+        tensors["0.roles"][0] = 9
     if damage == "nan":
         tensors["0.prompt"][0, 0] = NAN
     text = "{" if damage == "not json" else json.dumps(header)

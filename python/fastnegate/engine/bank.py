@@ -249,12 +249,16 @@ class ConceptBank:
 
     @property
     def neutral(self) -> Tensor | None:
-        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set:
-        ValueError for embeddings that are none, or of another width than the bank."""
+        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set,
+        None for none: ValueError for embeddings that are none, or of another width than the bank."""
         return self._now.neutral
 
     @neutral.setter
-    def neutral(self, embeddings: Tensor) -> None:
+    def neutral(self, embeddings: Tensor | None) -> None:
+        if embeddings is None:
+            with self._changing:
+                self._now = Snapshot(self._now.version + 1, self._now.concepts)
+            return
         tokens = Concept.from_embeddings(embeddings).prompt
         with self._changing:
             if not len(tokens) or self._width not in (0, tokens.shape[1]):

@@ -99,6 +99,12 @@ class Concept:
                 f"prompt has shape {list(self.prompt.shape)}, roles {list(self.roles.shape)}: "
                 "must be [L, C] and [L]"
             )
+        if self.roles.dtype != torch.int8 or not set(self.roles.tolist()) <= {*Role}:
+            raise ValueError(
+                f"roles is {self.roles.dtype} {self.roles.tolist()}: must be int8, of {[*map(int, Role)]}"
+            )
+        if isinstance(self.members, str) or not all(isinstance(member, str) for member in self.members):
+            raise ValueError(f"members={self.members!r}: must be a tuple of phrases")
         for i, tokens in enumerate(self.prototypes):
             if tokens.dim() != 2 or tokens.shape[1] != self.width or not len(tokens):
                 raise ValueError(

@@ -33,6 +33,10 @@ class Denoising(Protocol):
     def width(self) -> int:
         """C, channels of a text token."""
 
+    @property
+    def identity(self) -> str:
+        """Changes with the denoiser's weights, but for small changes of a few."""
+
     def frozen(self) -> AbstractContextManager[None]:
         """Within it no weight of the denoiser asks for a gradient, and nothing is dropped out."""
 

@@ -94,8 +94,8 @@ def invert(
         latents = denoising.latents(images, size)
         run = _Run.begun(denoising, start, tokens, rate, seed)
         settings = {
-            "tokens": tokens, "rate": rate, "batch": batch, "caption": caption, "seed": seed,
-            "pictures": _digest(latents), "start": _digest(run.embeddings),
+            "denoiser": denoising.identity, "tokens": tokens, "rate": rate, "batch": batch,
+            "caption": caption, "seed": seed, "pictures": _digest(latents), "start": _digest(run.embeddings),
         }  # fmt: skip
         file = None if checkpoint is None else Path(checkpoint)
         if file is not None and file.exists():

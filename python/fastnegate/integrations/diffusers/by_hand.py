@@ -168,6 +168,8 @@ class Concepts:
         self._look()
 
     def _look(self) -> None:
+        if (pipe := self._bank.pipe) is not None:
+            self._bank.check(pipe)
         self._version, concepts, neutral = self._bank.snapshot()
         self._slots = Slots(concepts, self._rule, self._bank.width, neutral=neutral)
 
