@@ -165,16 +165,14 @@ class JointHost(nn.Module):
 
     def pipeline(self) -> FluxPipeline:
         """The host as users call it, sharing this module's weights."""
-        pipe = joint_pipeline(
+        return joint_pipeline(
             self.transformer.eval(),
+            self.picture,
             text_encoder=self.text_encoder.eval(),
             tokenizer=self.tokenizer,
             text_encoder_2=self.text_encoder_2.eval(),
             tokenizer_2=self.tokenizer,
         )
-        if self.picture:
-            pipe.scheduler = PictureFlowMatchScheduler()
-        return pipe  # fmt: skip
 
 
 Host = CrossHost | JointHost
