@@ -57,6 +57,11 @@ RUNS = {
             "not compile and not _group_offload and not _first_block_cache",
         ),
     ),
+    "caches": Run(
+        "diffusers",
+        "FASTNEGATE_DIFFUSERS_OLDEST",
+        ("models/test_features.py", "-k", "failed_left_in_a_cache"),
+    ),
     "torchao": Run("torchao", "FASTNEGATE_TORCHAO", ("models/test_features.py", "-k", "torchao")),
 }
 
