@@ -70,6 +70,9 @@ class Host(Protocol):
         """A request's negative prompt as a concept whose members are its comma-separated parts. The same
         text gives the same concept. Raises ValueError: not a text, blank, or too long."""
 
+    def check_negative_prompt(self, pipe: Any, text: str) -> None:
+        """Raise what `negative_prompt` would, without encoding anything."""
+
     def neutral(self, pipe: Any, given: str | Sequence[str], templates: Templates | None = None) -> Tensor:
         """Tokens [T, C] that say nothing in particular; `given` as for `ConceptBank.from_prompts`, which says
         more. Raises ValueError: no such kind, or the text encoder has no such tokens."""

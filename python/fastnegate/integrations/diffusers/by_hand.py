@@ -170,12 +170,11 @@ class Concepts:
     def _look(self) -> None:
         if (pipe := self._bank.pipe) is not None:
             self._bank.check(pipe)
-        self._version, concepts, neutral = self._bank.snapshot()
-        self._slots = Slots(concepts, self._rule, self._bank.width, neutral=neutral)
+        self._slots = Slots(self._bank.snapshot(), self._rule, self._bank.width)
 
     def context(self, attn: Any, query: Tensor) -> Tensor:
         """The bank as it is now, [1, T, C] as the layer receives text."""
-        if self._version != self._bank.version:
+        if self._slots.bank is not self._bank.snapshot():
             self._look()
         embeddings = self._slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
         return project_for(model_of(attn, self._bank.pipe), embeddings)
