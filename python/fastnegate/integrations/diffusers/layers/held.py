@@ -12,9 +12,10 @@ from torch import nn
 from ....engine.engine import Engine
 from ....engine.errors import UnsupportedModelError
 from ..contract import bare, cross_attention_layers
+from ..features.caches import Caches
+from ..features.parallel import Parallel
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
-from .caches import Caches
 from .known import SOUND
 from .places import Places
 
@@ -27,6 +28,7 @@ class Held:
         parameters: names of what its forward takes.
         layers, processors: its text layers, and ours for each, by their names in the model.
         caches: what diffusers' caches of the model last kept, and for whom.
+        parallel: what is dealt out to several processes.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Held:
         self._sound = sound
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, Any] = {}
-        self.caches = Caches()
+        self.caches, self.parallel = Caches(), Parallel(engine.rule, joint is not None)
         self.look(bare(model))
+        self.parallel.check(bare(model), self.layers)
 
     def look(self, model: nn.Module) -> None:
         """Look at the model's layers, and have a processor for each."""
