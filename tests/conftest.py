@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("fastnegate")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.markexpr = config.option.markexpr or "not full"
+    config.option.markexpr = config.option.markexpr or "not full and not engines"
     for report in ("FASTNEGATE_BUDGET_REPORT", "FASTNEGATE_COMPILED_REPORT"):
         if report in os.environ and hasattr(config, "workerinput"):
             raise pytest.UsageError(f"{report} is written by one process: without -n")

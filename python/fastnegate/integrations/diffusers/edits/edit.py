@@ -17,7 +17,7 @@ from ....engine.session.call import RUNNING, Call, Running
 from ..around import base_class, put_around, take_away
 from ..by_hand import PROGRESS
 from ..contract import InProgress, bare, cross_attention_layers, denoisers, family
-from ..features.caches import stateful
+from ..features.caches import remembering
 from ..features.parallel import refuse
 from ..hook import INSTALLED
 
@@ -119,9 +119,8 @@ def check_plain(pipe: Any, method: str) -> None:
         compiled = model is not bare(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         if compiled:
             raise UnsupportedModelError(f"{method} cannot be put into compiled code: pipe.{attribute}")
-        for module in model.modules():
-            for hook in stateful(module):
-                raise UnsupportedModelError(f"{method} cannot be combined with {type(hook).__name__}")
+        for cache in remembering(bare(model)):
+            raise UnsupportedModelError(f"{method} cannot be combined with {type(cache).__name__}")
 
 
 def offloaded_by_groups(model: nn.Module) -> bool:
