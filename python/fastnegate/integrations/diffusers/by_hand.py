@@ -33,7 +33,8 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from .around import put_around, take_away
 from .contract import InProgress, bare, denoisers, in_progress, project_for
-from .layers.caches import check, stateful
+from .features.caches import check, stateful
+from .features.parallel import refuse
 from .layers.places import Places
 
 _ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
@@ -67,6 +68,7 @@ class Watch:
             )
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
+        refuse(bare(thing), self._layers, "processors set by hand")
         for hook in stateful(bare(thing)):
             check(hook)  # it may hand on other rows than it gets
         before = PROGRESS.set(in_progress(thing, frame))
@@ -280,6 +282,7 @@ def _was_set(attn: Any, processor: Any, before: Any) -> None:
 
 
 def _watch(model: nn.Module, attn: Any, processor: Any, before: Any) -> None:
+    refuse(model, [attn], "processors set by hand")
     watch = _watches.get(model)
     if watch is None:
         watch = _watches[model] = Watch(model)

@@ -188,6 +188,7 @@ class Hook:
         progress = in_progress(model, frame, given)
         with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
+            held.parallel.heed(bare(model), held.layers, running)
             held.caches.heed(bare(model), running)
             image = None if progress is None or not progress.own else progress.image
             try:

@@ -13,9 +13,10 @@ from ....engine.engine import Engine
 from ....engine.errors import UnsupportedModelError
 from ..around import base_class
 from ..contract import bare, cross_attention_layers
+from ..features.caches import Caches
+from ..features.parallel import Parallel
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
-from .caches import Caches
 from .known import SOUND
 from .places import Places
 
@@ -28,6 +29,7 @@ class Held:
         parameters: names of what its forward takes.
         layers, processors: its text layers, and ours for each, by their names in the model.
         caches: what diffusers' caches of the model last kept, and for whom.
+        parallel: what is dealt out to several processes.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Held:
         self._sound = sound
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, Any] = {}
-        self.caches = Caches()
+        self.caches, self.parallel = Caches(), Parallel(engine.rule, joint is not None)
         self.look(bare(model))
+        self.parallel.check(bare(model), self.layers)
 
     def look(self, model: nn.Module) -> None:
         """Look at the model's layers, and have a processor for each."""
