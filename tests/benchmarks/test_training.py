@@ -19,8 +19,7 @@ from fastnegate.benchmarks.training.scenes import scenes
 from pipelines import one_thread  # noqa: F401
 
 from fastnegate.testbed import easy
-from fastnegate.testbed.model import EasyTokenizer
-from fastnegate.testbed.parts import tokenizer_of
+from fastnegate.testbed.parts import EasyTokenizer, tokenizer_of
 
 
 def small(kind: str) -> Any:

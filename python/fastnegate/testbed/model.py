@@ -26,8 +26,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
-from . import easy, hard
-from .parts import PixelShuffleVAE, ShortFluxPipeline, WordTokenizer, tokenizer_of
+from .parts import EasyTokenizer, PixelShuffleVAE, ShortFluxPipeline, WordTokenizer, tokenizer_of
 
 DEFAULT_STEPS = 20
 """Denoising steps for which the models' quality is stated."""
@@ -37,18 +36,6 @@ DEFAULT_GUIDANCE = 3.0
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class EasyTokenizer(WordTokenizer):
-    """Of the easy world's words."""
-
-    world = easy
-
-
-class HardTokenizer(WordTokenizer):
-    """Of the hard world's words."""
-
-    world = hard
 
 
 class Host(NamedTuple):
