@@ -41,7 +41,7 @@ class NegatedPipeline(DiffusersAdapterPipeline):
 
     The engine makes it of `custom_pipeline_args`: {"pipeline_class":
     "fastnegate.integrations.vllm_omni.NegatedPipeline", "bank": PATH}; `Settings` says what else may be in
-    it. A request's policy is `extra_args["negation"]` (over HTTP `extra_params`), in the JSON form of `Policy`.
+    it. A request's policy is `extra_args["negation"]`, over HTTP `extra_params`; `Policy.from_json` reads it.
 
     The engine does not start unless negation is installed and its first request, which warms up, was negated.
 
