@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `fastnegate.integrations.vllm_omni` uses of vLLM-Omni, in as few lines as that needs: with these the
-default suite drives the pipeline and the worker without the engine. `test_vllm_omni_engine.py` holds them
+default suite drives the pipeline and the worker without the engine. `test_omni_engine.py` holds them
 against the real classes.
 """
 
@@ -48,6 +48,7 @@ class OmniDiffusionConfig:
     max_num_seqs: int = 1
     step_execution: bool = False
     streaming_output: bool = False
+    output_type: str = "pil"
 
 
 @dataclass
@@ -62,6 +63,7 @@ class OmniDiffusionSamplingParams:
     timesteps: torch.Tensor | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
     eta: float = 0.0
     extra_args: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +96,11 @@ class DiffusionRequestBatch:
         return self.requests[0].request_id == "dummy_req_id"
 
 
+# Sampling parameters that this model's pipeline takes as they are.
+PASSED = ("latents", "timesteps", "height", "width", "num_inference_steps", "eta")
+PASSED += ("guidance_scale", "guidance_rescale")
+
+
 class DiffusersAdapterPipeline(nn.Module):
     """It loads a model of the testbed, by its name."""
 
@@ -114,17 +121,8 @@ class DiffusersAdapterPipeline(nn.Module):
         call = {"prompt": prompt} if isinstance(prompt, str) else {"prompt": prompt.get("prompt", "")}
         if not isinstance(prompt, str) and prompt.get("negative_prompt") is not None:
             call["negative_prompt"] = prompt["negative_prompt"]
-        for name in (
-            "latents",
-            "height",
-            "width",
-            "timesteps",
-            "num_inference_steps",
-            "guidance_scale",
-            "eta",
-        ):
-            if getattr(sampling, name) is not None:
-                call[name] = getattr(sampling, name)
+        call |= {name: getattr(sampling, name) for name in PASSED if getattr(sampling, name) is not None}
+        call["output_type"] = self.od_config.output_type
         call["num_images_per_prompt"] = sampling.num_outputs_per_prompt
         call["generator"] = sampling.generator
         if sampling.generator is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 pytest.importorskip("diffusers")
-sys.path.append(str(Path(__file__).parent))
 
-import vllm_omni_stubs as omni
+import omni_stubs as omni
 
 import fastnegate as fn
 from fastnegate import testbed
