@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,6 +37,7 @@ from fastnegate.integrations.vllm_omni import Client, ServerError
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
+PAGE = Path(__file__).parents[3] / "docs" / "serving_omni_part.md"
 CLIENTS, REQUESTS, PATIENCE = 8, 200, 300
 PROMPTS = ("a red circle and a blue square", "a blue circle", "a red square and a red circle")
 BAD: tuple[dict[str, Any], ...] = (
@@ -240,6 +243,33 @@ def test_a_bank_changes_at_once_under_load(server: Served, folder: Path) -> None
     with pytest.raises(ServerError, match="400: negation: concept 'blue': the bank has red, square"):
         ask(server.client, PROMPTS[0], fn.Policy({"blue": 1.0}), seed)
     assert server.client.reload(folder / "first") == first
+
+
+def blocks() -> list[str]:
+    """Code of the page that needs an engine: ```py, where ```python runs without one (tests/test_docs.py)."""
+    return re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_of_the_client_runs(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in blocks() if "Client(" in block)
+    exec(code.replace("http://127.0.0.1:8091", server.client.url), {})
+    printed = capsys.readouterr().out
+    assert "'red': 50" in printed and "400: negation: concept 'rad': the bank has red" in printed
+    assert picture((tmp_path / "picture.png").read_bytes()).ndim == 3
+
+
+def test_the_page_of_the_engine_runs(folder: Path) -> None:
+    shutil.copy(folder / "first", folder / "bank.safetensors")
+    (code,) = (block for block in blocks() if "Omni(" in block)
+    (folder / "page.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=folder, timeout=PATIENCE, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert picture((folder / "offline.png").read_bytes()).shape == (32, 32, 3)
 
 
 def test_a_server_that_cannot_negate_never_serves(folder: Path) -> None:

@@ -41,6 +41,16 @@ def test_what_cannot_negate_never_serves(config: dict[str, Any], message: str, f
         Server(folder, **config)
 
 
+def test_a_model_that_the_engine_has_a_class_for_starts_as_an_adapter(folder: Path) -> None:
+    server = Server(folder, model_class_name="DiffusersAdapterPipeline")
+    try:
+        (answer,) = server.ask(request(POLICIES[1]))
+        proof_of(answer).check(POLICIES[1])
+        assert len(pictures(answer)) == 1
+    finally:
+        server.close()
+
+
 def test_a_server_without_negation_is_noticed(folder: Path) -> None:
     server = Server(folder, pipeline="omni_recorded.PlainPipeline", max_num_seqs=1)
     try:
