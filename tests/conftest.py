@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `support` importable, leaves out the full grid and serving engines unless asked for, fixes hypothesis' seed."""
+"""Makes `support` importable, leaves out the full grid and what needs an engine unless asked for, fixes
+hypothesis' seed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +45,7 @@ class ConceptBank:
     ) -> None:
         self.fingerprint = fingerprint
         self._changing = threading.Lock()
-        self._now = Snapshot(0, MappingProxyType({}))
+        self._now = Snapshot(0, {})
         self._width = 0
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         for name, concept in concepts.items():
@@ -234,7 +233,7 @@ class ConceptBank:
         return self._now
 
     def _become(self, concepts: dict[str, Concept]) -> None:
-        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts), self._now.neutral)
+        self._now = Snapshot(self._now.version + 1, concepts, self._now.neutral)
 
     def check(self, pipe: Any) -> None:
         """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and its
@@ -311,20 +310,14 @@ class ConceptBank:
         listed = f": {', '.join(shown)}" if shown else ""
         return f"ConceptBank({counted(len(concepts), 'concept')}{listed}; width {self._width})"
 
-    def __getstate__(self) -> dict[str, Any]:  # weak references, locks and views do not pickle
-        state = {
-            **self.__dict__,
-            "_pipe": None,
-            "_now": (self.version, dict(self._now.concepts), self.neutral),
-        }
+    def __getstate__(self) -> dict[str, Any]:  # weak references and locks do not pickle
+        state = {**self.__dict__, "_pipe": None}
         del state["_changing"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        version, concepts, neutral = state.pop("_now")
         self.__dict__.update(state)
         self._changing = threading.Lock()
-        self._now = Snapshot(version, MappingProxyType(concepts), neutral)
 
 
 def _differ(ours: Directions | None, theirs: Directions | None) -> str | None:

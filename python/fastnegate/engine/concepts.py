@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -233,6 +234,12 @@ class Snapshot:
     version: int
     concepts: Mapping[str, Concept]
     neutral: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", MappingProxyType(dict(self.concepts)))
+
+    def __reduce__(self) -> Any:  # views do not pickle
+        return Snapshot, (self.version, dict(self.concepts), self.neutral)
 
     @functools.cached_property
     def digest(self) -> str:

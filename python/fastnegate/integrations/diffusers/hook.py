@@ -229,6 +229,11 @@ class Hook:
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], progress: InProgress | None) -> Call:
         sample, text = _first(given, SAMPLE), _first(given, TEXT)
+        if sample is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} was called without {', '.join(SAMPLE[:-1])} or {SAMPLE[-1]}: what it"
+                f" got is {', '.join(given) or 'nothing'}"
+            )
         batch = len(sample)
         while not isinstance(sample, Tensor):  # a list of rows, which may be lists of pictures
             sample = sample[0]

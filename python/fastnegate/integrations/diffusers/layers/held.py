@@ -11,6 +11,7 @@ from torch import nn
 
 from ....engine.engine import Engine
 from ....engine.errors import UnsupportedModelError
+from ..around import base_class
 from ..contract import bare, cross_attention_layers
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
@@ -39,7 +40,7 @@ class Held:
         sound: bool = False,
     ) -> None:
         self.model = weakref.ref(model)
-        self.parameters = list(inspect.signature(bare(model).forward).parameters)
+        self.parameters = _parameters(bare(model))
         self._engine, self._backend, self._prefix, self._joint = engine, backend, prefix, joint
         self._sound = sound
         self.layers: dict[str, Any] = {}
@@ -112,3 +113,11 @@ class Held:
             f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were replaced, "
             f"e.g. {others[0]}"
         )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Names of what a model's forward takes, as its class has it: engines and caches put functions of `*args`
+    and `**kwargs` in the place of an instance's."""
+    kind: Any = base_class(model)
+    _self, *names = inspect.signature(kind.forward).parameters
+    return names
