@@ -165,9 +165,10 @@ class NegatedPipeline(DiffusersAdapterPipeline):
         except Exception as error:
             if len(group) == 1:
                 return [_failure(error)]
-            # Whose fault it is, only calls of their own tell.
-            log.warning("a call for %d requests failed, each is tried alone: %s", len(group), error)
-            return [output for job in group for output in self._answers([job])]
+            # Whose fault it is, only smaller calls tell.
+            log.warning("a call for %d requests failed, and is made again as two: %s", len(group), error)
+            half = len(group) // 2
+            return [*self._answers(group[:half]), *self._answers(group[half:])]
 
     def _draw(self, group: Sequence[Job]) -> list[DiffusionOutput]:
         """Raises NegationNotAppliedError unless each request got exactly the negation that it asked for."""
