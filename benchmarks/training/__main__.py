@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from fastnegate.testbed.model import EasyTokenizer, HardTokenizer
-from fastnegate.testbed.parts import tokenizer_of
+from fastnegate.testbed.parts import EasyTokenizer, HardTokenizer, tokenizer_of
 
 from .evaluate import evaluate
 from .hosts import CrossHost, Host, JointHost

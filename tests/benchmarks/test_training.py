@@ -20,8 +20,7 @@ from pipelines import one_thread  # noqa: F401
 
 from fastnegate.integrations.diffusers.learned.denoising import _noising
 from fastnegate.testbed import easy
-from fastnegate.testbed.model import EasyTokenizer
-from fastnegate.testbed.parts import tokenizer_of
+from fastnegate.testbed.parts import EasyTokenizer, tokenizer_of
 
 
 def small(kind: str) -> Any:

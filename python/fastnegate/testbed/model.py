@@ -26,8 +26,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
-from . import easy, hard
 from .parts import (
+    EasyTokenizer,
     PictureFlowMatchScheduler,
     PixelShuffleVAE,
     ShortFluxPipeline,
@@ -43,18 +43,6 @@ DEFAULT_GUIDANCE = 3.0
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class EasyTokenizer(WordTokenizer):
-    """Of the easy world's words."""
-
-    world = easy
-
-
-class HardTokenizer(WordTokenizer):
-    """Of the hard world's words."""
-
-    world = hard
 
 
 class Host(NamedTuple):

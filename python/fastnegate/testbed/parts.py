@@ -2,7 +2,11 @@
 # diffusers and transformers are typed only in part:
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
 """What the testbed's pipelines have of their own: an autoencoder without loss, a tokenizer of words, and
-FLUX's pipeline for short texts."""
+FLUX's pipeline for short texts.
+
+A pipeline that was saved finds them again, if fastnegate is installed: diffusers looks for the class in this
+module, and for the library's class that it derives from among the names that the module imports.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from . import easy, hard
 from .world import World
 
 
@@ -98,6 +103,18 @@ class WordTokenizer(PreTrainedTokenizerFast):
         return (
             self.world.templates(member) if (member := member.strip().lower()) in self.world.CONCEPTS else []
         )
+
+
+class EasyTokenizer(WordTokenizer):
+    """Of the easy world's words."""
+
+    world = easy
+
+
+class HardTokenizer(WordTokenizer):
+    """Of the hard world's words."""
+
+    world = hard
 
 
 def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
