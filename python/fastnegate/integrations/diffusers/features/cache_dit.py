@@ -54,8 +54,9 @@ class CacheDitContext:
                 f"{kind} of cache-dit cannot be combined with negation: use its DBCacheConfig"
             )
         config = None if context is None else context.cache_config
-        masked = config is not None and config.steps_computation_mask is not None
-        if masked and config.steps_computation_policy == "static":
+        if config is None or config.steps_computation_mask is None:
+            return
+        if config.steps_computation_policy == "static":
             raise UnsupportedModelError(
                 "steps_computation_policy='static' of cache-dit cannot be combined with negation: use "
                 "steps_computation_policy='dynamic'"
