@@ -96,7 +96,7 @@ def test_three_launches(select: str, combine: str, norm: str) -> None:
     rule = Rule(
         "cosine", "ramp", direction, combine, select, norm, norm_limit=1.1, scope="feature", strength=1.5
     )
-    problem = make_problem(rule=rule, queries=50, dim=16)
+    problem = make_problem(rule=rule, dim=16)
     assert backend.plan(problem, False).describe().endswith("launches" if norm == "none" else "3 launches")
     Judge(problem).check(backend.run(problem), "triton")
 
