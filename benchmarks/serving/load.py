@@ -95,7 +95,8 @@ class Arm:
     @property
     def batch(self) -> float:
         """Requests in a call of the pipeline."""
-        return len(self.sizes) / sum(1 / size for size in self.sizes)
+        calls = round(sum(1 / size for size in self.sizes))  # each request is its share of one
+        return len(self.sizes) / calls
 
 
 def arms(batch: int, steps: int, folder: Path) -> dict[str, Arm]:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipelines import one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate import testbed
+from fastnegate.integrations.diffusers.install import engine_of
 from fastnegate.integrations.ray_serve import Negation, picture
 
 PROMPT, STEPS = "a red circle and a blue square", 3
@@ -205,7 +207,21 @@ def test_a_replica_without_a_bank_never_serves(pipe: Any, tmp_path: Path) -> Non
     (tmp_path / "bank").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a concept bank"):
         Negation(lambda: pipe, tmp_path / "bank")
-    assert fn.integrations.diffusers.install.engine_of(pipe) is None
+    assert engine_of(pipe) is None
+
+
+def test_a_replica_that_fails_its_first_picture_never_serves(pipe: Any, tmp_path: Path) -> None:
+    save_bank(pipe, tmp_path / "bank", red="red")
+    with pytest.raises(ValueError, match="batch size of 2"):
+        Negation(lambda: pipe, tmp_path / "bank", call={"num_images_per_prompt": 2})
+    assert engine_of(pipe) is None
+
+
+def test_other_pictures_than_there_are_requests_are_nobodys(
+    replica: Negation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "pipe", lambda *_, **__: SimpleNamespace(images=[None, None]))
+    assert ask(replica, form()) == [(500, {"error": "the pipeline made 2 pictures of 1 requests"})]
 
 
 BREAKS: dict[str, Callable[[Negation], Any]] = {
@@ -240,6 +256,9 @@ def test_pictures_are_proof_of_health(replica: Negation, monkeypatch: pytest.Mon
     ask(replica, form(POLICIES[1]))
     asyncio.run(replica.check_health())
     assert len(proven) == 1
+    ask(replica, form())  # which proves nothing
+    asyncio.run(replica.check_health())
+    assert len(proven) == 2
 
 
 @pytest.mark.parametrize(

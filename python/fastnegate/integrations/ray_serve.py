@@ -90,8 +90,12 @@ class Negation:
         self._turn = threading.Lock()  # the pipeline makes one batch at a time
         self._waiting: list[Waiting] = []
         self._worker: asyncio.Task[None] | None = None
-        self._proven = False  # since the last look at its health
-        self._prove()
+        self._proven = False  # that it negates, since the last look at its health
+        try:
+            self._prove()
+        except BaseException:
+            self.engine.remove()
+            raise
 
     async def __call__(self, http: Any) -> Any:
         """Answer an HTTP request (`starlette.requests.Request`)."""
@@ -101,9 +105,9 @@ class Negation:
         return JSONResponse(answer, status)
 
     async def check_health(self) -> None:
-        """What Ray asks every few seconds; a replica that does not pass is replaced. Pictures that were made
-        since are proof enough; else one is made, after those that are at work: `health_check_timeout_s` of
-        the deployment has to be longer than a batch.
+        """What Ray asks every few seconds; a replica that does not pass is replaced. A picture that was
+        negated since is proof enough; else one is made, after those that are at work:
+        `health_check_timeout_s` of the deployment has to be longer than a batch.
 
         Raises:
             NegationNotAppliedError: it was not negated.
@@ -206,11 +210,13 @@ class Negation:
                 generator=[torch.Generator().manual_seed(request.seed) for request in requests],
                 **self._call,
             ).images
+        if len(images) != len(requests):
+            raise RuntimeError(f"the pipeline made {len(images)} pictures of {len(requests)} requests")
         answers = []
         for request, image, proof in zip(requests, images, batch.proofs):
             proof.check(request.policy)
+            self._proven |= request.policy is not None and request.policy.asks
             answers.append({"image": _png(image), "negation": proof.to_json(), "batch": len(requests)})
-        self._proven = True
         return answers
 
     # ---- the bank, and health ---------------------------------------------------------------
