@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray Serve itself: two replicas behind HTTP, with all that a day brings. `tests/engines/ray.sh` makes the
-environment and runs this.
+"""Ray Serve itself, as docs/serving.md has it: two replicas behind HTTP, with all that a day brings.
+`tests/engines/ray.sh` makes the environment and runs this.
 
 Pictures are compared with those that one pipeline makes of one request at a time, in this process.
 """
@@ -13,9 +13,11 @@ import http.client
 import itertools
 import json
 import os
+import re
 import socket
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from ray import serve
 
 import fastnegate as fn
 from fastnegate import testbed
-from fastnegate.integrations.ray_serve import Negation, picture
+from fastnegate.integrations.ray_serve import picture
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
@@ -56,12 +58,7 @@ BAD: tuple[dict[str, Any], ...] = (
 )
 
 
-def bank_of(pipe: Any, names: list[str]) -> fn.ConceptBank:
-    members = {name: testbed.members(name) for name in names}
-    return fn.ConceptBank.from_prompts(pipe, members, templates=testbed.templates)
-
-
-NAMES = ["red", "blue", "square", "circle", "warm"]
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
 @dataclasses.dataclass
@@ -69,6 +66,7 @@ class Served:
     port: int
     file: Path  # the bank
     pipe: Any  # of this process, as is what it makes
+    ask: Callable[..., Any]  # of the page
 
     @functools.cache  # noqa: B019
     def alone(self, file: str, policy: int, seed: int) -> np.ndarray:
@@ -107,23 +105,21 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     torch.set_num_threads(1)
     pipe = testbed.load()
     pipe.set_progress_bar_config(disable=True)
-    file = tmp_path_factory.mktemp("bank") / "bank.safetensors"
-    bank_of(pipe, NAMES).save(file)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     _start_ray()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    deployment = serve.deployment(
-        Negation,
-        name="Negation",
-        num_replicas=2,
-        max_ongoing_requests=32,
-        ray_actor_options={"num_cpus": 0.5},
-        health_check_timeout_s=120,
-    )
-    serve.run(deployment.bind(testbed.load, file, steps=STEPS, call=CALL))
-    yield Served(port, file, pipe)
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("served"))
+    names: dict[str, Any] = {"fn": fn, "json": json}
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+            if "ray_serve import" in block:  # the deployment, and a client
+                exec(compile(block, str(PAGE), "exec"), names)
+    finally:
+        os.chdir(before)
+    yield Served(port, names["path"], pipe, names["ask"])
     serve.shutdown()
     ray.shutdown()
 
@@ -171,13 +167,20 @@ def at_once(work: Callable[[int], None], count: int) -> None:
 
 
 def request(policy: int, seed: int) -> dict[str, Any]:
-    form: dict[str, Any] = {"prompt": PROMPT, "seed": seed}
+    form: dict[str, Any] = {"prompt": PROMPT, "seed": seed, "steps": STEPS}
     if (asked := POLICIES[policy]) is not None:
         form["negation"] = asked.to_json()
     return form
 
 
 KINDS = list(itertools.product(range(len(POLICIES)), range(SEEDS)))
+
+
+def test_the_client_of_the_page_asks(served: Served) -> None:
+    image = served.ask(PROMPT, POLICIES[1], f"http://127.0.0.1:{served.port}/", seed=1, steps=STEPS)
+    assert abs(np.asarray(image, np.int16) - served.alone(str(served.file), 1, 1)).max() <= 1
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        served.ask("a word that it does not know", url=f"http://127.0.0.1:{served.port}/")
 
 
 def test_every_answer_is_that_of_its_request_alone(served: Served) -> None:
@@ -225,7 +228,8 @@ def test_another_bank_is_served_at_once_by_both_replicas(served: Served, tmp_pat
     new one, and a concept that is gone is refused."""
     files = {name: tmp_path / name for name in ("old", "new")}
     files["old"].write_bytes(served.file.read_bytes())
-    new = bank_of(served.pipe, ["red", "blue", "square", "circle"])
+    new = fn.ConceptBank.load(served.file, served.pipe)
+    new.remove("warm")
     new.update("red", new["circle"])
     new.save(files["new"])
     digests = {fn.ConceptBank.load(path, served.pipe).digest: str(path) for path in files.values()}

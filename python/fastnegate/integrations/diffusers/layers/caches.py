@@ -118,6 +118,8 @@ def check(hook: Any) -> None:
 
 def _context(hook: Any) -> str:
     """Of the denoiser call, as its pipeline names it: conditional and unconditional ones are kept apart."""
-    context = getattr(getattr(hook, "state_manager", None), "_context", None)
-    name: str = "inference" if context is None else context.name  # MagCache's own name for none
+    manager = getattr(hook, "state_manager", None)
+    # Before diffusers 0.42 a context was its name.
+    context = getattr(manager, "_context", getattr(manager, "_current_context", None))
+    name: str = "inference" if context is None else getattr(context, "name", context)  # MagCache's for none
     return name
