@@ -152,7 +152,7 @@ def test_a_refusal_is_told(body: Any, message: str, script: Script) -> None:
 @pytest.mark.parametrize("body", [b"\x89PNG", b"[]"], ids=["a bare file", "a list"])
 def test_what_is_no_answer_is_none(body: bytes, script: Script) -> None:
     script.says = [(200, body)]
-    with pytest.raises(ServerError, match="^200: the answer is no JSON object"):
+    with pytest.raises(ServerError, match=r"^200: the answer is no JSON object"):
         script.client.generate("a red circle", POLICY, response_format="file")
 
 
