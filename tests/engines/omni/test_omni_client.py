@@ -149,6 +149,13 @@ def test_a_refusal_is_told(body: Any, message: str, script: Script) -> None:
     assert error.value.status == 404
 
 
+@pytest.mark.parametrize("body", [b"\x89PNG", b"[]"], ids=["a bare file", "a list"])
+def test_what_is_no_answer_is_none(body: bytes, script: Script) -> None:
+    script.says = [(200, body)]
+    with pytest.raises(ServerError, match=r"^200: the answer is no JSON object"):
+        script.client.generate("a red circle", POLICY, response_format="file")
+
+
 def test_a_reload_is_two_calls(script: Script) -> None:
     workers = {"results": [[{"bank": BANK}, {"bank": BANK}]]}
     script.says = [(200, workers), (200, workers)]

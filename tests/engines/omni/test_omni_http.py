@@ -37,7 +37,7 @@ from fastnegate.integrations.vllm_omni import Client, ServerError
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
-PAGE = Path(__file__).parents[3] / "docs" / "serving_omni_part.md"
+PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
 CLIENTS, REQUESTS, PATIENCE = 8, 200, 300
 PROMPTS = ("a red circle and a blue square", "a blue circle", "a red square and a red circle")
 BAD: tuple[dict[str, Any], ...] = (
@@ -246,22 +246,23 @@ def test_a_bank_changes_at_once_under_load(server: Served, folder: Path) -> None
 
 
 def blocks() -> list[str]:
-    """Code of the page that needs an engine: ```py, where ```python runs without one (tests/test_docs.py)."""
-    return re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    """Code of the page that is about this engine."""
+    found = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for code in found if "integrations.vllm_omni" in code]
 
 
-def test_the_page_of_the_client_runs(
-    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = (block for block in blocks() if "Client(" in block)
-    exec(code.replace("http://127.0.0.1:8091", server.client.url), {})
-    printed = capsys.readouterr().out
-    assert "'red': 50" in printed and "400: negation: concept 'rad': the bank has red" in printed
-    assert picture((tmp_path / "picture.png").read_bytes()).ndim == 3
+def test_the_client_of_the_page_runs(server: Served, tmp_path: Path) -> None:
+    (code,) = (block for block in blocks() if "Client" in block)
+    names: dict[str, Any] = {"Path": Path}
+    exec(code, names)
+    file = tmp_path / "picture.png"
+    proof = names["draw"]("a red circle", fn.Policy({"red": 1.0}), file, server.client.url)
+    assert proof.concepts == {"red": proof.steps} and picture(file.read_bytes()).ndim == 3
+    refused = names["draw"]("a red circle", fn.Policy({"rad": 1.0}), file, server.client.url)
+    assert refused == "400: negation: concept 'rad': the bank has red, blue, circle"
 
 
-def test_the_page_of_the_engine_runs(folder: Path) -> None:
+def test_the_engine_of_the_page_runs(folder: Path) -> None:
     shutil.copy(folder / "first", folder / "bank.safetensors")
     (code,) = (block for block in blocks() if "Omni(" in block)
     (folder / "page.py").write_text(code)
@@ -269,7 +270,7 @@ def test_the_page_of_the_engine_runs(folder: Path) -> None:
         [sys.executable, "page.py"], cwd=folder, timeout=PATIENCE, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert picture((folder / "offline.png").read_bytes()).shape == (32, 32, 3)
+    assert picture((folder / "picture.png").read_bytes()).shape == (32, 32, 3)
 
 
 def test_a_server_that_cannot_negate_never_serves(folder: Path) -> None:

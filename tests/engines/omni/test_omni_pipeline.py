@@ -225,8 +225,10 @@ def test_an_absent_negative_prompt_is_not_an_empty_one(shared: Server) -> None:
 
 
 def test_a_tensor_of_timesteps_shares_no_call(shared: Server) -> None:
-    good, bad = shared.ask(request(), request(timesteps=torch.tensor([900, 500, 1])))
-    assert good.error is None and "timestep" in refused(bad)  # this scheduler has its own alone
+    strange = [request(timesteps=torch.tensor(steps)) for steps in ([900, 500, 1], [800, 400, 1])]
+    good, *bad = shared.ask(request(), *strange)
+    assert shared.calls == [1, 1, 1] and good.error is None
+    assert all("timestep" in refused(output) for output in bad)  # this scheduler has its own alone
 
 
 def test_images_of_one_prompt_take_turns_with_its_generator(shared: Server) -> None:
@@ -234,7 +236,8 @@ def test_images_of_one_prompt_take_turns_with_its_generator(shared: Server) -> N
     pair = shared.ask(several(), request(POLICIES[2], 6, num_outputs_per_prompt=3))
     assert shared.calls == [2] and [len(pictures(output)) for output in pair] == [3, 3]
     assert same(pair[0], shared.ask(several())[0])
-    first = pictures(pair[0])[:1]
+    first, second, _third = (pictures(pair[0])[i : i + 1] for i in range(3))
+    assert np.abs(first - second).max() > 50
     assert np.abs(first - pictures(shared.ask(request(POLICIES[1], 5))[0])).max() <= 1
 
 
@@ -252,11 +255,25 @@ def test_counts_that_cannot_be_are_refused(shared: Server) -> None:
     assert "at most 10" in refused(many) and "generator has 2 entries" in refused(wrong)
 
 
+def test_one_request_may_ask_for_more_images_than_there_are_seats(shared: Server) -> None:
+    (output,) = shared.ask(request(POLICIES[1], num_outputs_per_prompt=10, num_inference_steps=1))
+    assert len(pictures(output)) == 10 and shared.calls == [1]
+
+
 def test_generators_are_not_used_up(shared: Server) -> None:
-    generator = torch.Generator().manual_seed(3)
-    before = generator.get_state()
-    shared.ask(request(generator=generator), request(POLICIES[1]))
-    assert torch.equal(generator.get_state(), before)
+    one, *several = (torch.Generator().manual_seed(seed) for seed in range(3))
+    before = one.get_state(), several[1].get_state()
+    outputs = shared.ask(
+        request(generator=one, num_inference_steps=1),
+        request(POLICIES[1], generator=several, num_outputs_per_prompt=2, num_inference_steps=1),
+    )
+    assert [len(pictures(output)) for output in outputs] == [1, 2]
+    assert torch.equal(one.get_state(), before[0]) and torch.equal(several[1].get_state(), before[1])
+
+
+def test_a_call_that_nobody_spoke_for_does_not_run(shared: Server) -> None:
+    with pytest.raises(fn.NegationNotAppliedError, match="unasked"):
+        shared.pipeline._pipeline(PROMPT, num_inference_steps=1)
 
 
 # ---- start ------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ FIELD = "negation"  # of a request's `extra_params` or `extra_args`
 
 
 class ServerError(RuntimeError):
-    """The server refused: `status` is that of HTTP, 4xx if the request is to blame; `message` says why."""
+    """The server refused, or what it said cannot be read: `status` is that of HTTP, 4xx if the request is to
+    blame; `message` says why."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -60,7 +61,7 @@ class Client:
         Raises:
             NegationNotAppliedError: the answer has no proof, or proves something else. Its pictures are
                 thrown away.
-            ServerError: the server refused.
+            ServerError: the server refused, or answered with a bare file.
             OSError: there is no server, or it fell silent.
         """
         request = {"prompt": prompt, **fields}
@@ -91,10 +92,16 @@ class Client:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                body: dict[str, Any] = json.load(response)
-                return body
+                status, said = response.status, response.read()
         except urllib.error.HTTPError as error:
             raise ServerError(error.code, _message(error.read())) from error
+        try:
+            body = json.loads(said)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise ServerError(status, "the answer is no JSON object, so it proves nothing")
+        return body
 
 
 def _message(body: bytes) -> str:
