@@ -29,6 +29,7 @@ import torch
 pytest.importorskip("ray", reason="not in this environment: see tests/engines/ray.sh")
 
 import ray
+from fastnegate.benchmarks.serving.load import POLICIES, PROMPT
 from ray import serve
 
 import fastnegate as fn
@@ -39,16 +40,6 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
 CLIENTS, REQUESTS, STEPS, SEEDS = 8, 200, 6, 3
 CALL = {"guidance_scale": testbed.DEFAULT_GUIDANCE}
-PROMPT = "a red circle and a blue square"
-POLICIES: tuple[fn.Policy | None, ...] = (
-    None,
-    fn.Policy({"red": 1.0}),
-    fn.Policy({"blue": 1.0}),
-    fn.Policy({"red": 0.5, "square": 1.0}),
-    fn.Policy({"circle": 1.0}, stop=0.5),
-    fn.Policy({"warm": 1.0}, start=0.25),
-    fn.Policy(negative_prompt="square"),
-)
 BAD: tuple[dict[str, Any], ...] = (
     {"prompt": PROMPT, "negation": {"concepts": {"rot": 1.0}}},
     {"prompt": PROMPT, "negation": {"concepts": {"red": -1.0}}},

@@ -331,6 +331,8 @@ def test_what_was_learned_of_a_concept_is_kept(hurried: Stage, tmp_path: Path) -
     again = Learned(None, easy, "as it is", tmp_path)  # without a pipeline it cannot learn
     assert again.concept(["red"]).prompt.equal(found[0].prompt)
     assert all(weight.equal(found[1][name]) for name, weight in again.weights(["red"]).items())
+    in_memory = Learned(hurried.pipe, easy, "as it is", None)
+    assert in_memory.weights(["red"]) is in_memory.weights(["red"])
     for identity, words in (("another", ["red"]), ("as it is", ["warm", "red"])):
         with pytest.raises(UnsupportedModelError):
             Learned(None, easy, identity, tmp_path).concept(words)

@@ -170,8 +170,8 @@ class Concepts:
         self._look()
 
     def _look(self) -> None:
-        if (pipe := self._bank.pipe) is not None:
-            self._bank.check(pipe)
+        if self._rule.reads.direction and (pipe := self._bank.pipe) is not None:
+            self._bank.check(pipe)  # another denoiser's directions would steer elsewhere
         self._slots = Slots(self._bank.snapshot(), self._rule, self._bank.width)
 
     def context(self, attn: Any, query: Tensor) -> Tensor:

@@ -46,11 +46,12 @@ class Learned:
         pipe: a pipeline of the testbed.
         world: what it draws.
         identity: changes with the pipeline's weights.
-        folder: where it is kept, as a file for each concept; None: nowhere, it is learned again.
+        folder: where it is kept, as a file for each concept; None: in memory.
     """
 
     def __init__(self, pipe: Any, world: World, identity: str, folder: Path | None) -> None:
         self._pipe, self._world, self._identity, self._folder = pipe, world, identity, folder
+        self._in_memory: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._alone: list[Scene[Any, Any]] = []
         self._scenes = self._drawn()
 
@@ -66,8 +67,12 @@ class Learned:
     def _kept(self, what: str, words: Sequence[str]) -> dict[str, Tensor]:
         learn = {"embeddings": self._embeddings, "weights": self._weights}[what]
         if self._folder is None:
-            return learn(words)
-        name = sha256(f"{self._identity} {[*words]}".encode()).hexdigest()[:16]
+            key = (what, *words)
+            if key not in self._in_memory:
+                self._in_memory[key] = learn(words)
+            return self._in_memory[key]
+        how = (self._identity, {"embeddings": EMBEDDINGS, "weights": WEIGHTS}[what], PICTURES, [*words])
+        name = sha256(repr(how).encode()).hexdigest()[:16]
         file = self._folder / f"{what}-{name}.safetensors"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class Stage:
         host: one of `testbed.HOSTS`.
         guidance: one of `GUIDANCE`.
         kept: a folder for what is learned from pictures, which takes a minute for each concept; None: it is
-            learned again.
+            kept in memory.
 
     Attributes:
         pipe: the pipeline.
