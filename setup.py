@@ -173,12 +173,7 @@ setup(
         *find_packages("python"),
         "fastnegate.triton_kernels",
         "fastnegate.benchmarks",
-        "fastnegate.benchmarks.gpu",
-        "fastnegate.benchmarks.gpu.steps",
-        "fastnegate.benchmarks.operator",
-        "fastnegate.benchmarks.pipeline",
-        "fastnegate.benchmarks.quality",
-        "fastnegate.benchmarks.training",
+        *(f"fastnegate.benchmarks.{name}" for name in find_packages("benchmarks")),
     ],
     package_dir={
         "": "python",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `support` importable, leaves out the full grid unless asked for, fixes hypothesis' seed."""
+"""Makes `support` importable, leaves out the full grid and what needs an engine unless asked for, fixes
+hypothesis' seed."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ hypothesis.settings.load_profile("fastnegate")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.markexpr = config.option.markexpr or "not full"
+    config.option.markexpr = config.option.markexpr or "not full and not engines"
     for report in ("FASTNEGATE_BUDGET_REPORT", "FASTNEGATE_COMPILED_REPORT"):
         if report in os.environ and hasattr(config, "workerinput"):
             raise pytest.UsageError(f"{report} is written by one process: without -n")

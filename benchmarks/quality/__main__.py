@@ -6,7 +6,7 @@ measure   all methods on the test split, with published and with tuned numbers
 frontier  all methods with their published strengths times 1/4 to 4
 grids     unselected pictures of some methods
 gates     gates and similarities of some methods by layer and step
-page      put what was measured into docs/quality.md
+page      put what was measured into docs/quality.md, and its details beside the results
 
 Verdicts are kept in --lines: what was stopped goes on where it was.
 """
@@ -33,7 +33,7 @@ from fastnegate.testbed.quality.results import (
 from fastnegate.testbed.quality.scores import named
 
 from . import gates, plots
-from .page import PAGE, RESULTS, TUNED, measured, stem, with_measured
+from .page import RESULTS, TUNED, stem, write_pages
 from .tune import tune
 
 SHOWN = ("protore", "uce", "adavd", "vsf")
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.command == "page":
-            PAGE.write_text(with_measured(PAGE.read_text(), measured()))
+            write_pages()
             return 0
         with progress("step") as bar:
-            COMMANDS[given.command](given, Stage(given.host, given.guidance), bar)
+            COMMANDS[given.command](given, Stage(given.host, given.guidance, given.lines), bar)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"benchmarks.quality {given.command}: {error}", file=sys.stderr)
         return 2

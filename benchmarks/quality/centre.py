@@ -12,24 +12,39 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastnegate.commands.options import whole
+from fastnegate.engine.bank import ConceptBank
 from fastnegate.engine.host import of
+from fastnegate.engine.policy import Policy
+from fastnegate.integrations.diffusers.install import install
 from fastnegate.operator.rule import Rule
 from fastnegate.testbed import model
-from fastnegate.testbed.cases import SPLITS
+from fastnegate.testbed.cases import SPLITS, Case
+from fastnegate.testbed.quality import Stage
+from fastnegate.testbed.quality.methods import Method
+from fastnegate.testbed.quality.stage import BATCH
 
 from ..tables import table
-from .hosts import Host, Shares, load
 
 UNCENTRED = "-"
 NEUTRAL = (UNCENTRED, "empty", "padding", "mean")
+
+
+class Shares(NamedTuple):
+    """Of the cases of a suite, in [0, 1]: the concepts are gone; what they do not cover has stayed; both."""
+
+    gone: float
+    kept: float
+    right: float
 
 
 class Setting(NamedTuple):
@@ -44,16 +59,42 @@ class Setting(NamedTuple):
         return Rule.preset(method, center=center, threshold=self.threshold, strength=self.strength)
 
 
-def neutral_tokens(host: Host, kind: str) -> Tensor:
+def neutral_tokens(stage: Stage, kind: str) -> Tensor:
     """Of a kind; `mean` is that of the world's concepts that are no umbrellas."""
-    plain = [concept for concept in host.world.CONCEPTS if len(host.world.members(concept)) == 1]
+    plain = [concept for concept in stage.world.CONCEPTS if len(stage.world.members(concept)) == 1]
     given = plain if kind == "mean" else kind
-    tokens: Tensor = of(host.pipe).neutral(host.pipe, given, host.world.templates)
+    tokens: Tensor = of(stage.pipe).neutral(stage.pipe, given, stage.world.templates)
     return tokens
 
 
+def scored(
+    stage: Stage, bank: ConceptBank, rule: Rule, drawn: Mapping[str, Sequence[Case[Any]]], seed: int
+) -> dict[str, Shares]:
+    """Draw the cases of suites, each under the negation of its concepts, and judge them. The same seed draws
+    from the same noise whatever the rule is."""
+
+    @contextmanager
+    def applied(_stage: Any, cases: Sequence[Case[Any]], _numbers: Any) -> Iterator[dict[str, Any]]:
+        engine = install(stage.pipe, bank, max_batch=BATCH, rule=rule)
+        try:
+            with engine.batch([Policy(dict.fromkeys(map(stage.known, case.given), 1.0)) for case in cases]):
+                yield {}
+        finally:
+            engine.remove()
+
+    method = Method(rule.name or "a rule", applied, mixed=True)
+    todo = [(name, seed + i, case) for name, cases in drawn.items() for i, case in enumerate(cases)]
+    found: dict[str, list[tuple[bool, bool, bool]]] = {name: [] for name in drawn}
+    for first in range(0, len(todo), BATCH):
+        names, noise, cases = zip(*todo[first : first + BATCH], strict=True)
+        for name, case, image in zip(names, cases, stage.draw(method, {}, cases, noise), strict=True):
+            verdict = stage.world.judge(image.clip(0, 1), case)
+            found[name].append((verdict.gone, verdict.kept, verdict.right))
+    return {name: Shares(*np.mean(verdicts, 0).tolist()) for name, verdicts in found.items()}
+
+
 def study(
-    host: Host,
+    stage: Stage,
     method: str,
     settings: Sequence[Setting],
     suites: Sequence[str],
@@ -73,14 +114,15 @@ def study(
         if {name: line[name] for name in what} != what:
             raise ValueError(f"{out} is of another study: {line}")
     known = {Setting(line["neutral"], line["threshold"], line["strength"]) for line in done}
-    bank = host.bank(suites, cases, seed, split)
+    drawn = {name: stage.world.suite(name, cases, seed, split) for name in suites}
+    bank = stage.bank([case for cases in drawn.values() for case in cases])
     for setting in settings:
         if setting in known:
             continue
         if setting.neutral != UNCENTRED:
-            bank.neutral = neutral_tokens(host, setting.neutral)
+            bank.neutral = neutral_tokens(stage, setting.neutral)
         begun = time.process_time()
-        scores = host.score(bank, setting.rule(method), suites, cases, seed, split)
+        scores = scored(stage, bank, setting.rule(method), drawn, seed)
         line = {**what, **setting._asdict(), "cpu_seconds": round(time.process_time() - begun, 1)}
         line["scores"] = {name: shares._asdict() for name, shares in scores.items()}
         with out.open("a") as file:
@@ -131,12 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    host = load(options.host, not options.unguided)
+    stage = Stage(options.host, "free" if options.unguided else "cfg")
     settings = list(
         itertools.starmap(Setting, itertools.product(options.neutral, options.threshold, options.strength))
     )
-    suites = options.suites or [*host.world.SUITES]
-    study(host, options.method, settings, suites, options.cases, options.seed, options.split, options.out)
+    suites = options.suites or [*stage.world.SUITES]
+    study(stage, options.method, settings, suites, options.cases, options.seed, options.split, options.out)
     print(report(read(options.out)))
     return 0
 

@@ -26,9 +26,9 @@ import fastnegate as fn
 from fastnegate import testbed
 from fastnegate.engine import host as engine_host
 from fastnegate.engine.concepts import Concept
+from fastnegate.testbed.quality import Stage
 
 from ..tables import table
-from .hosts import Host, load
 
 CASES = 24
 PICTURES = 64
@@ -38,70 +38,71 @@ COLUMNS = (
 )
 
 
-def cases_of(host: Host, suite: str, concept: str) -> list[Any]:
+def cases_of(stage: Stage, suite: str, concept: str) -> list[Any]:
     """The first cases of a suite that are about this concept."""
-    return [case for case in host.world.suite(suite, 60 * CASES, 0) if case.concepts == (concept,)][:CASES]
+    return [case for case in stage.world.suite(suite, 60 * CASES, 0) if case.concepts == (concept,)][:CASES]
 
 
-def pictures_of(host: Host, concept: str) -> list[Image.Image]:
+def pictures_of(stage: Stage, concept: str) -> list[Image.Image]:
     """Scenes of one object, which shows the concept and is said to."""
     rng = np.random.default_rng(7)
     found: list[Image.Image] = []
     while len(found) < PICTURES:
-        scene = host.world.scene(rng)
+        scene = stage.world.scene(rng)
         if len(scene.objects) == 1 and concept in scene.caption.split():
             found.append(Image.fromarray((255 * scene.image).round().astype(np.uint8)))
     return found
 
 
-def images_of(host: Host, number: int, **prompt: Any) -> Any:
+def images_of(stage: Stage, number: int, **prompt: Any) -> Any:
     generator = [torch.Generator().manual_seed(i) for i in range(number)]
-    return host.pipe(generator=generator, output_type="np", **prompt, **host.call).images.clip(0, 1)
+    call = {**prompt, **stage.call(number)}
+    return stage.pipe(generator=generator, output_type="np", **call).images.clip(0, 1)
 
 
-def seen(host: Host, images: Any, concept: str) -> float:
+def seen(stage: Stage, images: Any, concept: str) -> float:
     """Share of pictures in which the loose detector finds the concept."""
-    world: Any = host.world
+    world: Any = stage.world
     return float(np.mean([world.shows(world.detect(image, world.LOOSE), concept) for image in images]))
 
 
-def measured(name: str, host: Host, concept: str, steps: int) -> list[str]:
+def measured(name: str, stage: Stage, concept: str, steps: int) -> list[str]:
     """The host's line of the table."""
     learned = fn.invert(
-        host.pipe, pictures_of(host, concept), caption="a {} shape", steps=steps, rate=0.02, batch=8
+        stage.pipe, pictures_of(stage, concept), caption="a {} shape", steps=steps, rate=0.02, batch=8
     )
     words = fn.ConceptBank.from_prompts(
-        host.pipe, {concept: host.world.members(concept)}, templates=host.world.templates
+        stage.pipe, {concept: stage.world.members(concept)}, templates=stage.world.templates
     )
-    tokens = fn.ConceptBank({concept: learned}, words.fingerprint, host.pipe)
-    named = cases_of(host, "colour" if concept in testbed.easy.world.COLORS else "shape", concept)
-    hidden = cases_of(host, "implicit", concept)
+    tokens = fn.ConceptBank({concept: learned}, words.fingerprint, stage.pipe)
+    named = cases_of(stage, "colour" if concept in testbed.easy.world.COLORS else "shape", concept)
+    hidden = cases_of(stage, "implicit", concept)
     verdicts = [
-        host.world.judge(image, case)
+        stage.world.judge(image, case)
         for image, case in zip(
-            images_of(host, len(named), prompt=[case.prompt for case in named]), named, strict=True
+            images_of(stage, len(named), prompt=[case.prompt for case in named]), named, strict=True
         )
     ]
     alias = {"prompt": [case.prompt for case in hidden]}
-    taught = text_of(host, learned, len(named))
+    taught = text_of(stage, learned, len(named))
     shares = [1 - np.mean([v.gone for v in verdicts]), np.mean([v.kept for v in verdicts])]
     asked: list[tuple[int, Any]] = [(len(hidden), alias), (len(named), taught)]
-    shares += [seen(host, images_of(host, number, **prompt), concept) for number, prompt in asked]
+    shares += [seen(stage, images_of(stage, number, **prompt), concept) for number, prompt in asked]
     for number, prompt in asked:
         for bank in (words, tokens):
-            with fn.negate(host.pipe, bank, method="protore"):
-                shares.append(seen(host, images_of(host, number, **prompt), concept))
+            with fn.negate(stage.pipe, bank, method="protore"):
+                shares.append(seen(stage, images_of(stage, number, **prompt), concept))
     return [name, *(f"{100 * share:.0f} %" for share in shares)]
 
 
-def text_of(host: Host, learned: Concept, number: int) -> dict[str, Tensor]:
+def text_of(stage: Stage, learned: Concept, number: int) -> dict[str, Tensor]:
     """A prompt of learned tokens, `number` times, as the pipeline takes encoded ones."""
-    before, after = engine_host.of(host.pipe).denoising(host.pipe).around("a {} shape")
+    before, after = engine_host.of(stage.pipe).denoising(stage.pipe).around("a {} shape")
     text = torch.cat([before, learned.prompt.to(before), after])  # ends in padding: as long as other texts
-    text = text[: host.pipe.tokenizer.model_max_length].expand(number, -1, -1)
+    text = text[: stage.pipe.tokenizer.model_max_length].expand(number, -1, -1)
     prompt = {"prompt_embeds": text}
-    if not hasattr(host.pipe, "unet"):
-        prompt["pooled_prompt_embeds"] = host.pipe.encode_prompt("a shape", None)[1].expand(number, -1)
+    if not hasattr(stage.pipe, "unet"):
+        prompt["pooled_prompt_embeds"] = stage.pipe.encode_prompt("a shape", None)[1].expand(number, -1)
     return prompt
 
 
@@ -121,22 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     lines = []
 
-    def line(name: str, host: Host) -> None:
-        lines.append(measured(name, host, options.concept, options.steps))
+    def line(name: str, stage: Stage) -> None:
+        lines.append(measured(name, stage, options.concept, options.steps))
         print(" | ".join(lines[-1]), flush=True)
 
-    line("as it was", load(options.host))
+    line("as it was", Stage(options.host))
     if options.erased is not None:
-        host = load(options.host)
+        stage = Stage(options.host)
         weights: Mapping[str, Tensor] = load_file(options.erased)
-        denoiser = host.pipe.unet if hasattr(host.pipe, "unet") else host.pipe.transformer
+        denoiser = stage.pipe.unet if hasattr(stage.pipe, "unet") else stage.pipe.transformer
         denoiser.load_state_dict(dict(weights), strict=False)
-        line("erased", host)
+        line("erased", stage)
     if options.learned is not None:
         for strength in options.strength:
-            host = load(options.host)
-            with fn.edits.task_vector(host.pipe, load_file(options.learned), strength):
-                line(f"task vector x {strength:g}", host)
+            stage = Stage(options.host)
+            with fn.edits.task_vector(stage.pipe, load_file(options.learned), strength):
+                line(f"task vector x {strength:g}", stage)
     print(table(COLUMNS, lines))
     return 0
 

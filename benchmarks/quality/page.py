@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured part of docs/quality.md, made of the files in benchmarks/results/quality."""
+"""The measured part of docs/quality.md, and a page for each stage beside its results, which both are made of."""
 
 from __future__ import annotations
 
@@ -14,48 +14,70 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PAGE = ROOT / "docs" / "quality.md"
 TUNED = RESULTS / "tuned.json"
+_FROM_PAGE = "../benchmarks/results/quality"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
+def write_pages(folder: Path = RESULTS, page: Path = PAGE) -> None:
+    """Write the measured part of the page, and beside the result files the details of each stage.
+
+    Raises:
+        ValueError: the page has no place for its part.
+    """
+    text = with_measured(page.read_text(), measured(folder))
+    for results in _all(folder):
+        (folder / f"{stem(results.host, results.guidance)}.md").write_text(detailed(folder, results))
+    page.write_text(text)
+
+
 def measured(folder: Path = RESULTS) -> str:
-    """Tables and pictures of all result files in a folder, as Markdown."""
-    parts = []
-    studies = read_studies(folder / TUNED.name) if (folder / TUNED.name).exists() else []
-    for file in sorted(folder.glob("*-rows.json")):
-        results = Results.read(file)
-        of_stage = [s for s in studies if (s.host, s.guidance) == (results.host, results.guidance)]
-        parts += [*_section(folder, results, of_stage)]
-    return "\n\n".join(parts)
+    """A table and a picture for each result file in a folder, as Markdown."""
+    return "\n\n".join(part for results in _all(folder) for part in _summary(folder, results))
 
 
-def _section(folder: Path, results: Results, studies: list[Study]) -> Iterator[str]:
+def detailed(folder: Path, results: Results) -> str:
+    """All that was measured on a stage, as Markdown."""
+    return "\n\n".join(_details(folder, results)) + "\n"
+
+
+def _all(folder: Path) -> list[Results]:
+    return [Results.read(file) for file in sorted(folder.glob("*-rows.json"))]
+
+
+def _summary(folder: Path, results: Results) -> Iterator[str]:
     plan, name = results.plan, stem(results.host, results.guidance)
-    yield f"## {results.host}, {results.guidance}"
+    yield f"### {results.host}, {results.guidance}"
     machines = sorted({row.price.machine for row in results.rows if row.price is not None})
     yield (
         f"{plan.cases} cases of each suite, seed {plan.seed}, {plan.split} split. Right, in per cent; "
-        f"CPU milliseconds of a step of {PICTURES} pictures on {', '.join(machines)}:"
+        f"CPU milliseconds of a step of {PICTURES} pictures on {', '.join(machines)}.\n"
+        f"[Gone, kept, intervals, by suite; gates; pictures]({_FROM_PAGE}/{name}.md)."
     )
     yield overview(results.rows)
-    for suite in dict.fromkeys(score.suite for row in results.rows for score in row.scores):
-        yield f"### {results.host}, {results.guidance}: {suite}"
-        yield details(results.rows, suite)
-    if studies:
-        yield f"### {results.host}, {results.guidance}: what methods were tuned to"
-        yield _studies(studies)
     if (folder / f"{name}-frontier.png").exists():
-        yield f"![gone against kept, by strength]({_from_page(name)}-frontier.png)"
+        yield f"![gone against kept, by strength]({_FROM_PAGE}/{name}-frontier.png)"
+
+
+def _details(folder: Path, results: Results) -> Iterator[str]:
+    name = stem(results.host, results.guidance)
+    yield f"# {results.host}, {results.guidance}: all that was measured"
+    yield "What the words mean is in [docs/quality.md](../../../docs/quality.md)."
+    for suite in dict.fromkeys(score.suite for row in results.rows for score in row.scores):
+        yield f"## {suite}"
+        yield details(results.rows, suite)
+    studies = read_studies(folder / TUNED.name) if (folder / TUNED.name).exists() else []
+    studies = [s for s in studies if (s.host, s.guidance) == (results.host, results.guidance)]
+    if studies:
+        yield "## What methods were tuned to"
+        yield _studies(studies)
     for file in sorted(folder.glob(f"{name}-gates-*.png")):
         method = file.stem.removeprefix(f"{name}-gates-")
-        yield f"Gates of `{method}` on cases of the development split:"
-        yield f"![gates of {method}, by layer and step]({_from_page(file.stem)}.png)"
+        yield f"## Gates of `{method}` on cases of the development split"
+        yield f"![gates of {method}, by layer and step]({file.name})"
     for file in sorted(folder.glob(f"{name}-grid-*.png")):
         method = file.stem.removeprefix(f"{name}-grid-")
-        yield (
-            "The first eight cases of each suite, in the order of the table, without negation and below with "
-            f"`{method}`:"
-        )
-        yield f"![unselected pictures of {method}]({_from_page(file.stem)}.png)"
+        yield f"## The first eight cases of each suite, without negation and below with `{method}`"
+        yield f"![unselected pictures of {method}]({file.name})"
 
 
 def _studies(studies: list[Study]) -> str:
@@ -70,10 +92,6 @@ def _studies(studies: list[Study]) -> str:
 def stem(host: str, guidance: str) -> str:
     """What the names of a stage's files begin with."""
     return f"{host}-{guidance}"
-
-
-def _from_page(name: str) -> str:
-    return f"../benchmarks/results/quality/{name}"
 
 
 def with_measured(page: str, text: str) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from fastnegate.testbed.model import EasyTokenizer, HardTokenizer
-from fastnegate.testbed.parts import tokenizer_of
+from fastnegate.testbed.parts import EasyTokenizer, HardTokenizer, tokenizer_of
 
 from .evaluate import evaluate
 from .hosts import CrossHost, Host, JointHost
@@ -27,7 +26,7 @@ from .scenes import SCENES, scenes
 HOSTS: dict[str, Callable[[], Host]] = {
     "easy-joint": lambda: JointHost.untrained(4, 4, 32, 2, 3, tokenizer_of(EasyTokenizer)),
     "hard": lambda: CrossHost.untrained(6, (48, 80), tokenizer_of(HardTokenizer)),
-    "hard-joint": lambda: JointHost.untrained(6, 3, 48, 2, 3, tokenizer_of(HardTokenizer)),
+    "hard-joint": lambda: JointHost.untrained(6, 3, 48, 2, 3, tokenizer_of(HardTokenizer), picture=True),
 }
 
 

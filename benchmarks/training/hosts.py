@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fastnegate.testbed.model import cross_pipeline, joint_pipeline
-from fastnegate.testbed.parts import WordTokenizer
+from fastnegate.testbed.parts import PictureFlowMatchScheduler, WordTokenizer
 
 _GRID = 8  # tokens, or latent pixels, from edge to edge
 _WIDTH = 96  # of a text token
+_LEAST_NOISE = 0.05  # a velocity is a difference over the time; less noise than this does not count for more
 
 
 class CrossHost(nn.Module):
@@ -86,6 +87,9 @@ class JointHost(nn.Module):
 
     The latents are pixels: half of a block by the lossless "autoencoder", the other half by the packing of
     FLUX's own pipeline.
+
+    Args:
+        picture: the transformer predicts the clean picture, not the velocity.
     """
 
     outer = ("x_embedder", "context_embedder", "time_text_embed", "transformer.proj_out")
@@ -96,8 +100,10 @@ class JointHost(nn.Module):
         text_encoder: CLIPTextModel,
         text_encoder_2: T5EncoderModel,
         tokenizer: WordTokenizer,
+        picture: bool = False,
     ) -> None:
         super().__init__()
+        self.picture = picture
         self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
         self.tokenizer, self.words = tokenizer, tokenizer.model_max_length
         where = torch.device("cpu"), torch.float32
@@ -107,10 +113,17 @@ class JointHost(nn.Module):
 
     @classmethod
     def untrained(
-        cls, block: int, heads: int, head_dim: int, double: int, single: int, tokenizer: WordTokenizer
+        cls,
+        block: int,
+        heads: int,
+        head_dim: int,
+        double: int,
+        single: int,
+        tokenizer: WordTokenizer,
+        picture: bool = False,
     ) -> JointHost:
         """`block` pixels squared are a token; its width is heads times head_dim; blocks of two streams and
-        of one."""
+        of one; `picture`: as for the class."""
         t5 = T5Config(
             **_ids(tokenizer), d_model=_WIDTH, d_kv=24, d_ff=256, num_layers=3, num_heads=4,
             dropout_rate=0.0, feed_forward_proj="gated-gelu",
@@ -121,7 +134,7 @@ class JointHost(nn.Module):
             attention_head_dim=head_dim, num_attention_heads=heads, joint_attention_dim=_WIDTH,
             pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(head_dim - 2 * pair, pair, pair),
         )  # fmt: skip
-        return cls(transformer, _clip(tokenizer, width=64, layers=2), T5EncoderModel(t5), tokenizer)
+        return cls(transformer, _clip(tokenizer, width=64, layers=2), T5EncoderModel(t5), tokenizer, picture)
 
     def latents(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, S, S] in [-1, 1] -> packed latents [B, grid², 3 block²]."""
@@ -135,7 +148,7 @@ class JointHost(nn.Module):
 
     def predicted(self, mixed: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """The velocity `noise - latents` of mixed latents and token ids [B, words]."""
-        velocity: Tensor = self.transformer(
+        said: Tensor = self.transformer(
             hidden_states=mixed,
             timestep=t,
             encoder_hidden_states=self.text_encoder_2(tokens)[0],
@@ -144,7 +157,7 @@ class JointHost(nn.Module):
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
-        return velocity
+        return (mixed - said) / t.clamp(min=_LEAST_NOISE)[:, None, None] if self.picture else said
 
     def loss(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """Mean squared error of the velocity."""
@@ -153,9 +166,13 @@ class JointHost(nn.Module):
     def pipeline(self) -> FluxPipeline:
         """The host as users call it, sharing this module's weights."""
         return joint_pipeline(
-            self.transformer.eval(), text_encoder=self.text_encoder.eval(), tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2.eval(), tokenizer_2=self.tokenizer,
-        )  # fmt: skip
+            self.transformer.eval(),
+            self.picture,
+            text_encoder=self.text_encoder.eval(),
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text_encoder_2.eval(),
+            tokenizer_2=self.tokenizer,
+        )
 
 
 Host = CrossHost | JointHost
@@ -165,7 +182,8 @@ def of(pipe: Any) -> Host:
     """The host that a pipeline of the testbed is, sharing its weights."""
     if hasattr(pipe, "unet"):
         return CrossHost(pipe.unet, pipe.text_encoder, pipe.tokenizer)
-    return JointHost(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer)
+    picture = isinstance(pipe.scheduler, PictureFlowMatchScheduler)
+    return JointHost(pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.tokenizer, picture)
 
 
 def _shares(t: Tensor) -> tuple[Tensor, Tensor]:

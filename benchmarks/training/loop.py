@@ -142,9 +142,43 @@ def _optimisers(host: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
             rest.append(weight)
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": text, "factor": recipe.text_rate}]
     return [
-        torch.optim.Muon(matrices, lr=recipe.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=recipe.rate, weight_decay=0.01),
         torch.optim.AdamW(groups, recipe.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal (Jordan et al., 2024), scaled to the size of AdamW's.
+
+    As `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which orthogonalises in bfloat16: where a CPU has
+    no matrix unit for that, float32 takes half of the time, a tenth to a seventh of a whole step here.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(weight))
+                buffer.lerp_(weight.grad, 1 - group["momentum"])
+                step = orthogonal(weight.grad.lerp(buffer, group["momentum"]))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(step, alpha=group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly U Vᵀ of the singular value decomposition U S Vᵀ: Newton-Schulz, five steps."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def _batch(

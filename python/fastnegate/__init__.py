@@ -24,6 +24,7 @@ from .engine.errors import (
 from .engine.inversion import invert, phrases_shown
 from .engine.policy import Policy
 from .engine.session.batch import Batch
+from .engine.session.proof import Proof
 from .operator.attention import (
     backends,
     combine,
@@ -62,6 +63,7 @@ __all__ = [
     "NegationNotAppliedError",
     "Partial",
     "Policy",
+    "Proof",
     "RowMapError",
     "Rule",
     "Statistics",

@@ -11,28 +11,24 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from fastnegate.benchmarks.quality import centre, hosts
+from fastnegate.benchmarks.quality import centre
 
-import fastnegate as fn
+from fastnegate.testbed.quality import stage
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Hosts of two steps; the rules that were scored."""
-    plain, scored = hosts.load, []
-    score = hosts.Host.score
+    """Pictures of two steps; the rules that were scored, with the bank's neutral tokens."""
+    found: list[Any] = []
+    scored = centre.scored
 
-    def load(name: str, guided: bool) -> hosts.Host:
-        host = plain(name, guided)
-        return hosts.Host(host.pipe, host.world, {**host.call, "num_inference_steps": 2})
+    def record(on: Any, bank: Any, rule: Any, *rest: Any) -> Any:
+        found.append((rule, bank.neutral))
+        return scored(on, bank, rule, *rest)
 
-    def record(self: hosts.Host, bank: Any, rule: Any, *args: Any) -> Any:
-        scored.append((rule, bank.neutral))
-        return score(self, bank, rule, *args)
-
-    monkeypatch.setattr(centre, "load", load)
-    monkeypatch.setattr(hosts.Host, "score", record)
-    return scored
+    monkeypatch.setattr(stage, "DEFAULT_STEPS", 2)
+    monkeypatch.setattr(centre, "scored", record)
+    return found
 
 
 def test_it_is_measured_once_and_goes_on(
@@ -66,17 +62,3 @@ def test_it_is_measured_once_and_goes_on(
     assert "| neutral | threshold | strength | colour" in printed and "| mean " in printed
     with pytest.raises(ValueError, match="is of another study"):
         centre.main([*usual[:-4], "--strength", "2", "--seed", "7", "--out", str(out)])
-
-
-def test_hosts_have_names() -> None:
-    with pytest.raises(ValueError, match="host='other'; allowed: easy"):
-        hosts.load("other")
-
-
-def test_nothing_is_negated_without_a_rule(short: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    host = centre.load("easy", True)
-    monkeypatch.setattr(hosts, "install", None)
-    bank = host.bank(["colour"], 1, 0, "development")
-    assert set(host.score(bank, None, ["colour", "benign"], 1, 0)) == {"colour", "benign"}
-    with pytest.raises(TypeError, match="NoneType"):
-        host.score(bank, fn.Rule(), ["colour"], 1, 0)

@@ -26,7 +26,10 @@ def pytest_gpu(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", ((), ("tests/gpu/test_bits.py", "-k", "triton")), ids=("all", "few"))
+@pytest.mark.parametrize(
+    "arguments",
+    (pytest.param((), id="all", marks=pytest.mark.full), pytest.param(("tests/gpu/test_bits.py",), id="few")),
+)
 def test_without_a_gpu_one_skip_says_so(arguments: tuple[str, ...]) -> None:
     done = pytest_gpu(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +70,8 @@ def test_an_unusable_gpu_ends_the_run(processes: int, tmp_path: Path) -> None:
     (tmp_path / "claims_a_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     split = ["-p", "xdist", "-n", str(processes)] if processes else []
-    done = pytest_gpu(*split, "-p", "claims_a_gpu", "tests/gpu", "-k", "triton", PYTHONPATH=path)
+    where = "tests/gpu" if processes else "tests/gpu/test_accuracy.py"
+    done = pytest_gpu(*split, "-p", "claims_a_gpu", where, "-k", "triton", PYTHONPATH=path)
     assert done.returncode == (2 if processes else 3), done.stdout + done.stderr
     assert re.search(r"Exit|Interrupted", done.stdout)
     (named,) = set(re.findall(r"!.* tests/gpu/(\S+) left the GPU unusable: \w+: ", done.stdout))

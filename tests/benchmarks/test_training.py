@@ -13,14 +13,14 @@ import torch
 pytest.importorskip("diffusers")
 
 from fastnegate.benchmarks.training import evaluate, forget
-from fastnegate.benchmarks.training.hosts import CrossHost, JointHost
-from fastnegate.benchmarks.training.loop import Recipe, train
+from fastnegate.benchmarks.training.hosts import CrossHost, JointHost, of
+from fastnegate.benchmarks.training.loop import Muon, Recipe, train
 from fastnegate.benchmarks.training.scenes import scenes
 from pipelines import one_thread  # noqa: F401
 
+from fastnegate.integrations.diffusers.learned.denoising import _noising
 from fastnegate.testbed import easy
-from fastnegate.testbed.model import EasyTokenizer
-from fastnegate.testbed.parts import tokenizer_of
+from fastnegate.testbed.parts import EasyTokenizer, tokenizer_of
 
 
 def small(kind: str) -> Any:
@@ -28,7 +28,7 @@ def small(kind: str) -> Any:
     tokenizer = tokenizer_of(EasyTokenizer)
     if kind == "cross":
         return CrossHost.untrained(4, (32, 32), tokenizer)
-    return JointHost.untrained(4, 2, 12, 1, 1, tokenizer)
+    return JointHost.untrained(4, 2, 12, 1, 1, tokenizer, picture=kind == "picture")
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])
@@ -59,6 +59,44 @@ def test_the_rate_rises_stays_and_falls() -> None:
     recipe = Recipe(100_000, batch=50, rate=1.0, warm=1000)
     rates = [recipe.rate_at(seen) for seen in (0, 475, 1000, 50_000, 75_000, 99_999)]
     assert rates == pytest.approx([0.05, 0.525, 1, 1, 0.5, 0], abs=1e-6)
+
+
+def test_steps_are_those_of_torchs_muon() -> None:
+    """But for its bfloat16."""
+    for shape in ((40, 20), (20, 40)):
+        torch.manual_seed(0)
+        ours = torch.nn.Parameter(torch.randn(shape))
+        theirs, start = torch.nn.Parameter(ours.detach().clone()), ours.detach().clone()
+        settings = {"lr": 1e-2, "weight_decay": 0.01}
+        both = (
+            Muon([ours], **settings),
+            torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings),
+        )
+        for _ in range(3):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            for optimiser in both:
+                optimiser.step()
+        assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+def test_a_host_of_pictures_is_its_pipeline() -> None:
+    """What is trained and what is drawn: a step of the pipeline is one down the velocity of the loss."""
+    host = small("picture")
+    pipe = host.pipeline()
+    assert of(pipe).picture and not of(small("joint").pipeline()).picture
+    pipe.scheduler.set_timesteps(sigmas=[0.8, 0.3])
+    mixed, t = torch.randn(1, 64, 48), torch.tensor([0.8])
+    tokens = host.tokenizer(["a red circle"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        velocity = host.predicted(mixed, t, tokens)
+        picture = mixed - 0.8 * velocity
+        after = pipe.scheduler.step(picture, pipe.scheduler.timesteps[0], mixed).prev_sample
+    torch.testing.assert_close(after, mixed - 0.5 * velocity)
+    noise = torch.randn(1, 3, 16, 16)
+    seen, target, _ = _noising(pipe.scheduler)(torch.ones(1, 3, 16, 16), noise, torch.tensor([0.25]))
+    torch.testing.assert_close(target, torch.ones(1, 3, 16, 16))
+    torch.testing.assert_close(seen, 0.75 + 0.25 * noise)
 
 
 def test_half_trained_hosts_are_drawn_and_judged(tmp_path: Path) -> None:

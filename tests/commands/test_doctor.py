@@ -209,20 +209,18 @@ BAD_VARIABLES = {
 
 
 @needs_cpu
-@pytest.mark.parametrize(("variable", "value", "said"), [(v, *x) for v, x in BAD_VARIABLES.items()])
-def test_a_bad_variable_is_said_and_the_report_goes_on(variable: str, value: str, said: str) -> None:
+def test_bad_variables_are_said_and_the_report_goes_on() -> None:
     """In a process of its own: some are read once, when a library is loaded."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", variable: value}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **{v: x for v, (x, _) in BAD_VARIABLES.items()}}
     done = subprocess.run(
         [sys.executable, "-m", "fastnegate", "doctor"], env=environment, capture_output=True, text=True
     )
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert done.returncode == 1, done.stdout + done.stderr
-    assert len([line for line in lines if line.startswith(f"{variable}={value!r}: {said}")]) == 1
+    for variable, (value, said) in BAD_VARIABLES.items():
+        assert len([line for line in lines if line.startswith(f"{variable}={value!r}: {said}")]) == 1
     assert "Traceback" not in done.stderr and lines[-1].startswith("triton: ")
-    (cpu,) = (line for line in lines if line.startswith("cpu: "))
-    expected = f"cpu: not checked: {variable}=" if variable == "FASTNEGATE_CPU_ISA" else "cpu: ok: "
-    assert cpu.startswith(expected)
+    assert [line for line in lines if line.startswith("cpu: not checked: FASTNEGATE_CPU_ISA=")]
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def test_names_are_texts() -> None:
 
 def test_a_snapshot_never_changes() -> None:
     bank = make_bank(x=make_concept(), y=make_concept())
-    version, concepts, _ = bank.snapshot()
-    assert bank.snapshot() is bank.snapshot() and version == bank.version
+    version, concepts = bank.version, bank.snapshot().concepts
+    assert bank.snapshot() is bank.snapshot()
     bank.remove("x")
     bank.update("z", make_concept())
     assert list(concepts) == ["x", "y"] and list(bank.snapshot().concepts) == ["y", "z"]
@@ -119,8 +119,8 @@ def test_threads_read_whole_banks_while_others_change_them() -> None:
 
     def read() -> None:
         while any(thread.is_alive() for thread in threads[:writers]):
-            version, concepts, _ = bank.snapshot()
-            names = tuple(concepts)
+            now = bank.snapshot()
+            version, names = now.version, tuple(now.concepts)
             if seen.setdefault(version, names) != names:
                 wrong.append(f"version {version}: {seen[version]} and {names}")
             try:
@@ -192,6 +192,7 @@ def test_files_are_reproducible(family: str, tmp_path: Path) -> None:
     bank.save(files[0])
     bank.save(str(files[1]))
     loaded = ConceptBank.load(files[0], pipe)
+    assert loaded.digest == bank.digest
     loaded.save(files[2])
     assert same(loaded, bank) and loaded.pipe is pipe
     assert len({f.read_bytes() for f in files}) == 1
@@ -261,6 +262,8 @@ def test_pickles_are_refused_unread(tmp_path: Path) -> None:
         ("facts", "encoder is a list"),
         ("dtype", "fingerprint is torch.float64: must be torch.float32"),
         ("twice", "two concepts have the same name"),
+        ("members", "members of 'x' is 'cat': must be a list of phrases"),
+        ("roles", "must be int8, of"),
     ],
 )
 def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) -> None:
@@ -283,6 +286,10 @@ def test_damaged_files_are_refused(damage: str, message: str, tmp_path: Path) ->
     if damage == "twice":
         header["concepts"] *= 2
         tensors |= {"1" + name[1:]: value.clone() for name, value in tensors.items() if name[0] == "0"}
+    if damage == "members":
+        header["concepts"][0]["members"] = "cat"
+    if damage == "roles":
+        tensors["0.roles"][0] = 9
     if damage == "nan":
         tensors["0.prompt"][0, 0] = NAN
     text = "{" if damage == "not json" else json.dumps(header)

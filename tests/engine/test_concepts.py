@@ -90,6 +90,8 @@ ROLES = torch.tensor([CONTENT, EOT], dtype=torch.int8)
     ("prompt", "roles", "prototypes", "message"),
     [
         (torch.ones(2), ROLES, (), "prompt has shape"),
+        (torch.ones(2, 2), ROLES.int(), (), "roles is torch.int32"),
+        (torch.ones(2, 2), ROLES + 3, (), r"roles is torch.int8 \[4, 5\]: must be int8, of \[0, 1, 2, 3\]"),
         (torch.ones(3, 2), ROLES, (), "roles"),
         (torch.ones(2, 2), ROLES, (torch.ones(1, 3),), r"prototypes\[0\].*2"),
         (torch.ones(2, 2), ROLES, (torch.ones(1, 2), torch.ones(0, 2)), r"prototypes\[1\]"),
@@ -100,6 +102,12 @@ ROLES = torch.tensor([CONTENT, EOT], dtype=torch.int8)
 def test_bad_concepts(prompt: Tensor, roles: Tensor, prototypes: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Concept(prompt, roles, prototypes)
+
+
+def test_members_are_phrases() -> None:
+    for members in ("cat", (1,)):
+        with pytest.raises(ValueError, match=r"members=.*: must be a tuple of phrases"):
+            Concept(torch.ones(2, 2), ROLES, (), members)  # type: ignore[arg-type]
 
 
 def test_concepts_say_what_they_are() -> None:

@@ -293,6 +293,16 @@ def test_directions_of_another_denoiser_stop_an_engine() -> None:
             generate(pipe)
 
 
+def test_directions_of_another_denoiser_stop_processors_set_by_hand() -> None:
+    pipe, other = pipelines.build("sd15"), pipelines.build("sd15", seed=1)
+    bank, theirs = bank_of(pipe), bank_of(other)
+    pipe.unet.set_attn_processor(fn.NegationAttnProcessor(bank, rule="casteer"))
+    generate(pipe)
+    bank.update("red", replace(bank["red"], directions=theirs["red"].directions))
+    with pytest.raises(BankMismatchError, match="directions of another denoiser: the weights differ"):
+        generate(pipe)
+
+
 def test_what_cannot_be_collected_is_refused() -> None:
     pipe = pipelines.build("sd15")
     bank = bank_of(pipe)

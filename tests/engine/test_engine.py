@@ -366,7 +366,7 @@ def fixed(engine: Engine, batch: int, **options: Any) -> list[int]:
     """A call that reads them; checks that it reads what other calls would, and gives the addresses."""
     with engine.running(Call(batch, CPU, lambda: False, fixed=True, compiled=True, **options)) as running:
         rows = engine.fixed
-        assert rows.ready and engine._thread == threading.get_ident()
+        assert rows.ready and engine.fixed.owner == threading.get_ident()
         projected = torch.nn.functional.pad(rows.context[0], (0, DIM - WIDTH)).unsqueeze(1)
         tokens = rows.tokens(projected, projected)
         assert tokens.batch == batch and torch.equal(rows.context, running.context)
@@ -375,7 +375,7 @@ def fixed(engine: Engine, batch: int, **options: Any) -> list[int]:
             {list(engine.bank)[tokens.index[e]]: tokens.strength[e].item() for e in range(*span)}
             for span in itertools.pairwise(offsets)
         ]
-    assert not rows.ready and engine._thread is None
+    assert not rows.ready and engine.fixed.owner is None
     assert found == entries(engine, call(engine, batch))
     return [t.data_ptr() for t in (rows.context, rows.index, rows.numbers)]
 
@@ -474,7 +474,7 @@ def test_after_an_error_nothing_of_a_call_is_left() -> None:
                 assert engine.live
                 raise error
             assert RUNNING.get() is None and not engine.live
-            assert not engine.fixed.ready and engine._thread is None
+            assert not engine.fixed.ready and engine.fixed.owner is None
 
 
 # Negative prompts.

@@ -218,6 +218,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
             invert(pipe, pictures(), **{**given, **other})
     with pytest.raises(ValueError, match="is of another run: pictures was"):
         invert(pipe, pictures(2), **given)
+    with pytest.raises(ValueError, match="is of another run: denoiser was"):
+        invert(pipelines.build("sd15", seed=1), pictures(), **given)
     file.write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="is not one of an inversion"):
         invert(pipe, pictures(), **given)

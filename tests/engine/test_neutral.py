@@ -58,6 +58,8 @@ def test_kinds_of_neutral_tokens() -> None:
     own = bank_of(pipe, given).neutral
     assert torch.equal(own, given.detach().float()) and not own.requires_grad
     assert bank_of(pipe, None).neutral is None
+    version, bank.neutral = bank.version, None
+    assert bank.neutral is None and bank.version == version + 1 and len(bank) == len(CONCEPTS)
 
 
 @pytest.mark.parametrize(

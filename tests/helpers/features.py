@@ -337,7 +337,8 @@ FEATURES = (
     ),
     Feature("FasterCache", _caches(FASTER), offered=has_caches, refused=lambda pipe: "FasterCache"),
     Feature(
-        "SeaCache", _caches(diffusers.SeaCacheConfig()),
-        offered=lambda pipe: "Wan" in type(pipe).__name__, refused=lambda pipe: "SeaCache",
+        "SeaCache", lambda pipe: _caches(diffusers.SeaCacheConfig())(pipe),
+        offered=lambda pipe: hasattr(diffusers, "SeaCacheConfig") and "Wan" in type(pipe).__name__,
+        refused=lambda pipe: "SeaCache",
     ),
 )  # fmt: skip

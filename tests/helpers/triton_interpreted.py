@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import interpreter
 import pytest
 import torch
-from support import DTYPES, RULES, Judge, fair, make_problem, pairwise, plain, with_concepts, with_rule
+from support import DTYPES, RULES, Judge, fair, pairwise, plain, with_concepts, with_rule
 from torch import Tensor
 
 import fastnegate as fn
@@ -22,6 +23,7 @@ from fastnegate.operator import reference
 from fastnegate.operator.backends import triton as backend
 from fastnegate.operator.problem import Problem
 from fastnegate.operator.rule import COMBINES, GATES, SELECTS, Rule
+from fastnegate.testing import problems
 from fastnegate.testing.problems import PARTIALS, with_partials
 
 torch.set_num_threads(1)
@@ -30,22 +32,29 @@ FEATURE_MAX = Rule(
 )
 SUPPORTED = {name: rule for name, rule in RULES.items() if rule.direction != "retrieve"}
 
-GRID = list(
-    pairwise(
-        {
-            "rule": tuple(SUPPORTED),
-            "dtype": DTYPES,
-            "dim": (16, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256),
-            "queries": (1, 17),
-            "keys": (0, 7, 77, 130),
-            "layout": ("bnhd", "broadcast", "odd"),
-            "mask": ("none", "padding", "additive"),
-            "rows": ("same", "mixed", "zero_tokens", "inactive"),
-            "concept_lengths": ((8, 3, 12), (4, 70, 2)),
-            "statistics": (False, True),
-        }
-    )
-)
+FACTORS = {
+    "rule": tuple(SUPPORTED),
+    "dtype": DTYPES,
+    "dim": (16, 32, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256),
+    "queries": (1, 17),
+    "keys": (0, 7, 77, 130),
+    "layout": ("bnhd", "broadcast", "odd"),
+    "mask": ("none", "padding", "additive"),
+    "rows": ("same", "mixed", "zero_tokens", "inactive"),
+    "concept_lengths": ((8, 3, 12), (4, 70, 2)),
+    "statistics": (False, True),
+}
+# By default one dimension of each padded size, whole and not; a kernel of each is compiled besides.
+FEW_DIMENSIONS = (16, 40, 64, 88, 128, 160)
+GRID = [
+    *(pytest.param(case) for case in pairwise({**FACTORS, "dim": FEW_DIMENSIONS})),
+    *(pytest.param(case, marks=pytest.mark.full) for case in pairwise(FACTORS)),
+]
+
+
+def make_problem(batch: int = 3, heads: int = 2, queries: int = 18, *sizes: int, **words: Any) -> Problem:
+    """With one whole tile of queries and a part of another, unless said otherwise."""
+    return problems.make_problem(batch, heads, queries, *sizes, **words)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +96,7 @@ def test_three_launches(select: str, combine: str, norm: str) -> None:
     rule = Rule(
         "cosine", "ramp", direction, combine, select, norm, norm_limit=1.1, scope="feature", strength=1.5
     )
-    problem = make_problem(rule=rule, queries=50, dim=16)
+    problem = make_problem(rule=rule, dim=16)
     assert backend.plan(problem, False).describe().endswith("launches" if norm == "none" else "3 launches")
     Judge(problem).check(backend.run(problem), "triton")
 

@@ -407,3 +407,27 @@ def test_many_batches_left_in_another_context_leave_nothing(sd: House) -> None:
         assert torch.equal(sd(), sd.plain)
 
     contextvars.Context().run(many)
+
+
+def _nameless(model: Any) -> None:
+    """What engines and caches do to a denoiser: another function in the place of its own."""
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def test_a_forward_that_was_wrapped_before_is_negated(sd: House) -> None:
+    """Arguments by position have the names that the class gives them."""
+    wrapped = house(prepare=lambda pipe: _nameless(pipe.unet))
+    assert torch.equal(wrapped.dog, sd.dog) and torch.equal(wrapped.plain, sd.plain)
+
+
+def test_a_forward_that_was_wrapped_afterwards_is_negated(sd: House) -> None:
+    _nameless(sd.pipe.unet)
+    assert torch.equal(negated(sd.pipe, sd.engine), sd.dog)
+
+
+def test_a_call_without_a_sample_says_what_it_has(sd: House) -> None:
+    with pytest.raises(
+        fn.UnsupportedModelError, match="without sample, hidden_states or x: what it got is t"
+    ):
+        sd.pipe.unet(t=torch.ones(1))

@@ -988,3 +988,14 @@ def test_negative_prompts_follow_the_text_encoder(sd: Any) -> None:
         assert [asked(), asked()] == [True, False]
         sd.text_encoder = None
         assert not asked()
+
+
+@pytest.mark.parametrize("kind", ["sd15", "wan"])
+def test_a_batch_proves_its_steps(kind: str) -> None:
+    """Of Wan each step has two calls of the denoiser; its concepts act in one of them."""
+    pipe = pipelines.build(kind)
+    engine = fn.install(pipe, fn.ConceptBank.from_prompts(pipe, {"dog": "dog", "cat": "cat"}), rule="nag")
+    with engine.batch([Policy({"dog": 1.0}), Policy({"cat": 1.0}, stop=0.5)]) as batch:
+        generate(pipe, ["a cat", "a dog"], steps=4)
+    assert [(proof.steps, proof.concepts) for proof in batch.proofs] == [(4, {"dog": 4}), (4, {"cat": 2})]
+    assert {proof.bank for proof in batch.proofs} == {engine.bank.digest}

@@ -55,7 +55,7 @@ def _play(examples: int) -> None:
 
 
 def test_overlapping_requests_never_mix() -> None:
-    _play(60)
+    _play(30)
 
 
 @pytest.mark.full

@@ -31,9 +31,16 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", ("gpuless/instruments/interpreted.py", "helpers/triton_interpreted.py"))
-def test_under_the_interpreter(file: str) -> None:
-    child = python("-m", "pytest", "-q", str(TESTS / file), TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    ("file", "which"),
+    (
+        ("gpuless/instruments/interpreted.py", "not full"),
+        ("helpers/triton_interpreted.py", "not full"),
+        pytest.param("helpers/triton_interpreted.py", "full", marks=pytest.mark.full),
+    ),
+)
+def test_under_the_interpreter(file: str, which: str) -> None:
+    child = python("-m", "pytest", "-q", "-m", which, str(TESTS / file), TRITON_INTERPRET="1")
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
 
 

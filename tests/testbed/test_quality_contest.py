@@ -18,6 +18,7 @@ from fastnegate.engine.errors import UnsupportedModelError
 from fastnegate.testbed import easy
 from fastnegate.testbed.cases import Case
 from fastnegate.testbed.quality import METHODS, Contest, Lines, Plan, Price, Stage, measure
+from fastnegate.testbed.quality.learned import Learned
 from fastnegate.testbed.quality.lines import Cases, Run
 from fastnegate.testbed.quality.methods import Choice, Range
 from fastnegate.testbed.quality.results import (
@@ -243,13 +244,16 @@ def test_ranges_hold_the_published_strengths() -> None:
 @pytest.fixture(scope="module")
 def hurried() -> Any:
     """The embedded model, for pictures of two steps; a pair of prompts is enough for a direction."""
-    from fastnegate.testbed.quality import stage
+    from fastnegate.testbed.quality import learned, stage
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "DEFAULT_STEPS", 2)
         patch.setattr(measure, "DEFAULT_STEPS", 2)
         patch.setattr(measure, "PICTURES", 1)
         patch.setattr(stage, "_PAIRS", 1)
+        patch.setattr(learned, "EMBEDDINGS", learned.Adam(1, 2, 0.02))
+        patch.setattr(learned, "WEIGHTS", learned.Adam(1, 2, 5e-4))
+        patch.setattr(learned, "PICTURES", 2)
         yield Stage("easy")
 
 
@@ -258,6 +262,7 @@ SOONER: dict[str, dict[str, Any]] = {
     "sld": {"warmup": 0},
     "crg": {"threshold": -1e4},
     "safree": {"middle": 0.0},
+    "ine": {"threshold": 0.0},
 }
 
 
@@ -313,6 +318,24 @@ def test_fingerprints_change_with_weights_and_cases(hurried: Stage) -> None:
     changed.pipe.unet.load_state_dict({**other.pipe.unet.state_dict()})
     next(changed.pipe.unet.parameters()).data = weight.data + 1
     assert len(found | {changed.fingerprint(cases)}) == 4
+
+
+def test_what_was_learned_of_a_concept_is_kept(hurried: Stage, tmp_path: Path) -> None:
+    learned = Learned(hurried.pipe, easy, "as it is", tmp_path)
+    own = {name: weight.detach().clone() for name, weight in hurried.pipe.unet.named_parameters()}
+    found = learned.concept(["red"]), learned.weights(["red"])
+    assert found[0].prompt.shape == (1, 96) and found[1].keys() == own.keys()
+    assert any(not weight.equal(own[name]) for name, weight in found[1].items())
+    for name, weight in hurried.pipe.unet.named_parameters():
+        assert weight.equal(own[name]) and weight.requires_grad and weight.grad is None, name
+    again = Learned(None, easy, "as it is", tmp_path)  # without a pipeline it cannot learn
+    assert again.concept(["red"]).prompt.equal(found[0].prompt)
+    assert all(weight.equal(found[1][name]) for name, weight in again.weights(["red"]).items())
+    in_memory = Learned(hurried.pipe, easy, "as it is", None)
+    assert in_memory.weights(["red"]) is in_memory.weights(["red"])
+    for identity, words in (("another", ["red"]), ("as it is", ["warm", "red"])):
+        with pytest.raises(UnsupportedModelError):
+            Learned(None, easy, identity, tmp_path).concept(words)
 
 
 def test_stages_are_checked() -> None:

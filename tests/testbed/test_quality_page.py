@@ -42,6 +42,10 @@ def files_of(folder: Path) -> list[str]:
 def test_the_page_has_the_tables_of_the_result_files() -> None:
     text = page.PAGE.read_text()
     assert page.with_measured(text, page.measured()) == text
+    for file in page.RESULTS.glob("*-rows.json"):
+        results = Results.read(file)
+        beside = page.RESULTS / f"{page.stem(results.host, results.guidance)}.md"
+        assert beside.read_text() == page.detailed(page.RESULTS, results)
     rows = Results.read(page.RESULTS / "easy-cfg-rows.json").rows
     none = next(row for row in rows if row.method == "none")
     assert all(score.gain[0].value == 0.0 for score in none.scores)
@@ -68,10 +72,15 @@ def test_runs_end_in_files_and_the_page_shows_them(
     found = json.loads((tmp_path / "easy-cfg-gates-protore.json").read_text())
     assert {g["step"] for g in found} == {0, 1} and {g["suite"] for g in found} == {"colour", "benign"}
     assert all(0 <= g["mean"] <= g["largest"] <= 1 and sum(g["similarities"]) == 2 for g in found)
-    shown = page.measured(tmp_path)
+    file = tmp_path / "quality.md"
+    file.write_text(f"# Quality\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.write_pages(tmp_path, file)
+    shown, details = file.read_text(), (tmp_path / "easy-cfg.md").read_text()
     assert "2 cases of each suite, seed 0, test split" in shown and "| vsf " in shown
-    for name in ("frontier", "grid-nag", "gates-protore"):
-        assert f"easy-cfg-{name}.png" in shown
+    assert "easy-cfg-frontier.png" in shown and "old" not in shown and shown.endswith("after\n")
+    assert "## colour" in details and "| vsf " in details
+    for name in ("grid-nag", "gates-protore"):
+        assert f"easy-cfg-{name}.png" in details
 
     assert command.main(["gates", "--methods", "uce", *few, *where]) == 2
     assert "uce acts beside attention: it has no gates" in capsys.readouterr().err

@@ -359,6 +359,22 @@ def test_pipeline_follows_prompts(pipe: Any) -> None:
         assert named(testbed.detect(image, LOOSE)) == truth
 
 
+def test_a_saved_pipeline_loads_by_diffusers_alone(pipe: Any, tmp_path: Path) -> None:
+    """As servers load it, from its folder."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    images = [
+        each("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+        for each in (pipe, loaded)
+    ]
+    assert np.array_equal(*map(np.asarray, images))
+    with pytest.raises(ValueError, match="zebra"):
+        loaded.tokenizer("a zebra")
+
+
 def test_image_to_image(pipe: Any) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

@@ -3,35 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from . import host
-from .concepts import Concept, Directions, Fingerprint, Templates, counted
+from .concepts import Concept, Directions, Fingerprint, Snapshot, Templates, counted
 from .errors import BankMismatchError
 from .files import Contents, contents, directions_of, write
 from .prototypes import contrast, orthogonal
-
-
-class Snapshot(NamedTuple):
-    """A bank at one moment; what it holds never changes.
-
-    Attributes:
-        version: grows with every change, so that equal versions of a bank are the same concepts.
-        concepts: by name, in the order in which they were added.
-        neutral: float32 [T, C], the neutral tokens, or None.
-    """
-
-    version: int
-    concepts: Mapping[str, Concept]
-    neutral: Tensor | None = None
 
 
 class ConceptBank:
@@ -60,7 +45,7 @@ class ConceptBank:
     ) -> None:
         self.fingerprint = fingerprint
         self._changing = threading.Lock()
-        self._now = Snapshot(0, MappingProxyType({}))
+        self._now = Snapshot(0, {})
         self._width = 0
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         for name, concept in concepts.items():
@@ -151,13 +136,10 @@ class ConceptBank:
             for name, concept in new.items():
                 if (width := self._width) and concept.width != width:
                     raise ValueError(f"concept {name!r} has width {concept.width}: this bank has {width}")
-                if known is not None and (other := concept.directions) is not None:
-                    difference = known.model.difference(other.model)
-                    if difference is not None or known.shapes != other.shapes:
-                        raise ValueError(
-                            f"concept {name!r} has directions of another denoiser than the bank's: "
-                            f"{difference or 'other layers'}"
-                        )
+                if (difference := _differ(known, concept.directions)) is not None:
+                    raise ValueError(
+                        f"concept {name!r} has directions of another denoiser than the bank's: {difference}"
+                    )
             self._width = concept.width
             self._become({**self._now.concepts, **new})
 
@@ -216,8 +198,8 @@ class ConceptBank:
             made.append(contrast(*means))
         if make_orthogonal:
             made = orthogonal(made)
-        concepts = (replace(self[name], directions=Directions(u, model)) for name, u in zip(pairs, made))
-        self._put(dict(zip(pairs, concepts)))
+        new = {name: Directions(u, model) for name, u in zip(pairs, made)}
+        self._put({name: dataclasses.replace(self[name], directions=u) for name, u in new.items()})
 
     def remove(self, name: str) -> None:
         """Forget a concept. Raises ValueError if there is none of that name."""
@@ -225,12 +207,33 @@ class ConceptBank:
             self[name]
             self._become({n: concept for n, concept in self._now.concepts.items() if n != name})
 
+    def replace(self, other: ConceptBank) -> None:
+        """Become what `other` is now, all concepts and neutral tokens at once: who reads meanwhile has the
+        old ones or the new ones, and a call of the pipeline that runs keeps what it began with.
+
+        Raises:
+            TypeError: no bank.
+            BankMismatchError: `other` is of another text encoder, or has directions of another denoiser. The
+                bank is as it was.
+        """
+        if not isinstance(other, ConceptBank):
+            raise TypeError(f"other is a {type(other).__name__}: must be a ConceptBank")
+        if (difference := self.fingerprint.difference(other.fingerprint)) is not None:
+            raise BankMismatchError(f"other was made for another text encoder: {difference}")
+        new = other.snapshot()
+        with self._changing:
+            difference = _differ(directions_of(self._now.concepts), directions_of(new.concepts))
+            if difference is not None:
+                raise BankMismatchError(f"other has directions of another denoiser: {difference}")
+            self._width = other.width or self._width
+            self._now = dataclasses.replace(new, version=self._now.version + 1)
+
     def snapshot(self) -> Snapshot:
         """The version and the concepts of one moment, together."""
         return self._now
 
     def _become(self, concepts: dict[str, Concept]) -> None:
-        self._now = Snapshot(self._now.version + 1, MappingProxyType(concepts), self._now.neutral)
+        self._now = Snapshot(self._now.version + 1, concepts, self._now.neutral)
 
     def check(self, pipe: Any) -> None:
         """Raise BankMismatchError unless this bank was made for the text encoder of `pipe`, and its
@@ -249,12 +252,16 @@ class ConceptBank:
 
     @property
     def neutral(self) -> Tensor | None:
-        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set:
-        ValueError for embeddings that are none, or of another width than the bank."""
+        """float32 [T, C], T > 0: tokens that say nothing in particular, for rules that centre. May be set,
+        None for none: ValueError for embeddings that are none, or of another width than the bank."""
         return self._now.neutral
 
     @neutral.setter
-    def neutral(self, embeddings: Tensor) -> None:
+    def neutral(self, embeddings: Tensor | None) -> None:
+        if embeddings is None:
+            with self._changing:
+                self._now = Snapshot(self._now.version + 1, self._now.concepts)
+            return
         tokens = Concept.from_embeddings(embeddings).prompt
         with self._changing:
             if not len(tokens) or self._width not in (0, tokens.shape[1]):
@@ -268,6 +275,11 @@ class ConceptBank:
     def version(self) -> int:
         """Grows with every change."""
         return self._now.version
+
+    @property
+    def digest(self) -> str:
+        """Of what is in it now: `Snapshot.digest`."""
+        return self._now.digest
 
     @property
     def width(self) -> int:
@@ -302,20 +314,22 @@ class ConceptBank:
         listed = f": {', '.join(shown)}" if shown else ""
         return f"ConceptBank({counted(len(concepts), 'concept')}{listed}; width {self._width})"
 
-    def __getstate__(self) -> dict[str, Any]:  # weak references, locks and views do not pickle
-        state = {
-            **self.__dict__,
-            "_pipe": None,
-            "_now": (self.version, dict(self._now.concepts), self.neutral),
-        }
+    def __getstate__(self) -> dict[str, Any]:  # weak references and locks do not pickle
+        state = {**self.__dict__, "_pipe": None}
         del state["_changing"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        version, concepts, neutral = state.pop("_now")
         self.__dict__.update(state)
         self._changing = threading.Lock()
-        self._now = Snapshot(version, MappingProxyType(concepts), neutral)
+
+
+def _differ(ours: Directions | None, theirs: Directions | None) -> str | None:
+    """How the denoisers differ that directions are of, or None."""
+    if ours is None or theirs is None:
+        return None
+    difference = ours.model.difference(theirs.model)
+    return difference or (None if ours.shapes == theirs.shapes else "other layers")
 
 
 def calls_for(pairs: Mapping[str, Sequence[tuple[str, str]]], batch: int = 8) -> int:

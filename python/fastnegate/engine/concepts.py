@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Concept`: text embeddings of a negative concept, with the role of every token, and perhaps `Directions`;
-`Fingerprint`: whose embeddings they are.
+`Fingerprint`: whose embeddings they are; `Snapshot`: named concepts of one moment.
 
 A concept holds what the text encoder said, not what a layer makes of it, so one concept serves every layer,
 every step and every rule; but for rules that read a direction, which is a layer's own.
@@ -9,8 +9,12 @@ every step and every rule; but for rules that read a direction, which is a layer
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,6 +103,12 @@ class Concept:
                 f"prompt has shape {list(self.prompt.shape)}, roles {list(self.roles.shape)}: "
                 "must be [L, C] and [L]"
             )
+        if self.roles.dtype != torch.int8 or not set(self.roles.tolist()) <= {*Role}:
+            raise ValueError(
+                f"roles is {self.roles.dtype} {self.roles.tolist()}: must be int8, of {[*map(int, Role)]}"
+            )
+        if isinstance(self.members, str) or not all(isinstance(member, str) for member in self.members):
+            raise ValueError(f"members={self.members!r}: must be a tuple of phrases")
         for i, tokens in enumerate(self.prototypes):
             if tokens.dim() != 2 or tokens.shape[1] != self.width or not len(tokens):
                 raise ValueError(
@@ -215,6 +225,49 @@ class Fingerprint:
     def __repr__(self) -> str:
         facts = ", ".join(f"{name}={fact}" for name, fact in self.facts.items())
         return f"Fingerprint({facts})"
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A bank at one moment; what it holds never changes.
+
+    Attributes:
+        version: grows with every change, so that equal versions of a bank are the same concepts.
+        concepts: by name, in the order in which they were added.
+        neutral: float32 [T, C], the neutral tokens, or None.
+    """
+
+    version: int
+    concepts: Mapping[str, Concept]
+    neutral: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", MappingProxyType(dict(self.concepts)))
+
+    def __reduce__(self) -> Any:  # views do not pickle
+        return Snapshot, (self.version, dict(self.concepts), self.neutral)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256, 64 hexadecimal digits, of the names and numbers of concepts and neutral tokens: the same
+        in every process, and of a file that they are written to."""
+        digest = hashlib.sha256()
+
+        def add(what: str, name: str, tensor: Tensor) -> None:
+            digest.update(json.dumps([what, name, str(tensor.dtype), *tensor.shape]).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+        for name, concept in sorted(self.concepts.items()):
+            add("prompt", name, concept.prompt)
+            add("roles", name, concept.roles)
+            for prototype in concept.prototypes:
+                add("prototype", name, prototype)
+            if concept.directions is not None:
+                for layer, direction in sorted(concept.directions.layers.items()):
+                    add("direction", layer, direction)
+        if self.neutral is not None:
+            add("neutral", "", self.neutral)
+        return digest.hexdigest()
 
 
 def counted(number: int, thing: str) -> str:

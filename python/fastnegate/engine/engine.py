@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -25,15 +24,10 @@ from .session.batch import Batch, current
 from .session.call import RUNNING, Call, Loop, Record, Running
 from .session.fixed import Fixed
 from .session.ledger import Ledger
+from .session.proof import Proof
+from .session.requests import Unasked, checked
 from .session.rows import Assignment, Rows
 from .session.slots import Shelf
-
-log = logging.getLogger("fastnegate")
-UNASKED = ("plain", "raise")
-NOBODY = (
-    "nobody said what this call negates (unasked='raise'): make it within engine.batch(policies), where None "
-    "asks for nothing; threads and executors do not copy the context: use batch.bind"
-)
 
 
 class Engine:
@@ -48,6 +42,7 @@ class Engine:
         unasked: what becomes of a call that nobody spoke for, with a batch or for everybody: `plain`
             (it runs without negation, which is logged once) or `raise`.
         encode: makes the concept of a negative prompt (`Policy.negative_prompt`).
+        check_text: raises ValueError for one that `encode` would refuse.
         encoder_state: what `encode` depends on besides the text; while it stays, a text is encoded once.
 
     Raises:
@@ -64,15 +59,15 @@ class Engine:
         max_batch: int = 8,
         unasked: str = "plain",
         encode: Callable[[str], Concept] | None = None,
+        check_text: Callable[[str], None] = lambda text: None,
         encoder_state: Callable[[], Hashable] = lambda: None,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}: must be an int >= 1")
-        if unasked not in UNASKED:
-            raise ValueError(f"unasked={unasked!r}: allowed are {', '.join(UNASKED)}")
         if not len(bank) and encode is None:
             raise ValueError("bank is empty: there is nothing to negate")
-        self.bank, self.rule, self.max_batch, self.unasked = bank, rule, max_batch, unasked
+        self.bank, self.rule, self.max_batch = bank, rule, max_batch
+        self._unasked = Unasked(unasked)
         self.name_layers(layers)
         self.observer: Callable[[Record], None] | None = None
         self._audits: tuple[Callable[[Record], None], ...] = ()
@@ -81,12 +76,12 @@ class Engine:
         self.fixed = Fixed()
         self.taught = False  # a call that asked for negation had gradients
         self.riding = 0  # denoiser calls at work in whose text concepts ride
-        self._shelf = Shelf(bank, rule, encode, encoder_state, max_batch)
+        self._shelf = Shelf(bank, rule, encode, check_text, encoder_state, max_batch)
         self._rows: Rows | None = None  # of the last call
         self._everybody: Ledger | None = None
+        self._last: Ledger | None = None
         self._removed = False
         self._remove: Callable[[], None] | None = None
-        self._told = False  # of a call that nobody spoke for
         self._state = threading.Lock()  # over what is counted here
         self._shelf.slots((), False)  # refuses concepts without the tokens that the rule reads
 
@@ -114,6 +109,35 @@ class Engine:
             )
         return batch
 
+    def check(self, policy: Policy | None, steps: int | None = None) -> None:
+        """Raise what would stop a batch with this request, before it is in one: nothing is encoded, and
+        nothing changes. How many tokens `max_tokens` of `install` leaves for concepts is not looked at.
+
+        Args:
+            policy: of the request.
+            steps: of the schedule that it will run, if known: refuses a window that holds none of them.
+
+        Raises:
+            ValueError: a concept that the bank does not have now, a window, threshold or strength with which
+                the rule could not act, or a negative prompt that cannot be encoded.
+            TypeError: something else than a policy.
+            NegationNotAppliedError: the engine was removed.
+        """
+        self._policies([policy])
+        if policy is not None:
+            self._shelf.check_text(policy)
+            policy.check(self.rule, steps)
+
+    def replace_bank(self, bank: ConceptBank) -> None:
+        """`ConceptBank.replace` of the engine's bank, after a look at whether its rule reads the new one.
+
+        Raises:
+            ValueError, BankMismatchError: it does not, or it is of another model. The engine's bank is as it
+                was.
+        """
+        self._shelf.check_bank(bank)
+        self.bank.replace(bank)
+
     def set_requests(self, policies: Sequence[Policy | None]) -> None:
         """Policies for everybody: calls of any thread that is in no `batch`, until set anew or `clear`.
         Arguments and errors are those of `batch`."""
@@ -136,9 +160,9 @@ class Engine:
         Raises:
             RowMapError: sizes disagree, or a row names a request that does not exist.
         """
-        checked = self._policies(policies)
-        assignment = Assignment.of_rows(checked, row_map, conditional)
-        self._everybody = Ledger(dataclasses.replace(assignment, texts=self._shelf.encode(checked)))
+        asked = self._policies(policies)
+        assignment = Assignment.of_rows(asked, row_map, conditional)
+        self._everybody = Ledger(dataclasses.replace(assignment, texts=self._shelf.encode(asked)))
 
     def loop(self) -> Loop:
         """For servers with a denoising loop of their own: denoiser calls within `with loop:` count as one
@@ -160,6 +184,12 @@ class Engine:
             everybody.log_closed_gates(self.rule)
 
     @property
+    def last(self) -> tuple[Proof, ...]:
+        """What negation did for each request of the batch whose denoiser call ended last, in whatever thread:
+        servers ask the batch (`Batch.proofs`). For what is set for everybody it counts from then on."""
+        return () if self._last is None else self._last.proofs(self.rule)
+
+    @property
     def removed(self) -> bool:
         """Whether `remove` was called."""
         return self._removed
@@ -172,11 +202,6 @@ class Engine:
         except NegationNotAppliedError:
             return True
         return ledger is not None and ledger.assignment.asks
-
-    @property
-    def _thread(self) -> int | None:
-        """Whose call reads the rows at fixed addresses."""
-        return self.fixed.owner
 
     @property
     def live(self) -> bool:
@@ -217,7 +242,8 @@ class Engine:
                 running = self._prepare(call)
                 RUNNING.set(running)
                 yield running
-                running.note(self.fixed.captured)
+                running.note(self.fixed.captured, self.bank.snapshot())
+                self._last = running.ledger
             finally:
                 RUNNING.set(before)
                 if call.fixed:
@@ -225,18 +251,13 @@ class Engine:
 
     def observe(self, running: Running, layer: str, statistics: Statistics) -> None:
         """Take note of what one call of a layer did."""
-        rows, ledger, call = running.rows, running.ledger, running.call.of.number
-        assert rows is not None and ledger is not None and call is not None
         if running.sampled:
-            ledger.note_gates(rows, running.active, statistics)
+            assert running.rows is not None and running.ledger is not None
+            running.ledger.note_gates(running.rows, running.active, statistics)
         observers = (*self._audits, self.observer)
         if not any(observers):
             return
-        entries = [(i, e.row, e.concept) for i, e in enumerate(rows.entries)]
-        acting = tuple(e for e, active in zip(entries, running.active) if active)
-        asked = tuple(dict.fromkeys((row, concept) for _, row, concept in entries))
-        step = None if running.call.step is None else running.call.step.index
-        record = Record(layer, statistics, acting, asked, rows.requests, call, step)
+        record = running.record(layer, statistics)
         for observer in filter(None, observers):
             observer(record)
 
@@ -262,27 +283,12 @@ class Engine:
         """Checked one by one."""
         if self._removed:
             raise NegationNotAppliedError("this engine was removed from its pipeline")
-        if isinstance(policies, Policy):
-            raise TypeError("policies is a Policy: must be a list with one per prompt")
-        policies = tuple(policies)
-        if len(policies) > self.max_batch:
-            raise RowMapError(
-                f"{len(policies)} policies: this engine was installed with max_batch={self.max_batch}"
-            )
-        for i, policy in enumerate(policies):
-            if policy is None:
-                continue
-            if not isinstance(policy, Policy):
-                raise TypeError(f"policies[{i}] is a {type(policy).__name__}: must be a Policy or None")
-            for name in policy.concepts:
-                self.bank[name]  # unknown names raise, naming what there is
-            policy.check(self.rule)
-        return policies
+        return checked(policies, self.bank, self.rule, self.max_batch)
 
     def _assignment(self, policies: Sequence[Policy | None]) -> Assignment:
         """Of pipeline calls, with its negative prompts encoded."""
-        checked = self._policies(policies)
-        return Assignment(checked, texts=self._shelf.encode(checked))
+        asked = self._policies(policies)
+        return Assignment(asked, texts=self._shelf.encode(asked))
 
     # ---- a denoiser call --------------------------------------------------------------------
 
@@ -292,7 +298,7 @@ class Engine:
         self.check_spoken(ledger)
         asks = ledger is not None and ledger.assignment.asks
         if not asks and not call.fixed:
-            return Running(self, call)
+            return Running(self, call, ledger=ledger)
         if call.batch > 2 * self.max_batch:
             raise RowMapError(
                 f"the denoiser got {call.batch} rows: this engine was installed with max_batch="
@@ -310,13 +316,12 @@ class Engine:
         if assignment is not None and not call.unconditional():
             requests = assignment.requests(call.batch, call.guided, call.conditional_first)
         rows = self._rows = Rows.of(self._rows, assignment, requests, slots, self.rule)
-        running = Running(self, call, asks, rows=rows, slots=slots)
+        running = Running(self, call, asks, rows=rows, slots=slots, ledger=ledger)
         self.taught |= asks and running.gradients
         if assignment is not None and ledger is not None:
             if call.step is not None and (of.number is None or call.step.first):
                 assignment.check_windows(call.step, self.rule)
             running.active = rows.active(call.step, self.rule.stop)
-            running.ledger = ledger
             running.live = any(running.active)
             running.observed = self.observer is not None or bool(self._audits)
             self._count(running)
@@ -331,13 +336,8 @@ class Engine:
 
     def check_spoken(self, ledger: Ledger | None) -> None:
         """Decide about a call that nobody spoke for: NegationNotAppliedError if `unasked` is `raise`."""
-        if ledger is not None or self._removed:
-            return
-        if self.unasked == "raise":
-            raise NegationNotAppliedError(NOBODY)
-        if not self._told:
-            self._told = True
-            log.warning("a call that no batch and no policy speaks for is not negated (unasked='plain')")
+        if ledger is None and not self._removed:
+            self._unasked.decide()
 
     def _count(self, running: Running) -> None:
         """Number the pipeline call, and choose the two of its denoiser calls whose gates are looked at."""

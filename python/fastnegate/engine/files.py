@@ -55,8 +55,10 @@ def contents(path: str | Path) -> Contents:
             if "directions" in item:
                 layers = {layer: tensors[f"{i}.direction.{j}"] for j, layer in enumerate(item["directions"])}
                 directions = Directions(layers, Fingerprint(header["denoiser"], tensors["denoiser"]))
+            if not isinstance(members := item["members"], list):
+                raise ValueError(f"members of {item['name']!r} is {members!r}: must be a list of phrases")
             concepts[item["name"]] = Concept(
-                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(item["members"]), directions
+                tensors[f"{i}.prompt"], tensors[f"{i}.roles"], prototypes, tuple(members), directions
             )
         return Contents(
             Fingerprint(header["encoder"], tensors["fingerprint"]), concepts, tensors.get("neutral")

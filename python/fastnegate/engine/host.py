@@ -33,6 +33,10 @@ class Denoising(Protocol):
     def width(self) -> int:
         """C, channels of a text token."""
 
+    @property
+    def identity(self) -> str:
+        """Changes with the denoiser's weights, but for small changes of a few."""
+
     def frozen(self) -> AbstractContextManager[None]:
         """Within it no weight of the denoiser asks for a gradient, and nothing is dropped out."""
 
@@ -65,6 +69,9 @@ class Host(Protocol):
     def negative_prompt(self, pipe: Any, text: str) -> Concept:
         """A request's negative prompt as a concept whose members are its comma-separated parts. The same
         text gives the same concept. Raises ValueError: not a text, blank, or too long."""
+
+    def check_negative_prompt(self, pipe: Any, text: str) -> None:
+        """Raise what `negative_prompt` would, without encoding anything."""
 
     def neutral(self, pipe: Any, given: str | Sequence[str], templates: Templates | None = None) -> Tensor:
         """Tokens [T, C] that say nothing in particular; `given` as for `ConceptBank.from_prompts`, which says

@@ -93,13 +93,16 @@ def invert(
         before, after = denoising.around(caption)
         latents = denoising.latents(images, size)
         run = _Run.begun(denoising, start, tokens, rate, seed)
-        settings = {
-            "tokens": tokens, "rate": rate, "batch": batch, "caption": caption, "seed": seed,
-            "pictures": _digest(latents), "start": _digest(run.embeddings),
-        }  # fmt: skip
+        settings: dict[str, Any] = {}
         file = None if checkpoint is None else Path(checkpoint)
-        if file is not None and file.exists():
-            run.load(file, settings)
+        if file is not None:
+            settings = {
+                "denoiser": denoising.identity, "tokens": tokens, "rate": rate, "batch": batch,
+                "caption": caption, "seed": seed, "pictures": _digest(latents),
+                "start": _digest(run.embeddings),
+            }  # fmt: skip
+            if file.exists():
+                run.load(file, settings)
         while run.step < steps:
             drawn = _Draw.of(latents, batch, seed, run.step)
             text = torch.cat([before, run.embeddings.to(before), after]).expand(batch, -1, -1)

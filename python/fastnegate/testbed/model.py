@@ -26,8 +26,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging
 
-from . import easy, hard
-from .parts import PixelShuffleVAE, ShortFluxPipeline, WordTokenizer, tokenizer_of
+from .parts import (
+    EasyTokenizer,
+    PictureFlowMatchScheduler,
+    PixelShuffleVAE,
+    ShortFluxPipeline,
+    WordTokenizer,
+    tokenizer_of,
+)
 
 DEFAULT_STEPS = 20
 """Denoising steps for which the models' quality is stated."""
@@ -39,23 +45,13 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class EasyTokenizer(WordTokenizer):
-    """Of the easy world's words."""
-
-    world = easy
-
-
-class HardTokenizer(WordTokenizer):
-    """Of the hard world's words."""
-
-    world = hard
-
-
 class Host(NamedTuple):
-    """`tokenizer`: that of its world; `joint`: a FLUX, not a Stable Diffusion."""
+    """`tokenizer`: that of its world; `joint`: a FLUX, not a Stable Diffusion; `picture`: as `joint_pipeline`
+    has it."""
 
     tokenizer: type[WordTokenizer]
     joint: bool
+    picture: bool = False
 
 
 _HOSTS = {"easy": Host(EasyTokenizer, joint=False), "easy-joint": Host(EasyTokenizer, joint=True)}
@@ -85,7 +81,7 @@ def load(
         raise ValueError(f"host={host!r}; allowed: {', '.join(HOSTS)}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype}; allowed: {', '.join(map(str, _DTYPES))}")
-    kind, joint = _HOSTS[host]
+    kind, joint, picture = _HOSTS[host]
     folder, tokenizer = _WEIGHTS / host, tokenizer_of(kind)
     with _without_loading_bar():
         parts: dict[str, Any] = {
@@ -106,7 +102,7 @@ def load(
     }
     if joint:
         transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", **options)
-        return joint_pipeline(transformer=transformer, tokenizer_2=tokenizer, **parts)
+        return joint_pipeline(transformer, picture, tokenizer_2=tokenizer, **parts)
     return cross_pipeline(unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options), **parts)
 
 
@@ -129,10 +125,13 @@ def cross_pipeline(unet: UNet2DConditionModel, **parts: Any) -> StableDiffusionP
     return pipe
 
 
-def joint_pipeline(transformer: FluxTransformer2DModel, **parts: Any) -> ShortFluxPipeline:
-    """A joint host of its transformer, text encoders and tokenizers; it packs 2 x 2 blocks to a token."""
+def joint_pipeline(
+    transformer: FluxTransformer2DModel, picture: bool = False, **parts: Any
+) -> ShortFluxPipeline:
+    """A joint host of its transformer, text encoders and tokenizers; it packs 2 x 2 blocks to a token.
+    `picture`: the transformer predicts the clean picture, not the velocity."""
     vae = _autoencoder(transformer.config.in_channels // 4, transformer.dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = PictureFlowMatchScheduler() if picture else FlowMatchEulerDiscreteScheduler()
     pipe = ShortFluxPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
     # FLUX's pipeline knows no size of its own: every host has 8 x 8 tokens.
     pipe.default_sample_size = 16

@@ -2,7 +2,11 @@
 # diffusers and transformers are typed only in part:
 # mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
 """What the testbed's pipelines have of their own: an autoencoder without loss, a tokenizer of words, and
-FLUX's pipeline for short texts."""
+FLUX's pipeline for short texts.
+
+A pipeline that was saved finds them again, if fastnegate is installed: diffusers looks for the class in this
+module, and for the library's class that it derives from among the names that the module imports.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -23,6 +28,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from . import easy, hard
 from .world import World
 
 
@@ -99,6 +105,18 @@ class WordTokenizer(PreTrainedTokenizerFast):
         )
 
 
+class EasyTokenizer(WordTokenizer):
+    """Of the easy world's words."""
+
+    world = easy
+
+
+class HardTokenizer(WordTokenizer):
+    """Of the hard world's words."""
+
+    world = hard
+
+
 def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
     """A tokenizer of its world's words between white space: a text begins with <bos>, ends with <eos> and is
     filled up with <eos>."""
@@ -111,6 +129,28 @@ def tokenizer_of(kind: type[WordTokenizer]) -> WordTokenizer:
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
         model_max_length=kind.world.MAX_WORDS + 2, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+class PictureFlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps of rectified flow for a model that predicts the clean picture instead of the velocity.
+
+    Pictures have far fewer ways to be than noise, so a narrow model of large patches, which need not carry
+    the noise through, learns sooner (Li and He, "Back to Basics: Let Denoising Generative Models Denoise",
+    arXiv 2511.13720).
+    """
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, prediction_type: str = "sample") -> None:
+        super().__init__(num_train_timesteps)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor, **options: Any
+    ) -> Any:
+        """As the base class's, with the picture [B, ...] for `model_output`."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        velocity = (sample.float() - model_output.float()) / self.sigmas[self.step_index]
+        return super().step(velocity.to(model_output.dtype), timestep, sample, **options)
 
 
 class ShortFluxPipeline(FluxPipeline):

@@ -19,6 +19,7 @@ from pipelines import build, generate, one_thread  # noqa: F401
 
 import fastnegate as fn
 from fastnegate import ConceptBank, NegationNotAppliedError, UnsupportedModelError
+from fastnegate.testbed.parts import PictureFlowMatchScheduler
 
 PROMPTS = ["a cat in red", "a painting of a dog"]
 STEPS, SCALE = 4, 5.0
@@ -181,6 +182,29 @@ def test_flux_with_two_calls_a_step_is_the_loop_spelt_out(method: str) -> None:
             g = guidance(n[0], n[1], [n[2]], i, kept, following) / (1 - sigma)
             expected = e0 + SCALE * (ep - g - e0)
         torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=1e-9)
+
+
+@by_method
+@torch.no_grad()
+def test_a_flux_of_pictures_is_changed_as_one_of_velocities(method: str) -> None:
+    """What a model predicts is what its scheduler says; the same model told otherwise draws the same."""
+    drawn = []
+    for scheduler in (diffusers.FlowMatchEulerDiscreteScheduler(), PictureFlowMatchScheduler()):
+        pipe = joint_pipelines.build("flux")
+        pipe.scheduler, forward = scheduler, pipe.transformer.forward
+        if isinstance(scheduler, PictureFlowMatchScheduler):
+
+            def pictures(forward: Any = forward, **given: Any) -> Any:
+                velocity, sigma = forward(**given)[0], given["timestep"][:, None, None]
+                return (given["hidden_states"] - sigma * velocity,)
+
+            pipe.transformer.forward = pictures
+        options = {"true_cfg_scale": SCALE, "negative_prompt": "red", "max_sequence_length": 512}
+        plain = joint_pipelines.generate(pipe, **options)
+        with METHODS[method][0](pipe, "dog"):
+            drawn.append(joint_pipelines.generate(pipe, **options))
+        assert not torch.allclose(drawn[-1], plain, rtol=0, atol=1e-3)
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
 
 
 @mostly_sld

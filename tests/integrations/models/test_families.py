@@ -307,15 +307,6 @@ def test_a_chosen_attention_backend_runs_what_is_not_negated() -> None:
     assert chosen == {"_native_math"}
 
 
-def test_context_parallelism_is_refused_by_name() -> None:
-    pipe = pipelines.build("ltx")
-    with installed(pipe):
-        for attn in pipelines.attentions(pipe).values():
-            attn.processor._parallel_config = object()  # as enable_parallelism does on every processor
-        with pytest.raises(fn.UnsupportedModelError, match=r"LTXAttention: .* context parallelism"):
-            negated(pipe, [Policy({"dog": 1.0})])
-
-
 @pytest.mark.parametrize("kind", ["wan", "ltx", "sana"])
 def test_processors_by_hand_are_refused_by_name(kind: str) -> None:
     pipe = pipelines.build(kind)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ...operator.rule import Rule
 from ..errors import NegationNotAppliedError
 from .ledger import Ledger
+from .proof import Proof
 from .rows import Assignment
 
 T = TypeVar("T")
@@ -45,6 +46,11 @@ class Batch:
         _leave(self._entry)
         if kind is None:
             self.ledger.settle(self.rule)
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """What negation did for each request, in order; also once the batch is closed."""
+        return self.ledger.proofs(self.rule)
 
     def run(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Call a function within this batch, from whatever thread.

@@ -4,6 +4,7 @@ runs (`Running`). It travels with the call: another thread's or coroutine's is n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...operator.statistics import Statistics
 from ...operator.tokens import ConceptTokens
+from ..concepts import Snapshot
 from ..errors import NegationNotAppliedError
 from .ledger import Ledger
 from .rows import Read, Rows, Step
@@ -32,6 +34,7 @@ class PipelineCall:
     def __init__(self) -> None:
         self.number: int | None = None  # of those that asked for negation, counted by the engine
         self.sampled = 0  # denoiser calls whose gates were looked at
+        self._noted: set[tuple[object, int]] = set()
         self.pinned = False
         self.ledger: Ledger | None = None
         self.slots: Slots | None = None
@@ -43,6 +46,14 @@ class PipelineCall:
         wanted = self.sampled == 0 or (self.sampled == 1 and halfway)
         self.sampled += wanted
         return wanted
+
+    def notes(self, thing: object, step: Step | None) -> bool:
+        """Whether a thing is noted for the first time at this step; each call is one where none is known."""
+        if step is None:
+            return True
+        new = (thing, step.index) not in self._noted
+        self._noted.add((thing, step.index))
+        return new
 
     def pin(self, ledger: Ledger | None) -> None:
         self.pinned, self.ledger = True, ledger
@@ -104,6 +115,19 @@ class Call:
     project: Callable[[Tensor], Tensor] = lambda embeddings: embeddings
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an observer receives after each negated attention call."""
+
+    layer: str
+    statistics: Statistics
+    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept) that act at this step
+    asked: tuple[tuple[int, str], ...]  # (batch row, concept) that act at some step
+    requests: tuple[int | None, ...]  # request of each batch row
+    call: int  # pipeline call
+    step: int | None
+
+
 @dataclass(eq=False)
 class Running:
     """What layers read during a denoiser call; another call has one of its own."""
@@ -150,11 +174,24 @@ class Running:
         """Have layers read these."""
         self.index, self.numbers, self.weight, self.neutral = tensors
 
-    def note(self, captured: bool) -> None:
+    def note(self, captured: bool, bank: Snapshot) -> None:
         """The call has ended without an error. What compiled code and captured graphs run is not seen: their
-        layers always negate."""
-        if self.ledger is not None and self.rows is not None:
-            self.ledger.note(self.rows, self.active, self.negated or self.call.compiled or captured)
+        layers always negate. `bank`: as it is now, for a call that read none."""
+        if self.ledger is not None:
+            call, read = self.call, bank if self.slots is None else self.slots.bank
+            negated = self.negated or call.compiled or captured
+            new = functools.partial(call.of.notes, step=call.step)
+            self.ledger.note(read, self.rows, self.active, negated, new)
+
+    def record(self, layer: str, statistics: Statistics) -> Record:
+        """For observers: what one call of a layer did."""
+        rows, step, number = self.rows, self.call.step, self.call.of.number
+        assert rows is not None and number is not None
+        entries = [(i, e.row, e.concept) for i, e in enumerate(rows.entries)]
+        acting = tuple(e for e, active in zip(entries, self.active) if active)
+        asked = tuple(dict.fromkeys((row, concept) for _, row, concept in entries))
+        index = None if step is None else step.index
+        return Record(layer, statistics, acting, asked, rows.requests, number, index)
 
     def tokens(self, key: Tensor, value: Tensor, layer: str = "") -> ConceptTokens:
         """Tokens of a layer from its concept keys and values [T, H, D]. Raises NegationNotAppliedError: there
@@ -201,19 +238,6 @@ def direction_of(directions: Mapping[str, Tensor], layer: str) -> Tensor | None:
     if layer not in directions:
         raise NegationNotAppliedError(f"layer {layer}: the bank has directions, and none for it")
     return directions[layer]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an observer receives after each negated attention call."""
-
-    layer: str
-    statistics: Statistics
-    entries: tuple[tuple[int, int, str], ...]  # (entry, batch row, concept) that act at this step
-    asked: tuple[tuple[int, str], ...]  # (batch row, concept) that act at some step
-    requests: tuple[int | None, ...]  # request of each batch row
-    call: int  # pipeline call
-    step: int | None
 
 
 def _captures(device: torch.device) -> bool:

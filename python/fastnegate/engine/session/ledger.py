@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from ...operator.rule import Rule
 from ...operator.statistics import Statistics
+from ..concepts import Snapshot
 from ..errors import NegationNotAppliedError
+from .proof import Proof
 from .rows import Assignment, Rows
 
 log = logging.getLogger("fastnegate")
@@ -24,15 +28,57 @@ class Ledger:
         self.assignment = assignment
         self.ends = ends  # with its batch, rather than when something else is set for everybody
         self.calls = 0  # of the denoiser
-        self._acted: set[int] = set()  # requests
+        self._steps = 0  # of pipeline calls
+        self._bank: Snapshot | None = None  # that the last of them read
+        self._acted: Counter[tuple[int, str, bool]] = Counter()  # (request, concept, whether a text) -> steps
+        self._counting = threading.Lock()  # a batch may be carried into several threads
         self._lost: list[Callable[[], str | None]] = []
         self._gates: dict[tuple[int, str], Tensor] = {}  # the largest that sampled steps had
 
-    def note(self, rows: Rows, acting: tuple[float, ...], negated: bool) -> None:
-        """A denoiser call has ended without an error; `negated`: some layer took the negated path."""
-        self.calls += 1
-        if negated:
-            self._acted |= {entry.request for entry, active in zip(rows.entries, acting) if active}
+    def note(
+        self,
+        bank: Snapshot,
+        rows: Rows | None,
+        acting: tuple[float, ...],
+        negated: bool,
+        new: Callable[[object], bool],
+    ) -> None:
+        """A denoiser call has ended without an error.
+
+        Args:
+            bank: what it read.
+            rows: of it; None: nobody asked for anything.
+            acting: the schedule value of each of their entries.
+            negated: whether some layer took the negated path.
+            new: whether something is noted for the first time at this step, which may have several calls.
+        """
+        entries = () if rows is None or not negated else zip(rows.entries, acting)
+        acted = {
+            (entry.request, entry.concept, rows.slots.slots[entry.slot].text)
+            for entry, active in entries
+            if rows is not None and active
+        }
+        with self._counting:
+            self.calls += 1
+            self._bank = bank
+            self._steps += new(self)
+            self._acted.update(key for key in acted if new((self, key)))
+
+    def proofs(self, rule: Rule) -> tuple[Proof, ...]:
+        """What negation did for each request so far."""
+        with self._counting:
+            bank, steps, acted = self._bank, self._steps, dict(self._acted)
+        digest = "" if bank is None else bank.digest
+        return tuple(
+            Proof(
+                rule=rule.name,
+                bank=digest,
+                steps=steps,
+                concepts={c: n for (r, c, text), n in acted.items() if r == request and not text},
+                negative_prompt=sum(n for (r, _, text), n in acted.items() if r == request and text),
+            )
+            for request in range(len(self.assignment.policies))
+        )
 
     def ask_at_the_end(self, lost: Callable[[], str | None]) -> None:
         """Whether a pipeline call lost its negation on the way is known at the end: a reason, or None."""
@@ -57,9 +103,9 @@ class Ledger:
                 "no denoiser call came by within the batch: is this the pipeline, with the denoiser, that "
                 "the engine was installed in? Threads and executors do not copy the context: use batch.bind"
             )
-        policies = self.assignment.policies
-        for request, policy in enumerate(policies):
-            if policy is not None and policy.asks and request not in self._acted:
+        acted = {request for request, _, _ in self._acted}
+        for request, policy in enumerate(self.assignment.policies):
+            if policy is not None and policy.asks and request not in acted:
                 stop = rule.stop if policy.stop is None else policy.stop
                 raise NegationNotAppliedError(
                     f"policies[{request}] never acted: no step that ran lies in its window, {policy.start:g} "

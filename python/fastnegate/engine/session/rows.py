@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...operator.rule import Rule
-from ...operator.tokens import COLUMNS, NUMBERS, entry_numbers
+from ...operator.tokens import COLUMNS, NUMBERS
 from ..concepts import Concept
 from ..errors import NegationNotAppliedError, RowMapError
 from ..policy import Policy
@@ -172,10 +172,7 @@ class Rows:
                     strength = policy.negative_strength if slot.concept == policy.text else 0.0
                 if strength == 0.0 or slot.length == 0:
                     continue
-                given = {"strength": strength * rule.strength, "active": 0.0}
-                if policy.threshold is not None:
-                    given["threshold"] = policy.threshold
-                numbers = entry_numbers(f"policy of request {request}", given)
+                numbers = policy.numbers(f"policy of request {request}", strength, rule)
                 self.entries.append(Entry(row, i, slot.concept, request, policy, numbers))
             self.offsets.append(len(self.entries))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...operator.rule import Rule
 from ..bank import ConceptBank
-from ..concepts import Concept
+from ..concepts import Concept, Snapshot
 from ..errors import NegationNotAppliedError
 from ..files import directions_of
 from ..policy import Policy
@@ -66,7 +66,8 @@ def check_neutral(rule: Rule, neutral: Tensor | None) -> None:
 class Slots:
     """Embeddings [T, C] of all tokens, and the slots in them.
 
-    `neutral` is the slot of the neutral tokens, for a rule that centres; else None. Nobody negates it.
+    `bank` is what they were made of. `neutral` is the slot of the neutral tokens, for a rule that centres;
+    else None. Nobody negates it.
 
     Compiled code is made for sizes: `room` is what negative prompts shall take at least, so that another
     text of another length changes no size. What is not taken are slots of length 0 and tokens of zeros.
@@ -74,15 +75,15 @@ class Slots:
 
     def __init__(
         self,
-        concepts: Mapping[str, Concept],
+        bank: Snapshot,
         rule: Rule,
         width: int,
         texts: Mapping[str, Concept] | None = None,
         room: Room = NO_ROOM,
-        neutral: Tensor | None = None,
     ) -> None:
+        concepts, neutral = bank.concepts, bank.neutral
         check_neutral(rule, neutral)
-        self.names = frozenset(concepts)
+        self.bank, self.names = bank, frozenset(concepts)
         self.slots: list[Slot] = []
         parts: list[Tensor] = []
         weights: list[Tensor] = []
@@ -168,6 +169,7 @@ class Shelf:
     Args:
         bank, rule: of the engine.
         encode: makes the concept of a negative prompt; None: there are none.
+        check_text: raises ValueError for one that could not be encoded.
         state: what encodings depend on besides the text: the text encoder as it is; None if not known.
         prompts: how many negative prompts compiled code is to have room for.
     """
@@ -177,16 +179,29 @@ class Shelf:
         bank: ConceptBank,
         rule: Rule,
         encode: Callable[[str], Concept] | None,
+        check_text: Callable[[str], None],
         state: Callable[[], Hashable],
         prompts: int,
     ) -> None:
         self._bank, self._rule, self._encode, self._state = bank, rule, encode, state
-        self._prompts = prompts
+        self._check_text, self._prompts = check_text, prompts
         self._texts: OrderedDict[tuple[str, Hashable], Concept] = OrderedDict()
         self._slots: dict[tuple[int, Texts, Room], Slots] = {}
         self._room = NO_ROOM
         self._directions = directions_of(bank.snapshot().concepts)  # those that `install` has checked
         self._changing = threading.Lock()
+
+    def check_text(self, policy: Policy) -> None:
+        """Raise ValueError for a negative prompt that could not be encoded."""
+        if (text := policy.text) is None:
+            return
+        self._check_read(text)
+        if self._known(text, self._state()) is None:
+            self._check_text(text)
+
+    def check_bank(self, bank: ConceptBank) -> None:
+        """Raise ValueError for a bank that the rule cannot read."""
+        Slots(bank.snapshot(), self._rule, bank.width)
 
     def encode(self, policies: Iterable[Policy | None]) -> Texts:
         """The negative prompts of policies, each once; only new ones are encoded.
@@ -200,24 +215,24 @@ class Shelf:
 
     def slots(self, texts: Texts, fixed: bool) -> Slots:
         """The bank as it is now, and these negative prompts; `fixed`: in the room that they have there."""
-        version, concepts, neutral = self._bank.snapshot()
+        bank = self._bank.snapshot()
         room = self._room if fixed else NO_ROOM
         with self._changing:
-            slots = self._slots.get((version, texts, room))
+            slots = self._slots.get((bank.version, texts, room))
         if slots is not None:
             return slots
-        now = directions_of(concepts)
+        now = directions_of(bank.concepts)
         if self._rule.reads.direction and now is not None and self._directions is not None:
             if (difference := self._directions.model.difference(now.model)) is not None:
                 raise NegationNotAppliedError(f"the bank has directions of another denoiser: {difference}")
-        slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room, neutral)
+        slots = Slots(bank, self._rule, self._bank.width, dict(texts), room)
         if fixed and not all(has >= needs for has, needs in zip(room, slots.text_room)):
             self._room = room = room.enlarged(slots.text_room, self._prompts)
-            slots = Slots(concepts, self._rule, self._bank.width, dict(texts), room, neutral)
+            slots = Slots(bank, self._rule, self._bank.width, dict(texts), room)
         with self._changing:
-            if any(old[0] != version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
+            if any(old[0] != bank.version for old in self._slots) or len(self._slots) >= MOST_TEXTS:
                 self._slots.clear()
-            self._slots[version, texts, room] = slots
+            self._slots[bank.version, texts, room] = slots
         return slots
 
     def _known(self, text: str, state: Hashable) -> Concept | None:
@@ -229,8 +244,8 @@ class Shelf:
             return self._texts.get((text, state))
 
     def _encoded(self, text: str, state: Hashable) -> Concept:
-        if self._encode is None:
-            raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
+        self._check_read(text)
+        assert self._encode is not None
         concept = self._encode(text)
         concept.groups(self._rule)  # refuses one without the tokens that the rule reads
         with self._changing:
@@ -238,3 +253,13 @@ class Shelf:
             while len(self._texts) > MOST_TEXTS:
                 self._texts.popitem(last=False)
         return concept
+
+    def _check_read(self, text: str) -> None:
+        """Raise ValueError where no negative prompt can be encoded, or be read by the rule."""
+        if self._encode is None:
+            raise ValueError(f"negative_prompt={text!r}: this engine has no text encoder to ask")
+        if self._rule.reads.direction:
+            raise ValueError(
+                f"negative_prompt={text!r}: rule {self._rule.name!r} reads a steering direction per layer, "
+                "which a text does not have"
+            )

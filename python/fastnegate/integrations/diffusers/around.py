@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 # (object, its own call, arguments, keyword arguments, frame of the caller) -> result
 Around = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], FrameType], Any]
 
@@ -67,12 +69,10 @@ def _become(thing: Any, arounds: tuple[Around, ...], methods: Mapping[str, Calla
 
 
 def _class(base: type, arounds: tuple[Around, ...], methods: Mapping[str, Callable[..., Any]]) -> type:
-    own = base.__call__  # type: ignore[operator]
-
-    @functools.wraps(own)
+    @functools.wraps(base.__call__)  # type: ignore[operator]
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         frame = sys._getframe(1)
-        inner: Callable[..., Any] = functools.partial(own, self)
+        inner: Callable[..., Any] = functools.partial(base.__call__, self)  # type: ignore[operator]
         for around in arounds[:-1]:
             inner = functools.partial(_pass, around, self, inner, frame)
         return arounds[-1](self, inner, args, kwargs, frame)
@@ -103,6 +103,12 @@ def _class(base: type, arounds: tuple[Around, ...], methods: Mapping[str, Callab
             *args, **kwargs
         ),  # type(pipe)(...) is another pipeline
     }
+    if not issubclass(base, nn.Module):  # of those, compilers ask whether their call is the usual one
+        likeness |= {
+            "__getattribute__": _of_base,
+            "__setattr__": lambda _made, name, value: setattr(base, name, value),
+            "__delattr__": lambda _made, name: delattr(base, name),
+        }
     alike = type("Alike", (type(base),), likeness)
     made: type = alike(base.__name__, (base,), names)
     return made
@@ -111,6 +117,12 @@ def _class(base: type, arounds: tuple[Around, ...], methods: Mapping[str, Callab
 def _same_class(made: type, other: object) -> bool:
     """diffusers looks components up by `type(component)`, which has to be found as before."""
     return other is made or other is vars(made)["_fastnegate_base"]
+
+
+def _of_base(made: type, name: str) -> Any:
+    """Who puts something in the place of `type(pipe).__call__` (cache-dit) means all such pipelines: in a
+    class of ours it would be lost together with that."""
+    return type.__getattribute__(vars(made)["_fastnegate_base"] if name == "__call__" else made, name)
 
 
 def _pass(

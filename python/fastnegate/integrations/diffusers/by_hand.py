@@ -33,7 +33,8 @@ from ...operator.rule import Rule, check_number
 from ...operator.tokens import ConceptTokens
 from .around import put_around, take_away
 from .contract import InProgress, bare, denoisers, in_progress, project_for
-from .layers.caches import check, stateful
+from .features.caches import check, stateful
+from .features.parallel import refuse
 from .layers.places import Places
 
 _ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
@@ -67,6 +68,7 @@ class Watch:
             )
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
+        refuse(bare(thing), self._layers, "processors set by hand")
         for hook in stateful(bare(thing)):
             check(hook)  # it may hand on other rows than it gets
         before = PROGRESS.set(in_progress(thing, frame))
@@ -168,12 +170,13 @@ class Concepts:
         self._look()
 
     def _look(self) -> None:
-        self._version, concepts, neutral = self._bank.snapshot()
-        self._slots = Slots(concepts, self._rule, self._bank.width, neutral=neutral)
+        if self._rule.reads.direction and (pipe := self._bank.pipe) is not None:
+            self._bank.check(pipe)  # another denoiser's directions would steer elsewhere
+        self._slots = Slots(self._bank.snapshot(), self._rule, self._bank.width)
 
     def context(self, attn: Any, query: Tensor) -> Tensor:
         """The bank as it is now, [1, T, C] as the layer receives text."""
-        if self._version != self._bank.version:
+        if self._slots.bank is not self._bank.snapshot():
             self._look()
         embeddings = self._slots.embeddings.to(device=query.device, dtype=query.dtype).unsqueeze(0)
         return project_for(model_of(attn, self._bank.pipe), embeddings)
@@ -279,6 +282,7 @@ def _was_set(attn: Any, processor: Any, before: Any) -> None:
 
 
 def _watch(model: nn.Module, attn: Any, processor: Any, before: Any) -> None:
+    refuse(model, [attn], "processors set by hand")
     watch = _watches.get(model)
     if watch is None:
         watch = _watches[model] = Watch(model)

@@ -188,6 +188,7 @@ class Hook:
         progress = in_progress(model, frame, given)
         with self.engine.running(self._facts(held, model, given, progress)) as running:
             running.negated = self._on_displaced == "warn"  # else a layer has to say that it was
+            held.parallel.heed(bare(model), held.layers, running)
             held.caches.heed(bare(model), running)
             image = None if progress is None or not progress.own else progress.image
             try:
@@ -229,6 +230,11 @@ class Hook:
 
     def _facts(self, held: Held, model: Any, given: dict[str, Any], progress: InProgress | None) -> Call:
         sample, text = _first(given, SAMPLE), _first(given, TEXT)
+        if sample is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} was called without {', '.join(SAMPLE[:-1])} or {SAMPLE[-1]}: what it"
+                f" got is {', '.join(given) or 'nothing'}"
+            )
         batch = len(sample)
         while not isinstance(sample, Tensor):  # a list of rows, which may be lists of pictures
             sample = sample[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...engine import host
 from ...engine.bank import ConceptBank
-from ...engine.concepts import Concept, Templates
+from ...engine.concepts import Templates
 from ...engine.engine import Engine
 from ...engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ...engine.policy import Policy
@@ -119,7 +119,8 @@ def install(
         (),  # which the hook names
         max_batch=max_batch,
         unasked=unasked,
-        encode=functools.partial(_negative_prompt, of_pipe),
+        encode=lambda text: host.of(_living(of_pipe)).negative_prompt(_living(of_pipe), text),
+        check_text=lambda text: host.of(_living(of_pipe)).check_negative_prompt(_living(of_pipe), text),
         encoder_state=functools.partial(_encoder_state, of_pipe),
     )
     hook = Hook(pipe, engine, on_displaced, backend, max_tokens, sound)
@@ -132,11 +133,11 @@ def _whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
-def _negative_prompt(pipe: weakref.ref[Any], text: str) -> Concept:
+def _living(pipe: weakref.ref[Any]) -> Any:
     living = pipe()
     if living is None:
         raise NegationNotAppliedError("the pipeline that the engine was installed in is gone")
-    return host.of(living).negative_prompt(living, text)
+    return living
 
 
 def _encoder_state(pipe: weakref.ref[Any]) -> Hashable:

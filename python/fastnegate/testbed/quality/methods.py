@@ -13,12 +13,13 @@ from ...engine.bank import ConceptBank
 from ...engine.concepts import Concept
 from ...engine.policy import Policy
 from ...integrations.diffusers import edits
-from ...integrations.diffusers.contract import family
+from ...integrations.diffusers.contract import bare, denoiser, family
 from ...integrations.diffusers.install import install
 from ...operator.rule import Rule
 from ..cases import Case
 from ..model import DEFAULT_GUIDANCE
 from ..world import World
+from .learned import Learned
 
 Value = float | str
 Numbers = Mapping[str, Value]
@@ -43,6 +44,13 @@ class Setting(Protocol):
 
     def words(self, cases: Cases) -> dict[str, Concept]:
         """Each of these words as a concept of its own."""
+
+    def learned_bank(self, cases: Cases) -> ConceptBank:
+        """The concepts of these cases, learned from pictures."""
+
+    @property
+    def learned(self) -> Learned:
+        """Weights that were trained on a concept."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,9 @@ def _negative_prompt(stage: Setting, cases: Cases, numbers: Numbers) -> Iterator
 
 
 @contextmanager
-def _preset(name: str, stage: Setting, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
+def _preset(
+    name: str, stage: Setting, cases: Cases, numbers: Numbers, learned: bool = False
+) -> Iterator[dict[str, Any]]:
     of_policy = {key: value for key, value in numbers.items() if key == "stop"}
     of_rule = {key: value for key, value in numbers.items() if key not in ("strength", "stop")}
     rule = Rule.preset(name, family=family(stage.pipe).constants(stage.pipe), **of_rule)
@@ -146,7 +156,7 @@ def _preset(name: str, stage: Setting, cases: Cases, numbers: Numbers) -> Iterat
         Policy(dict.fromkeys(map(stage.known, case.given), strength), **of_policy)  # type: ignore[arg-type]
         for case in cases
     ]
-    bank = stage.bank(cases, directions=rule.reads.direction)
+    bank = stage.learned_bank(cases) if learned else stage.bank(cases, directions=rule.reads.direction)
     engine = install(stage.pipe, bank, max_batch=len(cases), rule=rule)
     try:
         with engine.batch(policies):
@@ -176,6 +186,18 @@ def _closed_form(make: Callable[..., edits.Edit], stage: Setting, cases: Cases, 
     preserved = [c for c in world.CONCEPTS if world.members(c) == [c] and c not in away]
     kept: Case[Any] = Case("", (), (), (), tuple((word,) for word in preserved))
     with make(stage.pipe, stage.words(cases), preserve=stage.words([kept]), **numbers):
+        yield {}
+
+
+@contextmanager
+def _task_vector(stage: Setting, cases: Cases, numbers: Numbers) -> Iterator[dict[str, Any]]:
+    """Of several concepts: the sum of their vectors."""
+    own = dict(bare(denoiser(stage.pipe)).named_parameters())
+    trained = {name: weight.detach().clone() for name, weight in own.items()}
+    for given in cases[0].given:
+        for name, weight in stage.learned.weights(given).items():
+            trained[name] += weight - own[name].detach()
+    with edits.task_vector(stage.pipe, trained, **numbers):  # type: ignore[arg-type]
         yield {}
 
 
@@ -211,6 +233,13 @@ _METHODS = (
     _of_preset("nasa", 0.5, 20.0),
     _of_preset("ong", 0.1, 8.0),
     _of_preset("casteer", 0.25, 4.0),
+    Method(
+        "ine",
+        partial(_preset, "protore", learned=True),
+        {"strength": Range(0.25, 4.0, log=True), **_GATED, **_STOP},
+        ("strength", 1.0),
+        mixed=True,
+    ),
     Method(
         "adavd",
         partial(_edit, edits.adavd),
@@ -269,6 +298,12 @@ _METHODS = (
             **_TOKENS,
         },
         ("erase_scale", 0.1),
+    ),
+    Method(
+        "task vector",
+        _task_vector,
+        {"strength": Range(0.5, 50.0, log=True)},
+        ("strength", 1.0),
     ),
 )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from ...engine.bank import ConceptBank
 from ...engine.concepts import Concept
 from ...engine.errors import UnsupportedModelError
+from ...engine.host import of
 from ...integrations.diffusers.contract import denoisers
 from ...integrations.diffusers.learned.means import contrasts
 from ..cases import SPLITS, Case
 from ..model import DEFAULT_GUIDANCE, DEFAULT_STEPS, load
 from ..parts import ShortFluxPipeline
 from ..world import World
+from .learned import Learned
 from .methods import Method, Numbers
 
 GUIDANCE = ("cfg", "free")
@@ -39,6 +42,8 @@ class Stage:
     Args:
         host: one of `testbed.HOSTS`.
         guidance: one of `GUIDANCE`.
+        kept: a folder for what is learned from pictures, which takes a minute for each concept; None: it is
+            kept in memory.
 
     Attributes:
         pipe: the pipeline.
@@ -49,7 +54,7 @@ class Stage:
         ValueError: another host or guidance.
     """
 
-    def __init__(self, host: str, guidance: str = "cfg") -> None:
+    def __init__(self, host: str, guidance: str = "cfg", kept: Path | None = None) -> None:
         if guidance not in GUIDANCE:
             raise ValueError(f"guidance={guidance!r}; allowed: {', '.join(GUIDANCE)}")
         self.host, self.guidance = host, guidance
@@ -57,6 +62,12 @@ class Stage:
         self.world: World = self.pipe.tokenizer.world
         self.joint = isinstance(self.pipe, ShortFluxPipeline)
         self._bank: ConceptBank | None = None
+        self._kept = kept
+
+    @cached_property
+    def learned(self) -> Learned:
+        """What is learned from pictures of concepts."""
+        return Learned(self.pipe, self.world, self._identity, self._kept)
 
     def bank(self, cases: Sequence[Case[Any]], directions: bool = False) -> ConceptBank:
         """The concepts of these cases, by the names that they are `known` by; with `directions` if asked."""
@@ -70,6 +81,12 @@ class Stage:
         if directions:
             self._find_directions(self._bank, wanted)
         return ConceptBank({name: self._bank[name] for name in wanted}, self._bank.fingerprint, self.pipe)
+
+    def learned_bank(self, cases: Sequence[Case[Any]]) -> ConceptBank:
+        """The same concepts, known by embeddings that were learned from pictures."""
+        wanted = {self.known(given): given for case in cases for given in case.given}
+        concepts = {name: self.learned.concept(given) for name, given in wanted.items()}
+        return ConceptBank(concepts, of(self.pipe).fingerprint(self.pipe), self.pipe)
 
     def known(self, given: Sequence[str]) -> str:
         """The name of a concept in `bank`: the words that it is known by, in some suites not all."""
@@ -125,10 +142,8 @@ class Stage:
             "generator": [torch.Generator().manual_seed(seed) for seed in noise],
             "output_type": "np",
             "callback_on_step_end": on_step_end,
-            **self._steps(),
+            **self.call(len(cases)),
         }
-        if self.joint and self.guidance == "cfg":
-            call["negative_prompt"] = [""] * len(cases)
         with method.applied(self, cases, numbers) as changed:
             return np.asarray(self.pipe(**{**call, **changed}).images)
 
@@ -137,6 +152,12 @@ class Stage:
         """How this pipeline calls the scale of classifier-free guidance."""
         return "true_cfg_scale" if self.joint else "guidance_scale"
 
+    def call(self, pictures: int) -> dict[str, Any]:
+        """How the pipeline is called here, beside what is to be drawn."""
+        if self.joint and self.guidance == "cfg":
+            return {**self._steps(), "negative_prompt": [""] * pictures}
+        return self._steps()
+
     def _steps(self) -> dict[str, Any]:
         scale = DEFAULT_GUIDANCE if self.guidance == "cfg" else 1.0
         return {"num_inference_steps": DEFAULT_STEPS, self.scale: scale}
@@ -144,16 +165,18 @@ class Stage:
     def fingerprint(self, cases: Sequence[Case[Any]]) -> str:
         """Changes with the host's weights, its world's judge, and the cases: with all that verdicts are of,
         but the method."""
-        if not hasattr(self, "_identity"):
-            digest = sha256()
-            models = (*denoisers(self.pipe).values(), self.pipe.text_encoder)
-            for model in (*models, getattr(self.pipe, "text_encoder_2", None)):
-                for name, weight in model.state_dict().items() if model is not None else ():
-                    digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
-            for file in _judges(self.world.NAME):
-                digest.update(file.read_bytes())
-            self._identity = digest.hexdigest()
         return sha256(f"{self._identity} {list(cases)!r}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _identity(self) -> str:
+        digest = sha256()
+        models = (*denoisers(self.pipe).values(), self.pipe.text_encoder)
+        for model in (*models, getattr(self.pipe, "text_encoder_2", None)):
+            for name, weight in model.state_dict().items() if model is not None else ():
+                digest.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+        for file in _judges(self.world.NAME):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
 
 def noise_of(seed: int, index: int, split: str) -> int:

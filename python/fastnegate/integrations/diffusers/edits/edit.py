@@ -16,9 +16,10 @@ from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
 from ....engine.session.call import RUNNING, Call, Running
 from ..around import base_class, put_around, take_away
 from ..by_hand import PROGRESS
-from ..contract import InProgress, bare, denoisers, family
+from ..contract import InProgress, bare, cross_attention_layers, denoisers, family
+from ..features.caches import remembering
+from ..features.parallel import refuse
 from ..hook import INSTALLED
-from ..layers.caches import stateful
 
 # Whether the denoiser runs for a concept alone, which no other edit and no negation may touch.
 ALONE: ContextVar[bool] = ContextVar("fastnegate_alone", default=False)
@@ -111,15 +112,15 @@ class AroundDenoiser(Edit):
 
 
 def check_plain(pipe: Any, method: str) -> None:
-    """Raise UnsupportedModelError where the denoisers are compiled, or cached from step to step: Python that
-    is put around them, or between their layers, would be left out."""
+    """Raise UnsupportedModelError where the denoisers are compiled, or cached from step to step (Python that
+    is put around them, or between their layers, would be left out), or computed by several processes."""
     for attribute, model in denoisers(pipe).items():
+        refuse(bare(model), cross_attention_layers(model).values(), method)
         compiled = model is not bare(model) or any("_compiled_call_impl" in vars(m) for m in model.modules())
         if compiled:
             raise UnsupportedModelError(f"{method} cannot be put into compiled code: pipe.{attribute}")
-        for module in model.modules():
-            for hook in stateful(module):
-                raise UnsupportedModelError(f"{method} cannot be combined with {type(hook).__name__}")
+        for cache in remembering(bare(model)):
+            raise UnsupportedModelError(f"{method} cannot be combined with {type(cache).__name__}")
 
 
 def offloaded_by_groups(model: nn.Module) -> bool:

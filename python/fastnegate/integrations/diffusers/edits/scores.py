@@ -150,9 +150,9 @@ def _second_half(value: Any, batch: int) -> Any:
 
 def _kind(scheduler: Any) -> str:
     """What the model predicts, one of KINDS."""
-    if "FlowMatch" in type(scheduler).__name__:
-        return "flow_prediction"
     kind = scheduler.config.get("prediction_type")
+    if "FlowMatch" in type(scheduler).__name__:
+        return "sample" if kind == "sample" else "flow_prediction"
     if kind not in KINDS[:-1] or not hasattr(scheduler, "alphas_cumprod"):
         raise UnsupportedModelError(
             f"{type(scheduler).__name__} with prediction_type={kind!r}: supported are "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ....engine.errors import NegationNotAppliedError, UnsupportedModelError
+from ....engine.errors import NegationNotAppliedError
 from .kind import Attend, mask_of
 
 
@@ -28,11 +28,6 @@ class Across:
     ) -> Tensor:  # fmt: skip
         if any(given is not None for given in rest):
             raise NegationNotAppliedError(f"{type(attn).__name__} was given more than text and its mask")
-        if getattr(inner, "_parallel_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{type(attn).__name__}: concepts cannot be negated with context parallelism "
-                "(enable_parallelism)"
-            )
         query = self._split(attn, attn.to_q(hidden), attn.norm_q)
         output = attend(query, *self.project(attn, text), mask if mask is None else mask_of(attn, mask, text))
         output = output.transpose(1, 2).flatten(2)

@@ -11,10 +11,12 @@ from torch import nn
 
 from ....engine.engine import Engine
 from ....engine.errors import UnsupportedModelError
+from ..around import base_class
 from ..contract import bare, cross_attention_layers
+from ..features.caches import Caches
+from ..features.parallel import Parallel
 from ..joint.families import JointFamily
 from ..joint.hook import wrap
-from .caches import Caches
 from .known import SOUND
 from .places import Places
 
@@ -27,6 +29,7 @@ class Held:
         parameters: names of what its forward takes.
         layers, processors: its text layers, and ours for each, by their names in the model.
         caches: what diffusers' caches of the model last kept, and for whom.
+        parallel: what is dealt out to several processes.
     """
 
     def __init__(
@@ -39,13 +42,14 @@ class Held:
         sound: bool = False,
     ) -> None:
         self.model = weakref.ref(model)
-        self.parameters = list(inspect.signature(bare(model).forward).parameters)
+        self.parameters = _parameters(bare(model))
         self._engine, self._backend, self._prefix, self._joint = engine, backend, prefix, joint
         self._sound = sound
         self.layers: dict[str, Any] = {}
         self.processors: dict[str, Any] = {}
-        self.caches = Caches()
+        self.caches, self.parallel = Caches(), Parallel(engine.rule, joint is not None)
         self.look(bare(model))
+        self.parallel.check(bare(model), self.layers)
 
     def look(self, model: nn.Module) -> None:
         """Look at the model's layers, and have a processor for each."""
@@ -112,3 +116,11 @@ class Held:
             f"{len(others)} of {len(self.layers)} attention modules, or blocks around them, were replaced, "
             f"e.g. {others[0]}"
         )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Names of what a model's forward takes, as its class has it: engines and caches put functions of `*args`
+    and `**kwargs` in the place of an instance's."""
+    kind: Any = base_class(model)
+    _self, *names = inspect.signature(kind.forward).parameters
+    return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from ....engine.errors import UnsupportedModelError
 from ..contract import bare, denoiser, family
 from ..install import engine_of
 from ..text.encode import encode_whole, evaluating
+from ..text.identity import sample_of
 
 
 def denoising(pipe: Any) -> Denoising:
@@ -56,6 +58,12 @@ class Denoising:
     @property
     def length(self) -> float:
         return float(self._said.embeddings.float().square().mean().sqrt())
+
+    @property
+    def identity(self) -> str:
+        weights = bare(self._model).parameters()
+        sample = torch.cat([sample_of(weight.detach()) for weight in weights])
+        return sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -199,7 +207,8 @@ def _noising(scheduler: Any) -> Noised:
         def flowing(clean: Tensor, noise: Tensor, when: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sigma = shift * when / (1 + (shift - 1) * when)
             share = _column(sigma, clean)
-            return clean + share * (noise - clean), noise - clean, (sigma * steps).float()
+            target = clean if says == "sample" else noise - clean
+            return clean + share * (noise - clean), target, (sigma * steps).float()
 
         return flowing
     if says not in _TARGETS or not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):

@@ -75,6 +75,18 @@ def negative_prompt(pipe: Any, text: str) -> Concept:
         UnsupportedModelError: the pipeline is not a supported one, or has no text encoder.
         ValueError: not a str, blank, too long for the encoder, or characters that it does not know.
     """
+    words, plan = _planned(pipe, text)
+    (concept,) = _carry_out(words, [plan])
+    return concept
+
+
+def check_negative_prompt(pipe: Any, text: str) -> None:
+    """Raise what `negative_prompt` would, without encoding anything."""
+    _planned(pipe, text)
+
+
+def _planned(pipe: Any, text: str) -> tuple[Words, Plan]:
+    """What is to be encoded of a negative prompt."""
     words = Words(encoder_of(pipe))
     parts = tuple(p.strip() for p in text.split(",") if p.strip()) if isinstance(text, str) else ()
     if not parts:
@@ -83,8 +95,7 @@ def negative_prompt(pipe: Any, text: str) -> Concept:
     words.check("negative_prompt", text)
     for part in parts:
         words.check("negative_prompt", part)
-    (concept,) = _carry_out(words, [Plan(text, parts, [words.spans(part) for part in parts])])
-    return concept
+    return words, Plan(text, parts, [words.spans(part) for part in parts])
 
 
 def with_roles(pipe: Any, text: str) -> tuple[Tensor, Tensor]:

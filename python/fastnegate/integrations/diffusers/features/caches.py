@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of diffusers (`enable_cache`): at a step they reuse what blocks, or attention, made at another.
+"""Caches of diffusers (`enable_cache`), and cache-dit's: at a step they reuse what blocks, or attention, made
+at another.
 
 They do not know that what acts changes from step to step, and from call to call. So what they kept while
 other entries acted is forgotten before a denoiser call that would reuse it: a step that is negated is made of
@@ -20,9 +21,13 @@ from torch import nn
 
 from ....engine.errors import UnsupportedModelError
 from ....engine.session.call import PipelineCall, Running
+from .cache_dit import CacheDitContext, contexts
 
 
 def _forget_everything(hook: Any) -> None:
+    if isinstance(hook, CacheDitContext):
+        hook.forget()
+        return
     manager = getattr(hook, "state_manager", None)
     if manager is None:
         hook.state.reset()
@@ -44,6 +49,7 @@ def _forget_output(hook: Any) -> None:
 _FORGET: dict[type, Callable[[Any], None]] = {
     FBCHeadBlockHook: _forget_everything,
     TaylorSeerCacheHook: _forget_everything,
+    CacheDitContext: _forget_everything,
     MagCacheHeadHook: _forget_residual,
     PyramidAttentionBroadcastHook: _forget_output,
 }
@@ -96,12 +102,17 @@ class Caches:
         of, config = running.call.of, getattr(model, "_cache_config", None)
         if self._of is not of or self._config is not config:
             self._of, self._config = of, config
-            self._hooks = [hook for module in model.modules() for hook in stateful(module)]
+            self._hooks = remembering(model)
         return self._hooks
 
 
+def remembering(model: nn.Module) -> list[Any]:
+    """What in a model, or around it, remembers something from call to call."""
+    return [*contexts(model), *(hook for module in model.modules() for hook in stateful(module))]
+
+
 def stateful(module: nn.Module) -> list[Any]:
-    """Hooks of one module that remember something from call to call."""
+    """Hooks of one module that do."""
     registry = vars(module).get("_diffusers_hook")
     return [] if registry is None else [hook for hook in registry.hooks.values() if hook._is_stateful]
 
@@ -109,7 +120,9 @@ def stateful(module: nn.Module) -> list[Any]:
 def check(hook: Any) -> None:
     """Raise UnsupportedModelError for a cache that is not known: it may leave out rows (FasterCache drops the
     unconditional ones within the model), or keep what belongs to a prompt alone."""
-    if type(hook) not in _FORGET:
+    if isinstance(hook, CacheDitContext):
+        hook.check()
+    elif type(hook) not in _FORGET:
         raise UnsupportedModelError(
             f"{type(hook).__name__} cannot be combined with negation: caches that can are First-Block, "
             "MagCache, TaylorSeer and Pyramid Attention Broadcast; call disable_cache()"
@@ -118,6 +131,10 @@ def check(hook: Any) -> None:
 
 def _context(hook: Any) -> str:
     """Of the denoiser call, as its pipeline names it: conditional and unconditional ones are kept apart."""
-    context = getattr(getattr(hook, "state_manager", None), "_context", None)
-    name: str = "inference" if context is None else context.name  # MagCache's own name for none
+    if isinstance(hook, CacheDitContext):
+        return hook.part
+    manager = getattr(hook, "state_manager", None)
+    # Before diffusers 0.42 a context was its name.
+    context = getattr(manager, "_context", getattr(manager, "_current_context", None))
+    name: str = "inference" if context is None else getattr(context, "name", context)  # MagCache's for none
     return name
