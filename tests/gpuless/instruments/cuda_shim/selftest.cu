@@ -24,6 +24,7 @@ struct Task {
 constexpr unsigned kAll = ~0u;
 
 __device__ uint32_t* shared() { return reinterpret_cast<uint32_t*>(ptx::shared_memory()); }
+__device__ ptx::Address line(unsigned word) { return ptx::address(shared() + word); }
 __device__ int block_and_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
 // ---- numbers ----------------------------------------------------------------------------------------
@@ -47,34 +48,40 @@ template <class T>
 __global__ void packed(const __grid_constant__ Task task) {  // with 1.0 in the high half
   for_each(task, [&](unsigned i) { return ptx::pack<T>(number(task, i), 1.f); });
 }
+template <class T>
+__global__ void unpacked(const __grid_constant__ Task task) {  // the low halves; of the first, the high one
+  for_each(task, [&](unsigned i) {
+    return __float_as_uint(i > 0 ? ptx::low<T>(task.in[i]) : ptx::high<T>(task.in[i]));
+  });
+}
 
 // ---- matrices ---------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void multiply_16(const __grid_constant__ Task task) {  // a lane's 4 of A, 2 of B, 4 of D
   const uint32_t* in = task.in + threadIdx.x * 10;
-  float d[4];
-  for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(in[6 + i]);
-  ptx::multiply<T>(d, in[0], in[1], in[2], in[3], in[4], in[5]);
+  float c[4], d[4];
+  for (int i = 0; i < 4; ++i) c[i] = __uint_as_float(in[6 + i]);
+  ptx::multiply<T>(d, {in[0], in[1], in[2], in[3]}, in[4], in[5], c);
   for (int i = 0; i < 4; ++i) task.out[threadIdx.x * 4 + i] = __float_as_uint(d[i]);
 }
 template <class T>
 __global__ void multiply_8(const __grid_constant__ Task task) {  // a lane's 2 of A, 1 of B, 4 of D
   const uint32_t* in = task.in + threadIdx.x * 7;
-  float d[4];
-  for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(in[3 + i]);
-  ptx::multiply<T>(d, in[0], in[1], in[2]);
+  float c[4], d[4];
+  for (int i = 0; i < 4; ++i) c[i] = __uint_as_float(in[3 + i]);
+  ptx::multiply_half<T>(d, {in[0], in[1]}, in[2], c);
   for (int i = 0; i < 4; ++i) task.out[threadIdx.x * 4 + i] = __float_as_uint(d[i]);
 }
-// `in`: 32 words, the byte where each lane says a row begins (of no meaning in lanes from 8 N on), then what
-// shared memory holds.
+// `in`: 32 words, the byte where a lane's row begins (of no meaning in lanes from 8 N on), then what shared memory
+// holds. Loaded from 16 bytes before it, with an offset of 16.
 template <int N, bool kTransposed>
 __global__ void load(const __grid_constant__ Task task) {
   for (int i = static_cast<int>(threadIdx.x); i < task.n - 32; i += 32) shared()[i] = task.in[32 + i];
   __syncwarp();
   uint32_t m[N];
-  const char* row = ptx::shared_memory() + task.in[threadIdx.x];
-  kTransposed ? ptx::load_transposed<N>(m, row) : ptx::load_matrices<N>(m, row);
+  const ptx::Address row = ptx::address(ptx::shared_memory()) + task.in[threadIdx.x];
+  kTransposed ? ptx::load_transposed<16>(m, row - 16) : ptx::load_matrices<16>(m, row - 16);
   for (int i = 0; i < N; ++i) task.out[threadIdx.x * N + i] = m[i];
 }
 
@@ -85,9 +92,9 @@ __global__ void load(const __grid_constant__ Task task) {
 __global__ void copies(const __grid_constant__ Task task) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   for (int group = 0; group < 2; ++group) {
-    const int line = (group * threads + thread) * 4;
-    const bool present = task.in[line] != 0;
-    ptx::copy_16(shared() + line, present ? task.in + line : nullptr, present);
+    const int word = (group * threads + thread) * 4;
+    const bool present = task.in[word] != 0;
+    ptx::copy_16(line(word), present ? task.in + word : nullptr, present);
     ptx::commit();
   }
   uint32_t* out = task.out + thread * 6;
@@ -101,35 +108,34 @@ __global__ void copies(const __grid_constant__ Task task) {
   look();
 }
 __global__ void copy_not_waited_for(const __grid_constant__ Task task) {
-  ptx::copy_16(shared() + threadIdx.x * 4, task.in, true);  // of no group: not what wait<0> waits for
+  ptx::copy_16(line(threadIdx.x * 4), task.in, true);  // of no group: not what wait<0> waits for
   ptx::wait<0>();
 }
 __global__ void copy_strided(const __grid_constant__ Task task) {  // all of a warp in one bank of each four
-  ptx::copy_16(shared() + threadIdx.x * 32, task.in, true);
-  if (threadIdx.x < 16) ptx::copy_16(shared() + threadIdx.x * 4, task.in, false);
-  ptx::copy_16(shared() + threadIdx.x * 4, task.in, true);
+  ptx::copy_16(line(threadIdx.x * 32), task.in, true);
+  if (threadIdx.x < 16) ptx::copy_16(line(threadIdx.x * 4), task.in, false);
+  ptx::copy_16(line(threadIdx.x * 4), task.in, true);
   ptx::commit();
   ptx::wait<0>();
 }
 __global__ void copy_in_turn(const __grid_constant__ Task task) {  // the first lane once, the last 32 times
-  uint32_t* line = shared() + threadIdx.x * 4;
-  for (unsigned i = 0; i <= threadIdx.x % 32; ++i) ptx::copy_16(line, task.in + threadIdx.x * 4, true);
+  for (unsigned i = 0; i <= threadIdx.x % 32; ++i) ptx::copy_16(line(threadIdx.x * 4), task.in + threadIdx.x * 4, true);
   ptx::commit();
   ptx::wait<0>();
-  task.out[block_and_thread()] = *line;
+  task.out[block_and_thread()] = shared()[threadIdx.x * 4];
 }
 __global__ void copy_to_byte_8(const __grid_constant__ Task task) {
-  ptx::copy_16(ptx::shared_memory() + 8, task.in, true);
+  ptx::copy_16(line(2), task.in, true);
 }
 __global__ void copy_from_byte_8(const __grid_constant__ Task task) {
-  ptx::copy_16(shared(), reinterpret_cast<const char*>(task.in) + 8, true);
+  ptx::copy_16(line(0), reinterpret_cast<const char*>(task.in) + 8, true);
 }
 __global__ void copy_beyond(const __grid_constant__ Task task) {  // into the last 8 bytes and beyond
-  if (threadIdx.x == 3) ptx::copy_16(shared() + 4, task.in, true);
+  if (threadIdx.x == 3) ptx::copy_16(line(4), task.in, true);
 }
 __global__ void row_beyond(const __grid_constant__ Task) {
   uint32_t m[2];
-  ptx::load_matrices(m, shared() + threadIdx.x * 4);
+  ptx::load_matrices<0>(m, line(threadIdx.x * 4));
 }
 
 // ---- threads that meet ------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ __global__ void reads_beyond(const __grid_constant__ Task task) {
   task.out[threadIdx.x] = task.in[static_cast<int>(threadIdx.x) + task.n - 31];
 }
 __global__ void copies_beyond(const __grid_constant__ Task task) {
-  ptx::copy_16(shared() + threadIdx.x * 4, task.in + task.n - 124 + threadIdx.x * 4, true);
+  ptx::copy_16(line(threadIdx.x * 4), task.in + task.n - 124 + threadIdx.x * 4, true);
   ptx::commit();
   ptx::wait<0>();
 }
@@ -220,14 +226,14 @@ __global__ void pipeline(const __grid_constant__ Task task) {
   auto* words = reinterpret_cast<uint32_t*>(lines + blockDim.x * 16);
   uint32_t sum = 0;
   for (int round = 0; round < 2; ++round) {
-    ptx::copy_16(lines + thread * 16, task.in + thread * 4, true);
+    ptx::copy_16(ptx::address(lines + thread * 16), task.in + thread * 4, true);
     ptx::commit();
     if (kMissing != Missing::wait || round > 0) ptx::wait<0>();
     if (kMissing != Missing::first_barrier) __syncthreads();
     uint32_t m[4];
-    ptx::load_matrices(m, lines + (blockDim.x - 1 - thread) * 16);
+    ptx::load_matrices<0>(m, ptx::address(lines + (blockDim.x - 1 - thread) * 16));
     float d[4] = {};
-    ptx::multiply<float16>(d, m[0], m[1], m[2], m[3], m[0], m[1]);
+    ptx::multiply<float16>(d, m, m[0], m[1], d);
     sum += __float_as_uint(d[0]) + (__any_sync(kAll, 1) != 0);
     words[thread] = sum;
     if (kMissing != Missing::first_warp)
@@ -250,14 +256,14 @@ const std::map<std::string, Kernel> kernels = {
     {"sqrt", root},
     {"pack_float16", packed<float16>},
     {"pack_bfloat16", packed<bfloat16>},
+    {"unpack_float16", unpacked<float16>},
+    {"unpack_bfloat16", unpacked<bfloat16>},
     {"multiply_16_float16", multiply_16<float16>},
     {"multiply_16_bfloat16", multiply_16<bfloat16>},
     {"multiply_8_float16", multiply_8<float16>},
     {"multiply_8_bfloat16", multiply_8<bfloat16>},
-    {"load_1", load<1, false>},
     {"load_2", load<2, false>},
     {"load_4", load<4, false>},
-    {"load_1_transposed", load<1, true>},
     {"load_2_transposed", load<2, true>},
     {"load_4_transposed", load<4, true>},
     {"copies", copies},
