@@ -89,7 +89,7 @@ class Block {
   FN_INLINE void fetch(int tile, int last, int stage) const {
     const int mine = ptx::opaque(lane), first = mine / 4, t = mine % 4;
     const ptx::Address to = ptx::address(buffer(stage) + first * kRow + t * 8);
-    const T* from = head_of(p.query, b, h) + t * 8;
+    const T* from = head_of(p.query, ptx::opaque(b), ptx::opaque(h)) + t * 8;
     const int queries = tile < last ? static_cast<int>(p.queries) : 0;
     repeat<2>([&](auto half) {
       const int n = tile * kCudaQueries + first + 8 * half.value;
@@ -227,8 +227,8 @@ class Block {
 
   FN_INLINE void work(int tile, int last, T* queries) {
     // What is made of these is made here: registers are for the tile, not for addresses known since before the loop.
-    const Place place{ptx::opaque(b), ptx::opaque(h), tile * kCudaQueries, tile < last ? static_cast<int>(p.queries) : 0,
-                      ptx::opaque(lane)};
+    const int queries_of_head = tile < last ? static_cast<int>(p.queries) : 0;
+    const Place place{ptx::opaque(b), ptx::opaque(h), tile * kCudaQueries, queries_of_head, ptx::opaque(lane)};
     Queries<T, D> q;
     q.load(ptx::address(queries), place.lane);
     Segment<T, D> z;

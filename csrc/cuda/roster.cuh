@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entries of a row as blocks of concept tokens: who they are, their text in shared memory, and its Gram matrices.
+// The entries of a row as blocks of concept tokens: who they are, and their text in shared memory.
 // Made once a head, so that a tile of queries looks nothing up.
 #pragma once
 
@@ -158,67 +158,6 @@ FN_INLINE void load_block(const Problem& p, const Text<T, D>& text, const Roster
   for (int place = threadIdx.x; place < (places + 15) / 16 * 16; place += blockDim.x) {
     const int token = place < places ? token_at(place) : -1;
     text.weights(header.slot)[place] = token < 0 ? 0.f : __ldg(p.token_weight + token);
-  }
-}
-
-// A warp: the Gram matrix of the values of a block whose text is there, in two halves. Values are divided by their
-// norms, and norms by a power of two for each entry, so that all is at most 1: float16 would not hold squares.
-template <class T, int D>
-FN_INLINE void make_gram(const Text<T, D>& text, Roster& roster, T* gram, int lane) {
-  const Header header = roster.header;
-  const int g = lane / 4, t = lane % 4, halves = (header.tiles + 1) / 2;
-  const ptx::Address values = text.values(header.slot);
-  float* norms = text.norms(header.slot);
-  float s[2][4];
-  // Products of the tokens 16 `half` ... with those 16 `other` ...
-  const auto multiply = [&](int half, int other) {
-    constexpr int kHalf = 16 * cuda_row(D) * 2;
-    Stored<T, D> left;
-    left.load(values + half * kHalf, lane);
-    const ptx::Address right = values + other * kHalf;
-    score<T, D, 0>(left, column_of<D>(right, lane), last_column_of<D>(right, lane), s[0], s[1]);
-  };
-#pragma unroll 1
-  for (int half = 0; half < halves; ++half) {
-    multiply(half, half);
-    if (t == g / 2) {  // the diagonal
-      norms[16 * half + g] = sqrt(g % 2 ? s[0][1] : s[0][0]);
-      norms[16 * half + g + 8] = sqrt(g % 2 ? s[1][3] : s[1][2]);
-    }
-  }
-  __syncwarp();
-  const float norm = lane < 16 * halves ? norms[lane] : 0.f;
-  float most = norm;
-  most = top_of_row(most);
-  most = fmaxf(most, ptx::exchange<4>(most));
-  const int tiles = roster.slots[lane / 8].tiles;
-  const float pair = fmaxf(most, ptx::exchange<8>(most)), four = fmaxf(pair, ptx::exchange<16>(pair));
-  most = tiles == 1 ? most : tiles == 2 ? pair : four;
-  const float scale = most > 0.f ? __uint_as_float((__float_as_uint(most) & 0x7f800000u) + 0x800000u) : 1.f;
-  const float inverse = divide(1.f, norm);
-  if (lane < 16 * halves) norms[lane] = norm * ptx::reciprocal(scale);
-  if (lane % 8 == 0) roster.slots[lane / 8].scale = scale;
-#pragma unroll 1
-  for (int i = 0; i < halves * halves; ++i) {
-    const int half = i / halves, other = i % halves;
-    if (half != other && !(header.joined & kFour)) continue;
-    multiply(half, other);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = 16 * half + g + 8 * r, column = 16 * other + 8 * tile + 2 * t;
-        const bool together = row / 8 == column / 8 || (header.joined & (kFour | (half ? kLastTwo : kFirstTwo)));
-        const float of_row = __shfl_sync(~0u, inverse, row), first = __shfl_sync(~0u, inverse, column),
-                    second = __shfl_sync(~0u, inverse, column + 1);
-        const float x = together ? s[tile][2 * r] * of_row * first : 0.f;
-        const float y = together ? s[tile][2 * r + 1] * of_row * second : 0.f;
-        const uint32_t high = ptx::pack<T>(x, y);
-        T* to = gram + row * kCudaGramRow + column;
-        *reinterpret_cast<uint32_t*>(to) = high;
-        *reinterpret_cast<uint32_t*>(to + kCudaBlockTokens) =
-            ptx::pack<T>(x - ptx::low<T>(high), y - ptx::high<T>(high));
-      }
   }
 }
 

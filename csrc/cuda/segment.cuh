@@ -6,6 +6,15 @@
 
 namespace fastnegate::cuda {
 
+// 16 queries of a head, and the lane.
+struct Place {
+  int batch, head, first, queries;  // no query where `queries` is 0
+  int lane;
+
+  FN_INLINE int query(int r) const { return first + lane / 4 + 8 * r; }
+  FN_INLINE bool has(int r) const { return query(r) < queries; }
+};
+
 // A piece of text in shared memory, as a lane reads it.
 template <int D>
 struct Piece {
