@@ -33,7 +33,7 @@ CPU, CUDA = "fastnegate._C", "fastnegate._cuda"
 OLDEST_CUDA = (13, 0)
 # A binary also runs on later GPUs of its major version. All others, known and unknown, compile the PTX when
 # they load it: it is that of the oldest, because the kernels use nothing that only later ones have.
-ARCHS = "80;86-real;89-real;90-real;100-real;120-real"
+ARCHS = "80;90-real;100-real;120-real"
 
 
 def choice(name: str) -> str:
@@ -146,7 +146,6 @@ class CMakeBuild(build_ext):
             configure += [
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DFASTNEGATE_CUDA_ARCHS={archs()}",
-                f"-DFASTNEGATE_CUDA_THREADS={(jobs + 1) // 2}",  # two files, one per dtype, take all the time
             ]
             # nvcc looks in lib64, which the packages of PyPI do not have.
             libraries = Path(nvcc).resolve().parent.parent / "lib"

@@ -52,7 +52,7 @@ PYBIND11_MODULE(_cuda, m) {
         "(kind of kernel, warps of a block, blocks, stages, prompt tokens, concept tokens and blocks of these that stay, bytes of "
         "shared memory).");
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");
-  m.def("supports_dim", [](int dim) { return cuda::kernel_float16(CudaKind::plain, dim) != nullptr; });
+  m.def("supports_dim", &cuda_supports_dim);
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;
   m.attr("OLDEST_DRIVER") = kOldestDriver;
   m.attr("OLDEST_DRIVER_BRANCH") = kOldestDriverBranch;

@@ -10,7 +10,7 @@ namespace fastnegate::cuda {
 // The lane's channels of an entry's vector.
 template <int D>
 FN_INLINE const float* vector_of(const Problem& p, const Place& place, const float* vectors, int entry) {
-  return vectors + (int64_t{concept_of(p, entry)} * p.heads + place.head) * D + place.lane % 4 * 2;
+  return vectors + (int64_t{concept_of(p, entry)} * p.heads + place.turn.h) * D + place.lane % 4 * 2;
 }
 
 // <Z, u> of the lane's entry.

@@ -229,7 +229,7 @@ class Entries {
   // Whether inner products of this head are wanted: not if their sums over heads are known.
   FN_INLINE bool wants_products() const { return rule.reads.products && (!l.moments || l.goal == Goal::moments); }
   // Row of a table [.., H, N].
-  FN_INLINE int64_t row_of_table(int64_t row) const { return (row * p.heads + place.head) * p.queries; }
+  FN_INLINE int64_t row_of_table(int64_t row) const { return (row * p.heads + place.turn.h) * p.queries; }
 
   // ---- an entry that is longer than a block, a piece of its tokens after the other
 

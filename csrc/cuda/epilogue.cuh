@@ -31,14 +31,14 @@ FN_INLINE void finish(const Launch& l, const Place& place, const Entries<T, D>& 
     norm_sum(rule, y, of_y);
     if (!root || !rule.reads.products) norm_sum(rule, z, of_z);
     const int64_t apart = p.batch * p.heads * p.queries;  // from the sums of Y to those of Z
-    const int64_t row = int64_t{place.batch} * p.heads * p.queries;
+    const int64_t row = int64_t{place.turn.b} * p.heads * p.queries;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float size = entries.size(r);
       of_y[r] *= root ? size * size : size;
       if (l.norms && place.has(r)) {
         if (l.goal == Goal::norms) {
-          float* to = l.norms + row + place.head * p.queries + place.query(r);
+          float* to = l.norms + row + place.turn.h * p.queries + place.query(r);
           if (place.lane % 4 == 0) to[0] = of_y[r], to[apart] = of_z[r];
           continue;
         }
@@ -76,7 +76,7 @@ FN_INLINE void write(const Problem& p, const Place& place, const Rows<D>& o, T* 
   __syncwarp();
   const int g = lane / 4, t = lane % 4;
   const T* from = staging + g * kRow + t * 8;
-  T* out = reinterpret_cast<T*>(p.out.data) + place.batch * p.out.batch + place.head * p.out.head + t * 8;
+  T* out = reinterpret_cast<T*>(p.out.data) + place.turn.b * p.out.batch + place.turn.h * p.out.head + t * 8;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (!place.has(r)) continue;
@@ -105,7 +105,7 @@ FN_INLINE void trace(const Launch& l, const Place& place, const Rows<D>& o, cons
   for (int r = 0; r < 2; ++r)
     if (place.has(r) && place.lane % 4 == 0) {
       const int64_t apart = p.batch * p.heads * p.queries;
-      float* to = l.trace_rows + (int64_t{place.batch} * p.heads + place.head) * p.queries + place.query(r);
+      float* to = l.trace_rows + (int64_t{place.turn.b} * p.heads + place.turn.h) * p.queries + place.query(r);
       to[0] = moved[r], to[apart] = energy[r], to[2 * apart] = limited[r], to[3 * apart] = nonfinite[r];
     }
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One file for each dtype: they compile in parallel.
-#include "cuda/kernels.cuh"
+// The kernels of float16 and the head_dims that the build names: one, where they compile in parallel, or all.
+#include "cuda/kernel.cuh"
 
 namespace fastnegate::cuda {
 
-Kernel kernel_float16(CudaKind kind, int dim) { return kernel<float16>(kind, dim); }
+#define FASTNEGATE_KERNELS(D) template Kernel kernel_of<float16, D>(CudaKind);
+FASTNEGATE_CUDA_DIMS(FASTNEGATE_KERNELS)
 
 }  // namespace fastnegate::cuda

@@ -20,36 +20,31 @@ template <class T, int D, CudaKind kKind>
 class Block {
  public:
   FN_INLINE explicit Block(const Launch& launch)
-      : l(launch), p(launch.problem), text(launch), lane(threadIdx.x % kWarp), warp(uniform(threadIdx.x / kWarp)),
-        warps(blockDim.x / kWarp) {}
+      : l(launch), p(launch.problem), text(launch), warps(blockDim.x / kWarp) {}
 
   FN_INLINE void run() {
-    for (int head = share().begin / share().tiles; head * share().tiles < share().end; ++head) {
-      b = head / static_cast<int>(p.heads), h = head % static_cast<int>(p.heads);
-      const int first = ::max(share().begin - head * share().tiles, 0);
-      const int last = ::min(share().end - head * share().tiles, share().tiles);
-      fetch(first + warp, last, 0);
+    for (begin(); turn().first < turn().last; next()) {
+      fetch(turn().first + warp(), 0);
       load_text();
       int stage = 0;
       // Where no text is read piece by piece, no warp waits for another one.
       const bool alone = prompt_stays() && blocks_of_row != kTakeTurns;
-      for (int tile = first + warp; alone ? tile < last : tile - warp < last; tile += warps) {
+      for (int tile = turn().first + warp(); (alone ? tile : tile - warp()) < turn().last; tile += warps) {
         if (l.tiling.stages == 2) {
-          fetch(tile + warps, last, stage ^ 1);
+          fetch(tile + warps, stage ^ 1);
           ptx::wait<1>();
         } else {
           ptx::wait<0>();
         }
         __syncwarp();
-        work(tile, last, buffer(stage));
+        work(tile, buffer(stage));
         __syncwarp();
         if (l.tiling.stages == 2)
           stage ^= 1;
         else
-          fetch(tile + warps, last, 0);
+          fetch(tile + warps, 0);
       }
       ptx::wait<0>();
-      __syncthreads();  // the text of this head is not needed any more
     }
   }
 
@@ -59,44 +54,59 @@ class Block {
   const Launch& l;
   const Problem& p;
   const Text<T, D> text;
-  const int lane, warp, warps;
-  int b, h;           // the head
+  const int warps;
   int blocks_of_row;  // of concept tokens
 
-  // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads. Computed again
-  // wherever it is asked for: registers are for the tiles.
-  struct Share {
-    int tiles, begin, end;  // of a head, and of this block
-  };
-  FN_INLINE Share share() const {
-    const int tiles = static_cast<int>(ceil_div(p.queries, kCudaQueries)), blocks = gridDim.x;
-    const int all = static_cast<int>(p.batch * p.heads) * tiles, block = ptx::opaque(static_cast<int>(blockIdx.x));
-    const int each = all / blocks, more = all % blocks, begin = each * block + ::min(block, more);
-    return {tiles, begin, begin + each + (block < more)};
+  // Asked for again wherever they are wanted: registers are for the tiles.
+  FN_INLINE static int thread() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+  FN_INLINE static int lane() { return thread() % kWarp; }
+  FN_INLINE static int warp() { return uniform(thread() / kWarp); }
+  FN_INLINE Turn& turn() const { return *reinterpret_cast<Turn*>(ptx::shared_memory() + l.tiling.turn); }
+
+  // The tiles of all heads, one head after the other, in equal shares: few blocks see two heads.
+  FN_INLINE void begin() const {
+    const int blocks = gridDim.x, block = blockIdx.x, all = static_cast<int>(p.batch * p.heads) * tiles_of_head();
+    const int each = all / blocks, more = all % blocks, before = each * block + ::min(block, more);
+    const int head = before / tiles_of_head(), heads = static_cast<int>(p.heads);
+    if (threadIdx.x == 0) take(head / heads, head % heads, before % tiles_of_head(), each + (block < more));
+    __syncthreads();
   }
+  FN_INLINE void next() const {
+    __syncthreads();  // the text of this head is not needed any more
+    if (threadIdx.x == 0) {
+      const Turn now = turn();
+      const bool of_row = now.h + 1 < p.heads;
+      take(of_row ? now.b : now.b + 1, of_row ? now.h + 1 : 0, 0, now.left);
+    }
+    __syncthreads();
+  }
+  FN_INLINE void take(int b, int h, int first, int count) const {
+    const int last = ::min(first + count, tiles_of_head());
+    turn() = {b, h, first, last, ::min(last * kCudaQueries, static_cast<int>(p.queries)), count - (last - first)};
+  }
+  FN_INLINE int tiles_of_head() const { return static_cast<int>(ceil_div(p.queries, kCudaQueries)); }
 
   FN_INLINE bool prompt_stays() const { return l.tiling.prompt_slots > 0 || p.keys == 0; }
-  FN_INLINE static const T* head_of(const Strided& s, int64_t b, int64_t h) {
-    return reinterpret_cast<const T*>(s.data) + b * s.batch + h * s.head;
+  FN_INLINE const T* head_of(const Strided& s) const {
+    return reinterpret_cast<const T*>(s.data) + turn().b * s.batch + turn().h * s.head;
   }
   FN_INLINE T* buffer(int stage) const {
-    char* mine = ptx::shared_memory() + l.tiling.queries + warp * cuda_warp_bytes(D, l.tiling.stages);
+    char* mine = ptx::shared_memory() + l.tiling.queries + thread() / kWarp * cuda_warp_bytes(D, l.tiling.stages);
     return reinterpret_cast<T*>(mine) + stage * kCudaQueries * kRow;
   }
 
-  // Asks for the queries of a tile; of no row beyond the end, or if the tile is not before `last`. Four lanes have
-  // the rows g and g + 8.
-  FN_INLINE void fetch(int tile, int last, int stage) const {
-    const int mine = ptx::opaque(lane), first = mine / 4, t = mine % 4;
+  // Asks for the queries of a tile, but for rows beyond the end. Four lanes have the rows g and g + 8.
+  FN_INLINE void fetch(int tile, int stage) const {
+    const int mine = lane(), first = mine / 4, t = mine % 4;
     const ptx::Address to = ptx::address(buffer(stage) + first * kRow + t * 8);
-    const T* from = head_of(p.query, ptx::opaque(b), ptx::opaque(h)) + t * 8;
-    const int queries = tile < last ? static_cast<int>(p.queries) : 0;
+    const T* from = head_of(p.query) + t * 8;
+    const int end = turn().end;
     repeat<2>([&](auto half) {
       const int n = tile * kCudaQueries + first + 8 * half.value;
-      const T* row = from + (n < queries ? n : 0) * p.query.row;
+      const T* row = from + (n < end ? n : 0) * p.query.row;
       repeat<(kUnits + 3) / 4>([&](auto k) {
         if (4 * k.value + 3 < kUnits || 4 * k.value + t < kUnits)
-          ptx::copy_16(to + (half.value * 8 * kRow + k.value * 32) * 2, row + k.value * 32, n < queries);
+          ptx::copy_16(to + (half.value * 8 * kRow + k.value * 32) * 2, row + k.value * 32, n < end);
       });
     });
     ptx::commit();
@@ -104,8 +114,8 @@ class Block {
 
   // Keys of the prompt from `first` on.
   FN_INLINE void load_prompt(int slot, int first, int count) const {
-    const float* bias = p.key_bias ? p.key_bias + b * p.bias_batch + h * p.bias_head : nullptr;
-    const T *key = head_of(p.key, b, h), *value = head_of(p.value, b, h);
+    const float* bias = p.key_bias ? p.key_bias + turn().b * p.bias_batch + turn().h * p.bias_head : nullptr;
+    const T *key = head_of(p.key), *value = head_of(p.value);
     text.load(slot, count, [&](int place) {
       const int64_t at = first + (place < count ? place : 0);
       const float more = place >= count ? -kInfinity : bias ? __ldg(bias + at * p.bias_key) : 0.f;
@@ -117,12 +127,12 @@ class Block {
     if (l.tiling.prompt_slots > 0) load_prompt(0, 0, static_cast<int>(p.keys));
     blocks_of_row = 0;
     if constexpr (kKind != CudaKind::plain) {
-      if (warp == 0) gather_all(p, l.tiling, text, cuda::row_of(p, b), lane);
+      if (warp() == 0) gather_all(p, l.tiling, text, cuda::row_of(p, turn().b), lane());
       __syncthreads();
       blocks_of_row = uniform(text.roster(0).header.blocks);
       for (int i = 0; i < blocks_of_row; ++i) {
         const Roster& roster = text.roster(i);
-        if (p.rule.reads.tokens) load_block(p, text, roster, h, 0, roster.header.count);
+        if (p.rule.reads.tokens) load_block(p, text, roster, turn().h, 0, roster.header.count);
       }
     }
     ptx::commit();
@@ -134,15 +144,15 @@ class Block {
   // Of blocks whose text is in shared memory.
   FN_INLINE void make_grams(int blocks) const {
     if (blocks <= 0 || !p.rule.reads.products || (l.moments && l.goal != Goal::moments)) return;
-    for (int i = warp; i < blocks; i += warps)
-      if (text.roster(i).header.count == 0) make_gram(text, text.roster(i), text.gram(i), lane);
+    for (int i = warp(); i < blocks; i += warps)
+      if (text.roster(i).header.count == 0) make_gram(text, text.roster(i), text.gram(i), lane());
     __syncthreads();
   }
 
   // Where blocks take turns in shared memory: the one of the entries from e on.
   FN_INLINE void bring_block(int e) const {
     __syncthreads();  // the block before is not needed any more
-    if (warp == 0) gather(p, cuda::row_of(p, b), e, l.tiling.concepts, &text.roster(0), lane);
+    if (warp() == 0) gather(p, cuda::row_of(p, turn().b), e, l.tiling.concepts, &text.roster(0), lane());
     __syncthreads();
     const Header& header = text.roster(0).header;
     if (header.count > 0 || header.tiles == 0 || !p.rule.reads.tokens) return;
@@ -150,7 +160,7 @@ class Block {
     make_grams(1);
   }
   FN_INLINE void bring_tokens(int first, int count) const {
-    load_block(p, text, text.roster(0), h, first, count);
+    load_block(p, text, text.roster(0), turn().h, first, count);
     ptx::commit();
     ptx::wait<0>();
     __syncthreads();
@@ -192,9 +202,9 @@ class Block {
   template <class Body>
   FN_INLINE void for_blocks(const Body& f) const {
     const bool turns = blocks_of_row == kTakeTurns;
-    const int end = turns ? cuda::row_of(p, b).end : blocks_of_row;
+    const int end = turns ? cuda::row_of(p, turn().b).end : blocks_of_row;
 #pragma unroll 1
-    for (int i = turns ? cuda::row_of(p, b).begin : 0; i < end;) {
+    for (int i = turns ? cuda::row_of(p, turn().b).begin : 0; i < end;) {
       if (turns) bring_block(i);
       if (!turns || uniform(text.roster(0).header.tiles) > 0) f(turns ? 0 : i);
       i = turns ? uniform(text.roster(0).header.next) : i + 1;
@@ -225,10 +235,9 @@ class Block {
       entries.apply(block, y);
   }
 
-  FN_INLINE void work(int tile, int last, T* queries) {
+  FN_INLINE void work(int tile, T* queries) {
     // What is made of these is made here: registers are for the tile, not for addresses known since before the loop.
-    const int queries_of_head = tile < last ? static_cast<int>(p.queries) : 0;
-    const Place place{ptx::opaque(b), ptx::opaque(h), tile * kCudaQueries, queries_of_head, ptx::opaque(lane)};
+    const Place place{turn(), tile * kCudaQueries, lane()};
     Queries<T, D> q;
     q.load(ptx::address(queries), place.lane);
     Segment<T, D> z;
@@ -277,6 +286,16 @@ class Block {
 template <class T, int D, CudaKind kKind>
 __global__ void __launch_bounds__(kWarp * cuda_most_warps(kKind, D)) attention(const __grid_constant__ Launch launch) {
   Block<T, D, kKind>(launch).run();
+}
+
+template <class T, int D>
+Kernel kernel_of(CudaKind kind) {
+  switch (kind) {
+    case CudaKind::plain: return &attention<T, D, CudaKind::plain>;
+    case CudaKind::one: return &attention<T, D, CudaKind::one>;
+    case CudaKind::many: return &attention<T, D, CudaKind::many>;
+  }
+  return nullptr;
 }
 
 }  // namespace fastnegate::cuda

@@ -26,8 +26,8 @@ struct Launch {
 };
 
 using Kernel = void (*)(Launch);
-// The kernel for a head_dim, or null.
-Kernel kernel_float16(CudaKind kind, int dim);
-Kernel kernel_bfloat16(CudaKind kind, int dim);
+// Each dtype T and head_dim is compiled on its own.
+template <class T, int D>
+Kernel kernel_of(CudaKind kind);
 
 }  // namespace fastnegate::cuda

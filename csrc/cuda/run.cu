@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/run.h"
 
+#include <cuda/ptx.cuh>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -51,10 +52,19 @@ std::string release(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+template <class T>
+Kernel kernel_of(CudaKind kind, int64_t dim) {
+  switch (dim) {
+#define FASTNEGATE_CASE(D) \
+  case D: return cuda::kernel_of<T, D>(kind);
+    FASTNEGATE_CUDA_DIMS(FASTNEGATE_CASE)
+#undef FASTNEGATE_CASE
+    default: return nullptr;
+  }
+}
 Kernel kernel_of(const Problem& p, CudaKind kind) {
-  const int dim = static_cast<int>(p.dim);
-  const Kernel kernel = p.dtype == Dtype::float16    ? cuda::kernel_float16(kind, dim)
-                        : p.dtype == Dtype::bfloat16 ? cuda::kernel_bfloat16(kind, dim)
+  const Kernel kernel = p.dtype == Dtype::float16    ? kernel_of<float16>(kind, p.dim)
+                        : p.dtype == Dtype::bfloat16 ? kernel_of<bfloat16>(kind, p.dim)
                                                      : nullptr;
   if (!kernel) throw std::invalid_argument("no CUDA kernel for this dtype or head_dim");
   return kernel;
@@ -84,6 +94,8 @@ std::string cuda_unavailable() {
   if (error != cudaSuccess) return std::string("cudaGetDeviceCount: ") + cudaGetErrorString(error);
   return "";
 }
+
+bool cuda_supports_dim(int dim) { return kernel_of<float16>(CudaKind::plain, dim) != nullptr; }
 
 CudaPlan plan_cuda(const Problem& p, int device) {
   if (p.batch == 0 || p.heads == 0 || p.queries == 0) return {device, nullptr, {}};

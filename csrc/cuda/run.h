@@ -23,6 +23,9 @@ constexpr int kOldestDriverBranch = 580;
 // Why no CUDA kernel can run on this machine; empty if one can.
 std::string cuda_unavailable();
 
+// Whether this build has kernels for a head_dim.
+bool cuda_supports_dim(int dim);
+
 // Tables of float32 in device memory that the caller has allocated; null if they are not wanted.
 struct CudaTables {
   float *moments, *norms;              // [5, E, H, N] and [2, B, H, N]: scope `feature`

@@ -6,13 +6,20 @@
 
 namespace fastnegate::cuda {
 
-// 16 queries of a head, and the lane.
+// What a block works on, of which it has one copy, in shared memory: a head, of its tiles of 16 queries those from
+// `first` to `last`, queries before `end`, and how many tiles of later heads follow.
+struct Turn {
+  int b, h, first, last, end, left;
+};
+static_assert(sizeof(Turn) <= kCudaTurnBytes);
+
+// 16 queries of the head, and the lane.
 struct Place {
-  int batch, head, first, queries;  // no query where `queries` is 0
-  int lane;
+  const Turn& turn;
+  int first, lane;
 
   FN_INLINE int query(int r) const { return first + lane / 4 + 8 * r; }
-  FN_INLINE bool has(int r) const { return query(r) < queries; }
+  FN_INLINE bool has(int r) const { return query(r) < turn.end; }
 };
 
 // A piece of text in shared memory, as a lane reads it.

@@ -49,6 +49,7 @@ constexpr int cuda_shared_limit(int arch) {
 // Of a block of concept tokens: whose they are (a header and four slots, entries.cuh), and their Gram matrix, whose
 // rows are 32 high halves, 32 low ones and a gap.
 constexpr int kCudaHeaderBytes = 32, kCudaSlotBytes = 48;
+constexpr int kCudaTurnBytes = 32;  // what a block works on (kernel.cuh)
 constexpr int kCudaRosterBytes = kCudaHeaderBytes + kCudaBlockTiles * kCudaSlotBytes;
 constexpr int kCudaGramRow = 2 * kCudaBlockTokens + 8;
 constexpr int kCudaGramBytes = kCudaBlockTokens * kCudaGramRow * 2;
@@ -63,7 +64,7 @@ struct CudaTiling {
   int rosters;        // blocks of concept tokens that stay
   // Where things begin in shared memory, in bytes. Keys are at 0: first the prompt's, or two pieces of it, then those
   // of concepts. Values and what is added to logits have the same order; weights and norms are the concepts' alone.
-  int concepts, values, added, weights, norms, roster, grams, queries;
+  int concepts, values, added, weights, norms, roster, grams, queries, turn;
   int shared;  // bytes of all
 };
 
@@ -98,7 +99,8 @@ constexpr CudaTiling cuda_laid_out(CudaTiling t, int dim, bool grams) {
   t.roster = t.norms + t.concept_slots * 4;
   t.grams = t.roster + t.rosters * kCudaRosterBytes;
   t.queries = t.grams + (grams ? t.rosters * kCudaGramBytes : 0);
-  t.shared = t.queries + t.warps * cuda_warp_bytes(dim, t.stages);
+  t.turn = t.queries + t.warps * cuda_warp_bytes(dim, t.stages);
+  t.shared = t.turn + kCudaTurnBytes;
   return t;
 }
 

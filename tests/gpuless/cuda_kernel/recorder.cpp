@@ -39,8 +39,14 @@ std::vector<std::tuple<unsigned, unsigned, size_t, py::bytes>> take() {
 
 }  // namespace
 
-Kernel kernel_float16(CudaKind, int) { return &record; }
-Kernel kernel_bfloat16(CudaKind, int) { return &record; }
+template <class T, int D>
+Kernel kernel_of(CudaKind) {
+  return &record;
+}
+#define FASTNEGATE_KERNELS(D)                         \
+  template Kernel kernel_of<float16, D>(CudaKind); \
+  template Kernel kernel_of<bfloat16, D>(CudaKind);
+FASTNEGATE_CUDA_DIMS(FASTNEGATE_KERNELS)
 
 }  // namespace fastnegate::cuda
 

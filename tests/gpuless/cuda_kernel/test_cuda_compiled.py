@@ -22,7 +22,7 @@ from cuda_shim.build import CSRC, NVCC_OPTIONS
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
-ARCHS = (80, 86, 89, 90, 100, 120)
+ARCHS = (80, 90, 100, 120)  # of a default build
 DTYPES = ("float16", "bfloat16")
 KINDS = ("plain", "one", "many")
 # Most registers of a lane where 16, 12 or 8 warps fill a multiprocessor, which has 65536 for them.
@@ -57,7 +57,8 @@ class Compiled(NamedTuple):
 def compiled(folder: Path, arch: int, dtype: str, dim: int, kind: str) -> Compiled:
     source = folder / f"{arch}-{dtype}-{dim}-{kind}.cu"
     source.write_text(KERNEL.format(dtype=dtype, dim=dim, kind=kind))
-    command = [NVCC, "-std=c++17", "-O3", *NVCC_OPTIONS, f"-arch=sm_{arch}"]
+    # As CMakeLists.txt does it: every binary is made of the PTX of 8.0.
+    command = [NVCC, "-std=c++17", "-O3", *NVCC_OPTIONS, "-arch=compute_80", f"-code=sm_{arch}"]
     command += ["-Xptxas", "-v", "-keep", "-keep-dir", folder, "-cubin", source]
     command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     done = subprocess.run([*command, "-o", source.with_suffix(".cubin")], capture_output=True, text=True)

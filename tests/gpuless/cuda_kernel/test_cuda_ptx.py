@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cuda_shim.backend import HEAD_DIMS, Shim
+from cuda_shim.backend import HEAD_DIMS, Shim, dims_flag
 from cuda_shim.build import CSRC, NVCC_OPTIONS, build, missing
 from executed import (
     BFLOAT16,
@@ -119,7 +119,7 @@ class Simulator:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        flags = ["-O0", '-DFASTNEGATE_CUDA_ARCHS="80"']
+        flags = ["-O0", dims_flag(HEAD_DIMS), '-DFASTNEGATE_CUDA_ARCHS="80"']
         sources = [CSRC / "cuda" / "run.cu", CSRC / "cuda" / "bindings.cpp", RECORDER]
         library = build(sources, folder / "_cuda.so", flags=flags, python=True)
         self.shim = Shim(library)

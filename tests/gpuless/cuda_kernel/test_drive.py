@@ -10,13 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_shim.backend import dims_flag
 from cuda_shim.build import CSRC, build, missing
 from fastnegate.benchmarks.operator.cases import CONCEPTS, LAYERS
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 SOURCE = CSRC.parent / "benchmarks" / "gpu" / "drive.cpp"
-DIMS = "-DFASTNEGATE_CUDA_DIMS(X)=X(40) X(64) X(160)"
+DIMS = dims_flag((40, 64, 160))
 LAUNCH = "run.cu"
 
 # Each is switched on by its name in the variable FAULT: where, what is there, and what is in its place.

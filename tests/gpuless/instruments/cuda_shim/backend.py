@@ -21,11 +21,15 @@ HEAD_DIMS = (32, 40, 64, 72, 80, 88, 96, 112, 128, 160)
 COUNTS = ("mma_k16", "mma_k8", "copied", "exp2", "barriers", "ldmatrix_conflicts", "copy_conflicts")
 
 
+def dims_flag(dims: Sequence[int]) -> str:
+    """The head_dims of a build, as its sources want to know them."""
+    return "-DFASTNEGATE_CUDA_DIMS(X)=" + " ".join(f"X({dim})" for dim in dims)
+
+
 def make(folder: Path, dims: Sequence[int] = HEAD_DIMS, sanitize: str | None = None) -> Path:
     """The module `_cuda`, with kernels for the head_dims."""
-    cases = " ".join(f"X({dim})" for dim in dims)
     sources = [CSRC / "cuda" / name for name in ("float16.cu", "bfloat16.cu", "run.cu", "bindings.cpp")]
-    flags = [f"-DFASTNEGATE_CUDA_DIMS(X)={cases}", '-DFASTNEGATE_CUDA_ARCHS="80-real"']
+    flags = [dims_flag(dims), '-DFASTNEGATE_CUDA_ARCHS="80-real"']
     return build(sources, folder / "_cuda.so", sanitize=sanitize, flags=flags, python=True)
 
 
