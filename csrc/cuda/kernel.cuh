@@ -19,8 +19,7 @@ namespace fastnegate::cuda {
 template <class T, int D, CudaKind kKind>
 class Block {
  public:
-  FN_INLINE explicit Block(const Launch& launch)
-      : l(launch), p(launch.problem), text(launch), warps(blockDim.x / kWarp) {}
+  FN_INLINE explicit Block(const Launch& launch) : l(launch), p(launch.problem), text(launch) {}
 
   FN_INLINE void run() {
     for (begin(); turn().first < turn().last; next()) {
@@ -28,10 +27,10 @@ class Block {
       load_text();
       int stage = 0;
       // Where no text is read piece by piece, no warp waits for another one.
-      const bool alone = prompt_stays() && blocks_of_row != kTakeTurns;
-      for (int tile = turn().first + warp(); (alone ? tile : tile - warp()) < turn().last; tile += warps) {
+      const bool alone = prompt_stays() && blocks_of_row() != kTakeTurns;
+      for (int tile = turn().first + warp(); (alone ? tile : tile - warp()) < turn().last; tile += warps()) {
         if (l.tiling.stages == 2) {
-          fetch(tile + warps, stage ^ 1);
+          fetch(tile + warps(), stage ^ 1);
           ptx::wait<1>();
         } else {
           ptx::wait<0>();
@@ -42,7 +41,7 @@ class Block {
         if (l.tiling.stages == 2)
           stage ^= 1;
         else
-          fetch(tile + warps, 0);
+          fetch(tile + warps(), 0);
       }
       ptx::wait<0>();
     }
@@ -54,11 +53,10 @@ class Block {
   const Launch& l;
   const Problem& p;
   const Text<T, D> text;
-  const int warps;
-  int blocks_of_row;  // of concept tokens
 
   // Asked for again wherever they are wanted: registers are for the tiles.
   FN_INLINE static int thread() { return ptx::opaque(static_cast<int>(threadIdx.x)); }
+  FN_INLINE static int warps() { return ptx::opaque(static_cast<int>(blockDim.x)) / kWarp; }
   FN_INLINE static int lane() { return thread() % kWarp; }
   FN_INLINE static int warp() { return uniform(thread() / kWarp); }
   FN_INLINE Turn& turn() const { return *reinterpret_cast<Turn*>(ptx::shared_memory() + l.tiling.turn); }
@@ -82,9 +80,11 @@ class Block {
   }
   FN_INLINE void take(int b, int h, int first, int count) const {
     const int last = ::min(first + count, tiles_of_head());
-    turn() = {b, h, first, last, ::min(last * kCudaQueries, static_cast<int>(p.queries)), count - (last - first)};
+    turn() = {b, h, first, last, ::min(last * kCudaQueries, static_cast<int>(p.queries)), count - (last - first), 0};
   }
   FN_INLINE int tiles_of_head() const { return static_cast<int>(ceil_div(p.queries, kCudaQueries)); }
+
+  FN_INLINE int blocks_of_row() const { return kKind == CudaKind::plain ? 0 : uniform(turn().blocks); }
 
   FN_INLINE bool prompt_stays() const { return l.tiling.prompt_slots > 0 || p.keys == 0; }
   FN_INLINE const T* head_of(const Strided& s) const {
@@ -125,12 +125,13 @@ class Block {
 
   FN_INLINE void load_text() {
     if (l.tiling.prompt_slots > 0) load_prompt(0, 0, static_cast<int>(p.keys));
-    blocks_of_row = 0;
     if constexpr (kKind != CudaKind::plain) {
-      if (warp() == 0) gather_all(p, l.tiling, text, cuda::row_of(p, turn().b), lane());
+      if (warp() == 0) {
+        const int blocks = gather_all(p, l.tiling, text, cuda::row_of(p, turn().b), lane());
+        if (lane() == 0) turn().blocks = blocks;
+      }
       __syncthreads();
-      blocks_of_row = uniform(text.roster(0).header.blocks);
-      for (int i = 0; i < blocks_of_row; ++i) {
+      for (int i = 0; i < blocks_of_row(); ++i) {
         const Roster& roster = text.roster(i);
         if (p.rule.reads.tokens) load_block(p, text, roster, turn().h, 0, roster.header.count);
       }
@@ -138,13 +139,13 @@ class Block {
     ptx::commit();
     ptx::wait<0>();
     __syncthreads();
-    if constexpr (kKind != CudaKind::plain) make_grams(blocks_of_row);
+    if constexpr (kKind != CudaKind::plain) make_grams(blocks_of_row());
   }
 
   // Of blocks whose text is in shared memory.
   FN_INLINE void make_grams(int blocks) const {
     if (blocks <= 0 || !p.rule.reads.products || (l.moments && l.goal != Goal::moments)) return;
-    for (int i = warp(); i < blocks; i += warps)
+    for (int i = warp(); i < blocks; i += warps())
       if (text.roster(i).header.count == 0) make_gram(text, text.roster(i), text.gram(i), lane());
     __syncthreads();
   }
@@ -201,8 +202,8 @@ class Block {
   // f(block) of every block of the row.
   template <class Body>
   FN_INLINE void for_blocks(const Body& f) const {
-    const bool turns = blocks_of_row == kTakeTurns;
-    const int end = turns ? cuda::row_of(p, turn().b).end : blocks_of_row;
+    const bool turns = blocks_of_row() == kTakeTurns;
+    const int end = turns ? cuda::row_of(p, turn().b).end : blocks_of_row();
 #pragma unroll 1
     for (int i = turns ? cuda::row_of(p, turn().b).begin : 0; i < end;) {
       if (turns) bring_block(i);
@@ -215,7 +216,7 @@ class Block {
   FN_INLINE auto bring(int block) const {
     return [this, block](int i) {
       const Header& header = text.roster(block).header;
-      if (blocks_of_row != kTakeTurns) return header.slot + i * kCudaBlockTokens;
+      if (blocks_of_row() != kTakeTurns) return header.slot + i * kCudaBlockTokens;
       __syncthreads();  // the piece before is not needed any more
       bring_tokens(i * kCudaBlockTokens, ::min(header.count - i * kCudaBlockTokens, kCudaBlockTokens));
       return header.slot;
@@ -244,7 +245,7 @@ class Block {
     attend_to_prompt(q, place.lane, z);
     float limited[2] = {0.f, 0.f};
     if constexpr (kKind != CudaKind::plain) {
-      if (blocks_of_row != 0) {
+      if (blocks_of_row() != 0) {
         Entries<T, D> entries(l, text, place, z);
         Rows<D> y;
         if constexpr (kKind == CudaKind::one) {
@@ -256,7 +257,7 @@ class Block {
           entries.apply(0, y);
         } else {
           y = z.out;
-          const bool once = blocks_of_row == 1;
+          const bool once = blocks_of_row() == 1;
 #pragma unroll 1
           for (int pass = 0; pass < 2; ++pass) {
             if (pass == 1) entries.settle(), entries.begin(y);

@@ -24,12 +24,11 @@ struct alignas(16) Header {
   int joined;  // bits, as in Joined
   int count;   // of an entry longer than a block, its tokens, else 0
   int next;    // the first entry of the row that is not in it
-  int blocks, unused[2];  // in the first block: how many there are; kTakeTurns: not all are in shared memory
+  int unused[3];
 };
 static_assert(sizeof(Header) == kCudaHeaderBytes);
 // Tiles 0 and 1, 2 and 3, or all four are of one entry; something is added to logits.
 enum Joined { kFirstTwo = 1, kLastTwo = 2, kFour = 4, kMore = 8 };
-constexpr int kTakeTurns = -1;
 
 struct Roster {
   Header header;
@@ -37,7 +36,7 @@ struct Roster {
 
   // What a warp asks of the header.
   FN_INLINE Header known() const {
-    return {uniform(header.slot), uniform(header.tiles), uniform(header.joined), uniform(header.count), 0, 0, {}};
+    return {uniform(header.slot), uniform(header.tiles), uniform(header.joined), uniform(header.count), 0, {}};
   }
 };
 static_assert(sizeof(Roster) == kCudaRosterBytes);
@@ -105,7 +104,7 @@ FN_INLINE void gather(const Problem& p, const Row& row, int e, int slot, Roster*
     tiles = first + needed, count = whole ? length : 0;
   }
   if (tiles % 2 != 0) joined |= kMore;  // the other tile of the pair is empty
-  if (lane == 0) roster->header = {slot, ::min(tiles, kCudaBlockTiles), joined, count, e, 1, {}};
+  if (lane == 0) roster->header = {slot, ::min(tiles, kCudaBlockTiles), joined, count, e, {}};
   __syncwarp();
 }
 
@@ -114,9 +113,10 @@ FN_INLINE int slots_of(const Header& header) {
   return header.count > 0 ? (header.count + 15) / 16 * 16 : (header.tiles + 1) / 2 * 16;
 }
 
-// A warp: the blocks of a row, as many as there is room for. Says in the first one how many they are.
+// A warp: the blocks of a row, and how many they are; kTakeTurns: there is no room for all.
+constexpr int kTakeTurns = -1;
 template <class T, int D>
-FN_INLINE void gather_all(const Problem& p, const CudaTiling& tiling, const Text<T, D>& text, const Row& row,
+FN_INLINE int gather_all(const Problem& p, const CudaTiling& tiling, const Text<T, D>& text, const Row& row,
                           int lane) {
   int blocks = 0, slot = tiling.concepts;
   for (int e = row.begin; blocks != kTakeTurns;) {
@@ -130,8 +130,7 @@ FN_INLINE void gather_all(const Problem& p, const CudaTiling& tiling, const Text
     e = roster.header.next, slot += slots_of(roster.header), ++blocks;
     if (slot > tiling.concepts + tiling.concept_slots) blocks = kTakeTurns;
   }
-  __syncwarp();
-  if (lane == 0) text.roster(0).header.blocks = blocks;
+  return blocks;
 }
 
 // All threads: the text of a block; of an entry that is longer than a block `count` tokens from `first` on.

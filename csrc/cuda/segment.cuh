@@ -7,9 +7,9 @@
 namespace fastnegate::cuda {
 
 // What a block works on, of which it has one copy, in shared memory: a head, of its tiles of 16 queries those from
-// `first` to `last`, queries before `end`, and how many tiles of later heads follow.
+// `first` to `last`, queries before `end`; how many tiles of later heads follow; and blocks of concept tokens.
 struct Turn {
-  int b, h, first, last, end, left;
+  int b, h, first, last, end, left, blocks;
 };
 static_assert(sizeof(Turn) <= kCudaTurnBytes);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // With this instead of its kernels, the launch code of csrc/cuda runs on the shim and starts nothing: whoever
 // executes the compiled kernels elsewhere asks the module `recorder` how.
+#include <cuda/ptx.cuh>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -43,7 +44,7 @@ template <class T, int D>
 Kernel kernel_of(CudaKind) {
   return &record;
 }
-#define FASTNEGATE_KERNELS(D)                         \
+#define FASTNEGATE_KERNELS(D)                      \
   template Kernel kernel_of<float16, D>(CudaKind); \
   template Kernel kernel_of<bfloat16, D>(CudaKind);
 FASTNEGATE_CUDA_DIMS(FASTNEGATE_KERNELS)

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from support import RULES, Judge, fair, make_problem, pairwise, plain, with_conc
 import fastnegate as fn
 from fastnegate.operator.backends import cuda as backend
 from fastnegate.operator.backends import native
-from fastnegate.operator.problem import Problem
+from fastnegate.operator.problem import Partial, Problem
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -295,6 +297,22 @@ def test_refusals_name_the_reason(reason: str, shim: Shim) -> None:
             refused.query, refused.key, refused.value, refused.concepts, refused.rule,
             key_bias=refused.key_bias, backend="cuda",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name, partials", (
+    ("shared", lambda p: {"shared": p}), ("prompt", lambda p: {"prompt": p}),
+    (r"concepts\[0\]", lambda p: {"slots": (p,)}),
+))  # fmt: skip
+def test_partials_are_refused_by_name(name: str, partials: Callable, shim: Shim) -> None:
+    """Before anything is launched; see section 9 of the definition."""
+    case = problem()
+    attention = Partial(torch.zeros_like(case.query), torch.zeros(case.query.shape[:-1]))
+    with_partial = dataclasses.replace(case, **partials(attention))
+    said = f"{name} is a Partial, which is not implemented"
+    assert re.fullmatch(said, backend.supports(with_partial) or "")
+    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run this call: {said}"):
+        backend.run(with_partial)
+    assert not shim.launches
 
 
 def test_tensors_elsewhere_are_refused() -> None:
