@@ -49,8 +49,8 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init<const py::tuple&, int>());
   m.def("run", &run);
   m.def("tiling", &tiling,
-        "(kind of kernel, warps of a block, blocks, stages, prompt tokens, concept tokens and blocks of these that stay, bytes of "
-        "shared memory).");
+        "(kind of kernel, warps of a block, blocks, stages, prompt tokens, concept tokens and blocks of these that stay, "
+        "bytes of shared memory).");
   m.def("unavailable", &cuda_unavailable, "Why no kernel can run on this machine; empty if one can.");
   m.def("supports_dim", &cuda_supports_dim);
   m.attr("ARCHS") = FASTNEGATE_CUDA_ARCHS;

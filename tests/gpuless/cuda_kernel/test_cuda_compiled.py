@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvcc makes of the CUDA kernel for GPUs that are not there: registers, and that nothing is spilled.
+"""What nvcc makes of the CUDA kernels for GPUs that are not there: registers, and what of them is spilled.
 
 By default one kernel for each GPU, every one by
 `pytest -m full tests/gpuless/cuda_kernel/test_cuda_compiled.py`. `pytest -rP` shows the numbers.
@@ -41,9 +41,13 @@ def warps(kind: str, dim: int) -> int:
     return 12 if kind == "one" and dim <= 64 else 8
 
 
-def may_spill(kind: str, dim: int) -> int:
-    """Bytes of local memory that a lane may have: none where SDXL and most others without negation run."""
-    return 0 if kind == "plain" else 64 if kind == "one" else 0 if dim < 80 else 64 if dim < 128 else 640
+# Bytes that a lane stores and loads because registers do not suffice, by compute capability: the table of
+# docs/performance.md. No other kernel does.
+SPILLED: dict[tuple[str, int], dict[int, int]] = {
+    ("one", 64): {100: 64},
+    ("many", 128): {80: 616, 90: 628, 100: 628, 120: 632},
+    ("many", 160): {80: 4148, 90: 3244, 100: 3216, 120: 3224},
+}
 
 
 class Compiled(NamedTuple):
@@ -77,15 +81,17 @@ def compiled(folder: Path, arch: int, dtype: str, dim: int, kind: str) -> Compil
 def check(folder: Path, arch: int, dtype: str, dim: int, kind: str) -> None:
     kernel = compiled(folder, arch, dtype, dim, kind)
     print(f"sm_{arch} {dtype} {dim} {kind}: {kernel}")
-    assert kernel.stack <= may_spill(kind, dim)
+    allowed = SPILLED.get((kind, dim), {}).get(arch, 0)
+    assert kernel.spilled <= allowed
+    assert kernel.stack == 0 or allowed > 0
     assert kernel.registers <= REGISTERS[warps(kind, dim)]
     assert kernel.barriers == 1  # __syncthreads and no other
     assert {"mma.sync", "ldmatrix", "cp.async.cg", "ex2.approx"} <= kernel.instructions.keys()
     assert not kernel.instructions["wgmma"]  # one code for all
 
 
-# Of each kind the dims that take the most registers for their number of warps.
-SOME = list(zip(ARCHS, itertools.cycle(DTYPES), (64, 64, 96, 64, 64, 128), itertools.cycle(("plain", "one"))))
+# head_dim 64 takes all registers of its numbers of warps.
+SOME = list(zip(ARCHS, itertools.cycle(DTYPES), itertools.repeat(64), itertools.cycle(("plain", "one"))))
 ALL = [(arch, dtype, dim, kind) for arch in ARCHS for dtype in DTYPES for dim in HEAD_DIMS for kind in KINDS]
 
 
