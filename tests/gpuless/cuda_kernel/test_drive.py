@@ -25,7 +25,7 @@ FAULTS = {
     "softmax factor": (LAUNCH, "p.scale * 1.44269504088896f", "p.scale * (FAULT ? 1.4f : 1.44269504088896f)"),
     "last query not written": (
         "epilogue.cuh", "if (!place.has(r)) continue;",
-        "if (place.query(r) >= place.queries - FAULT) continue;",
+        "if (place.query(r) >= place.turn.end - FAULT) continue;",
     ),
     "second gate kept": (
         "entries.cuh", "slot.place == best[r] ? g[r]", "slot.place == best[r] + FAULT ? g[r]",
