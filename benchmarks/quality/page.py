@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured part of docs/quality.md, and a page for each stage beside its results, which both are made of."""
+"""The measured part of docs/quality.md, and a page for each stage beside the results, all made of these."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _details(folder: Path, results: Results) -> Iterator[str]:
     for file in sorted(folder.glob(f"{name}-gates-*.png")):
         method = file.stem.removeprefix(f"{name}-gates-")
         yield f"## Gates of `{method}` on cases of the development split"
-        yield f"![gates of {method}, by layer and step]({file.name})"
+        yield f"![gates of {method}, by layer, head and step]({file.name})"
     for file in sorted(folder.glob(f"{name}-grid-*.png")):
         method = file.stem.removeprefix(f"{name}-grid-")
         yield f"## The first eight cases of each suite, without negation and below with `{method}`"

@@ -71,6 +71,7 @@ def test_runs_end_in_files_and_the_page_shows_them(
     assert len(Results.read(tmp_path / "easy-cfg-frontier.json").rows) == 2
     found = json.loads((tmp_path / "easy-cfg-gates-protore.json").read_text())
     assert {g["step"] for g in found} == {0, 1} and {g["suite"] for g in found} == {"colour", "benign"}
+    assert {g["head"] for g in found} == {0, 1, 2}
     assert all(0 <= g["mean"] <= g["largest"] <= 1 and sum(g["similarities"]) == 2 for g in found)
     file = tmp_path / "quality.md"
     file.write_text(f"# Quality\n{page.BEGIN}\nold\n{page.END}\nafter\n")
