@@ -103,7 +103,7 @@ def test_tuning_finds_what_is_best_and_repeats_itself(
             return SimpleNamespace(objective=-far, refused="")
 
     monkeypatch.setattr(tuning, "Contest", Known)
-    where: Any = SimpleNamespace(host="easy", guidance="cfg", world=easy)
+    where: Any = SimpleNamespace(host="easy", guidance="cfg", world=easy, joint=False)
     study = tuning.tune(where, "nag", Lines())
     assert study.objective == max(-abs(np.log(t["strength"]) - np.log(3)) for t in tried[1:])
     assert 1.5 < study.numbers["strength"] < 6 and study.published == -9.0  # type: ignore[operator]
