@@ -106,6 +106,7 @@ class Method:
         mixed: each case of a batch may have concepts of its own; otherwise they share them.
         guided: it needs classifier-free guidance.
         apart: it needs layers that attend to text alone, which joint hosts have not.
+        learns: what it learns of a concept from pictures, "embeddings" or "weights"; "": nothing.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Method:
     mixed: bool = False
     guided: bool = False
     apart: bool = False
+    learns: str = ""
 
     def check(self, numbers: Numbers) -> None:
         """Raise ValueError unless each is one that the method is tuned in."""
@@ -251,6 +253,7 @@ _METHODS = (
         {"strength": Range(0.25, 4.0, log=True), **_GATED, **_SHARED, **_STOP},
         ("strength", 1.0),
         mixed=True,
+        learns="embeddings",
     ),
     Method(
         "adavd",
@@ -316,6 +319,7 @@ _METHODS = (
         _task_vector,
         {"strength": Range(0.5, 50.0, log=True)},
         ("strength", 1.0),
+        learns="weights",
     ),
 )
 

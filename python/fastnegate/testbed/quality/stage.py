@@ -164,10 +164,12 @@ class Stage:
         scale = DEFAULT_GUIDANCE if self.guidance == "cfg" else 1.0
         return {"num_inference_steps": DEFAULT_STEPS, self.scale: scale}
 
-    def fingerprint(self, cases: Sequence[Case[Any]]) -> str:
-        """Changes with the host's weights, its world's judge, and the cases: with all that verdicts are of,
-        but the method."""
-        return sha256(f"{self._identity} {list(cases)!r}".encode()).hexdigest()[:16]
+    def fingerprint(self, cases: Sequence[Case[Any]], learns: str = "") -> str:
+        """Changes with the host's weights, its world's judge, the cases, and what a method `learns` of their
+        concepts: with all that verdicts are of, but the method."""
+        givens = dict.fromkeys(given for case in cases for given in case.given) if learns else ()
+        learned = "".join(" " + self.learned.key(learns, given) for given in givens)
+        return sha256(f"{self._identity} {list(cases)!r}{learned}".encode()).hexdigest()[:16]
 
     @cached_property
     def _identity(self) -> str:
