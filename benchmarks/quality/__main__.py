@@ -3,9 +3,9 @@
 
 tune      find each method's numbers on the development split
 measure   all methods on the test split, with published and with tuned numbers
-frontier  all methods with their published strengths times 1/4 to 4
+frontier  all methods with their published strengths times 1/4 to 4, on joint hosts in each `shared` mode
 grids     unselected pictures of some methods
-gates     gates and similarities of some methods by layer and step
+gates     gates and similarities of some methods by layer, head and step
 page      put what was measured into docs/quality.md, and its details beside the results
 
 Verdicts are kept in --lines: what was stopped goes on where it was.
@@ -22,6 +22,7 @@ from pathlib import Path
 from fastnegate.commands.options import seed, whole
 from fastnegate.commands.progress import Progress, progress
 from fastnegate.testbed.quality import GUIDANCE, METHODS, Contest, Lines, Plan, Row, Stage
+from fastnegate.testbed.quality.methods import Choice, Numbers
 from fastnegate.testbed.quality.results import (
     Entry,
     Results,
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "page":
             write_pages()
             return 0
+        given.out.mkdir(parents=True, exist_ok=True)
         with progress("step") as bar:
             COMMANDS[given.command](given, Stage(given.host, given.guidance, given.lines), bar)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
@@ -97,10 +99,22 @@ def _measure(given: argparse.Namespace, stage: Stage, bar: Progress) -> None:
 
 def _frontier(given: argparse.Namespace, stage: Stage, bar: Progress) -> None:
     names = given.methods or [name for name, method in METHODS.items() if method.strength]
-    wanted = [entry for name in names for factor in plots.STRENGTHS for entry in entries([name], factor)]
+    wanted = [
+        entry._replace(numbers={**entry.numbers, **way})
+        for name in names
+        for way in _ways(name, stage.joint)
+        for factor in plots.STRENGTHS
+        for entry in entries([name], factor)
+    ]
     plan = Plan(tuple(given.suites), given.cases or 32, given.seed)
     results = _write(given, stage, bar, wanted, plan, "frontier")
     plots.frontier(results, given.out / f"{stem(given.host, given.guidance)}-frontier.png")
+
+
+def _ways(name: str, joint: bool) -> list[Numbers]:
+    """A method's lines in a frontier: on joint hosts, one for each `shared` mode that it may have."""
+    shared = METHODS[name].tuned_on(joint).get("shared")
+    return [{"shared": word} for word in shared.words] if isinstance(shared, Choice) else [{}]
 
 
 def _write(

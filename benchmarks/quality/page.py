@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured part of docs/quality.md, and a page for each stage beside its results, which both are made of."""
+"""The measured parts of README and docs/quality.md, and a page for each stage beside the results, all made of
+these."""
 
 from __future__ import annotations
 
@@ -13,21 +14,38 @@ from fastnegate.testbed.quality.scores import details, overview, table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PAGE = ROOT / "docs" / "quality.md"
+README = ROOT / "README.md"
 TUNED = RESULTS / "tuned.json"
 _FROM_PAGE = "../benchmarks/results/quality"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def write_pages(folder: Path = RESULTS, page: Path = PAGE) -> None:
-    """Write the measured part of the page, and beside the result files the details of each stage.
+def write_pages(folder: Path = RESULTS, page: Path = PAGE, readme: Path = README) -> None:
+    """Write the measured parts of both pages, and beside the result files the details of each stage.
 
     Raises:
-        ValueError: the page has no place for its part.
+        ValueError: a page has no place for its part.
     """
-    text = with_measured(page.read_text(), measured(folder))
+    texts = {
+        page: with_measured(page.read_text(), measured(folder)),
+        readme: with_measured(readme.read_text(), headlines(folder)),
+    }
     for results in _all(folder):
         (folder / f"{stem(results.host, results.guidance)}.md").write_text(detailed(folder, results))
-    page.write_text(text)
+    for file, text in texts.items():
+        file.write_text(text)
+
+
+def headlines(folder: Path = RESULTS) -> str:
+    """A line for each result file: the methods from the best to the worst, tuned where they are."""
+    return "\n".join(map(_headline, _all(folder)))
+
+
+def _headline(results: Results) -> str:
+    latest = {row.method: row.objective for row in results.rows if row.scores and row.method != "none"}
+    ranked = sorted(latest.items(), key=lambda found: -found[1])
+    said = ", ".join(f"{method} {100 * objective:.0f}" for method, objective in ranked)
+    return f"- *{results.host}, {results.guidance}* ({results.plan.cases} cases a suite): {said}"
 
 
 def measured(folder: Path = RESULTS) -> str:
@@ -73,7 +91,7 @@ def _details(folder: Path, results: Results) -> Iterator[str]:
     for file in sorted(folder.glob(f"{name}-gates-*.png")):
         method = file.stem.removeprefix(f"{name}-gates-")
         yield f"## Gates of `{method}` on cases of the development split"
-        yield f"![gates of {method}, by layer and step]({file.name})"
+        yield f"![gates of {method}, by layer, head and step]({file.name})"
     for file in sorted(folder.glob(f"{name}-grid-*.png")):
         method = file.stem.removeprefix(f"{name}-grid-")
         yield f"## The first eight cases of each suite, without negation and below with `{method}`"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnegate.testbed.quality import Stage
+from fastnegate.testbed.quality import Row, Stage
 from fastnegate.testbed.quality.methods import METHODS, method_of
 from fastnegate.testbed.quality.results import Results
 from fastnegate.testbed.quality.stage import noise_of
@@ -24,7 +24,7 @@ _GAP = 4
 
 
 def frontier(results: Results, file: Path) -> None:
-    """A panel per suite in which something should go: a line per method through its strengths.
+    """A panel per suite in which something should go: a line per method and `shared` mode through strengths.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -36,14 +36,14 @@ def frontier(results: Results, file: Path) -> None:
 
     rows = [row for row in results.rows if row.scores]
     suites = [score.suite for score in rows[0].scores if not score.benign]
-    methods = list(dict.fromkeys(row.method for row in rows))
+    methods = list(dict.fromkeys(map(_label, rows)))
     columns = min(len(suites), 3)
     shape = (-(-len(suites) // columns), columns)
     figure = Figure(figsize=(4 * shape[1], 3.6 * shape[0]), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False).flat
     for axes, suite in zip(panels, suites):
         for i, method in enumerate(methods):
-            found = [s for row in rows if row.method == method for s in row.scores if s.suite == suite]
+            found = [s for row in rows if _label(row) == method for s in row.scores if s.suite == suite]
             gone = [100 * score.gone[0].value for score in found]
             kept = [100 * score.kept[0].value for score in found]
             # 20 colours and 2 marks: lines that lie on each other are told apart.
@@ -57,6 +57,11 @@ def frontier(results: Results, file: Path) -> None:
         f"{results.host}, {results.guidance}: strength x {', '.join(map('{:g}'.format, STRENGTHS))}"
     )
     figure.savefig(file, metadata={"Software": None})
+
+
+def _label(row: Row) -> str:
+    """The method, and where it has the image's keys on a joint host."""
+    return f"{row.method}, {row.numbers['shared']}" if "shared" in row.numbers else row.method
 
 
 def grid(

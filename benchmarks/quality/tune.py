@@ -45,9 +45,10 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     tried: dict[int, Numbers] = {}
+    choices = method.tuned_on(stage.joint)
 
     def objective(trial: Any) -> float:
-        tried[trial.number] = {key: _suggested(trial, key, of) for key, of in method.tuned.items()}
+        tried[trial.number] = {key: _suggested(trial, key, of) for key, of in choices.items()}
         return contest.row(name, tried[trial.number]).objective
 
     published = contest.row(name)

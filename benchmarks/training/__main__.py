@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=400_000, help="to train on, repeats counted")
     parser.add_argument("--scenes", type=int, default=60_000, help="different ones")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--shift", type=float, default=1.0, help="above 1: more of the pictures are noisy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -48,11 +49,13 @@ def main() -> None:
     world = arguments.world or {"easy-joint": "easy"}.get(arguments.host, "hard-grid")
     if world.partition("-")[0] != arguments.host.partition("-")[0]:
         parser.error(f"--world {world}: not a world of {arguments.host}")
+    if not arguments.shift > 0:
+        parser.error(f"--shift {arguments.shift}: must be above 0")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     host: Any = HOSTS[arguments.host]()
     data = scenes(world, arguments.scenes, arguments.seed, arguments.out.parent / "scenes")
-    recipe = Recipe(arguments.pictures, arguments.batch, seed=arguments.seed)
+    recipe = Recipe(arguments.pictures, arguments.batch, seed=arguments.seed, shift=arguments.shift)
     averaged = train(
         host, data, recipe, arguments.out, partial(evaluate, arguments.out, world),
         arguments.device, arguments.compile, arguments.resume, arguments.minutes,

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from fastnegate.benchmarks.training import evaluate, forget
+from fastnegate.benchmarks.training import evaluate, forget, loop
 from fastnegate.benchmarks.training.hosts import CrossHost, JointHost, of
 from fastnegate.benchmarks.training.loop import Muon, Recipe, train
 from fastnegate.benchmarks.training.scenes import scenes
@@ -59,6 +59,16 @@ def test_the_rate_rises_stays_and_falls() -> None:
     recipe = Recipe(100_000, batch=50, rate=1.0, warm=1000)
     rates = [recipe.rate_at(seen) for seen in (0, 475, 1000, 50_000, 75_000, 99_999)]
     assert rates == pytest.approx([0.05, 0.525, 1, 1, 0.5, 0], abs=1e-6)
+
+
+def test_a_shift_makes_times_noisier_in_their_order() -> None:
+    host, pictures, tokens = small("joint"), torch.zeros(4, 32, 32, 3), torch.zeros(4, 3, dtype=torch.long)
+    times = [
+        loop._batch(host, pictures, tokens, tokens[:1], Recipe(64, batch=64, shift=shift), 0)[2]
+        for shift in (1.0, 3.0)
+    ]
+    torch.testing.assert_close(times[1], (3 * times[0] / (1 + 2 * times[0])).clamp(1e-3, 0.9995))
+    assert times[0].mean() < 0.55 and times[1].mean() > 0.65
 
 
 def test_steps_are_those_of_torchs_muon() -> None:

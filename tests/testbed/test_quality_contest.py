@@ -57,7 +57,7 @@ class Rendered(Stage):
             things = [thing for thing in things if thing not in case.goes]
         return easy.render(things) if things else np.full((32, 32, 3), 0.5, np.float32)
 
-    def fingerprint(self, cases: Sequence[Case[Any]]) -> str:
+    def fingerprint(self, cases: Sequence[Case[Any]], learns: str = "") -> str:
         return f"{self.version} {[case.prompt for case in cases]}"
 
 
@@ -148,7 +148,11 @@ def test_a_method_that_does_not_fit_is_a_row_that_says_so() -> None:
     ("name", "numbers", "message"),
     [
         ("magic", {}, "method='magic'; allowed: none, negative prompt, protore"),
-        ("nag", {"threshold": 0.5}, "nag has no 'threshold'; allowed: strength, blend, norm_limit, stop"),
+        (
+            "nag",
+            {"threshold": 0.5},
+            "nag has no 'threshold'; allowed: strength, blend, norm_limit, shared, stop",
+        ),
         ("none", {"strength": 1.0}, "none has no 'strength'; allowed: none"),
         ("nag", {"strength": "much"}, "strength='much': must be a number"),
         ("rece", {"epochs": 1.5}, "epochs=1.5: must be a whole number"),
@@ -318,6 +322,20 @@ def test_fingerprints_change_with_weights_and_cases(hurried: Stage) -> None:
     changed.pipe.unet.load_state_dict({**other.pipe.unet.state_dict()})
     next(changed.pipe.unet.parameters()).data = weight.data + 1
     assert len(found | {changed.fingerprint(cases)}) == 4
+
+
+def test_fingerprints_of_methods_that_learn_change_with_what_they_learn_from(
+    hurried: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastnegate.testbed.quality import learned
+
+    cases = easy.suite("colour", 1, 0)
+    found = [hurried.fingerprint(cases, METHODS[name].learns) for name in ("nag", "ine", "task vector")]
+    assert found[0] == hurried.fingerprint(cases)
+    monkeypatch.setattr(learned, "PICTURES", 3)
+    other = Stage("easy")
+    found += [other.fingerprint(cases, METHODS[name].learns) for name in ("ine", "task vector")]
+    assert len({*found}) == 5
 
 
 def test_what_was_learned_of_a_concept_is_kept(hurried: Stage, tmp_path: Path) -> None:

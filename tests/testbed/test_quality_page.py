@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,8 @@ def files_of(folder: Path) -> list[str]:
 def test_the_page_has_the_tables_of_the_result_files() -> None:
     text = page.PAGE.read_text()
     assert page.with_measured(text, page.measured()) == text
+    readme = page.README.read_text()
+    assert page.with_measured(readme, page.headlines()) == readme
     for file in page.RESULTS.glob("*-rows.json"):
         results = Results.read(file)
         beside = page.RESULTS / f"{page.stem(results.host, results.guidance)}.md"
@@ -71,13 +74,18 @@ def test_runs_end_in_files_and_the_page_shows_them(
     assert len(Results.read(tmp_path / "easy-cfg-frontier.json").rows) == 2
     found = json.loads((tmp_path / "easy-cfg-gates-protore.json").read_text())
     assert {g["step"] for g in found} == {0, 1} and {g["suite"] for g in found} == {"colour", "benign"}
+    assert {g["head"] for g in found} == {0, 1, 2}
     assert all(0 <= g["mean"] <= g["largest"] <= 1 and sum(g["similarities"]) == 2 for g in found)
-    file = tmp_path / "quality.md"
-    file.write_text(f"# Quality\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    page.write_pages(tmp_path, file)
+    file, readme = tmp_path / "quality.md", tmp_path / "README.md"
+    for made in (file, readme):
+        made.write_text(f"# Quality\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.write_pages(tmp_path, file, readme)
     shown, details = file.read_text(), (tmp_path / "easy-cfg.md").read_text()
     assert "2 cases of each suite, seed 0, test split" in shown and "| vsf " in shown
     assert "easy-cfg-frontier.png" in shown and "old" not in shown and shown.endswith("after\n")
+    assert re.search(
+        r"\n- \*easy, cfg\* \(2 cases a suite\): (nag|vsf) -?\d+, (nag|vsf) -?\d+\n", readme.read_text()
+    )
     assert "## colour" in details and "| vsf " in details
     for name in ("grid-nag", "gates-protore"):
         assert f"easy-cfg-{name}.png" in details
@@ -102,7 +110,7 @@ def test_tuning_finds_what_is_best_and_repeats_itself(
             return SimpleNamespace(objective=-far, refused="")
 
     monkeypatch.setattr(tuning, "Contest", Known)
-    where: Any = SimpleNamespace(host="easy", guidance="cfg", world=easy)
+    where: Any = SimpleNamespace(host="easy", guidance="cfg", world=easy, joint=False)
     study = tuning.tune(where, "nag", Lines())
     assert study.objective == max(-abs(np.log(t["strength"]) - np.log(3)) for t in tried[1:])
     assert 1.5 < study.numbers["strength"] < 6 and study.published == -9.0  # type: ignore[operator]

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from .parts import (
     EasyTokenizer,
+    HardTokenizer,
     PictureFlowMatchScheduler,
     PixelShuffleVAE,
     ShortFluxPipeline,
@@ -54,7 +55,11 @@ class Host(NamedTuple):
     picture: bool = False
 
 
-_HOSTS = {"easy": Host(EasyTokenizer, joint=False), "easy-joint": Host(EasyTokenizer, joint=True)}
+_HOSTS = {
+    "easy": Host(EasyTokenizer, joint=False),
+    "easy-joint": Host(EasyTokenizer, joint=True),
+    "hard": Host(HardTokenizer, joint=False),
+}
 
 HOSTS: tuple[str, ...] = tuple(_HOSTS)
 """Names of the models that `load` knows."""

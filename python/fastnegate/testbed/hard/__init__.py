@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hard world: one to three shapes and sprites in free places, 48x48 pixels."""
+"""The hard world: one to three shapes and sprites, each in a quarter of 48x48 pixels, or in free places."""
 
 from __future__ import annotations
 

@@ -37,14 +37,14 @@ _SHAPE_UMBRELLA, _NO_SHAPE, _NO_COLOR = 0.1, 0.05, 0.05
 _BARE, _GROUND = 0.2, 0.3
 
 
-def scene(rng: np.random.Generator, *, places: str = "free", count: int | None = None) -> Scene[Thing, Kind]:
+def scene(rng: np.random.Generator, *, places: str = "grid", count: int | None = None) -> Scene[Thing, Kind]:
     """A random scene: one to three different kinds, named plainly, by an alias or by an umbrella word.
 
     The caption's order says nothing about places.
 
     Args:
         rng: draws everything.
-        places: one of `PLACES`.
+        places: one of `PLACES`; the hosts have seen "grid".
         count: objects, 1 to `MOST`; None draws it (25, 45 and 30 %).
 
     Raises:
@@ -78,7 +78,7 @@ def render(
     ground: str = "gray",
     *,
     rng: np.random.Generator,
-    places: str = "free",
+    places: str = "grid",
 ) -> tuple[NDArray[np.float32], list[tuple[float, float, float]]]:
     """Draw these kinds at random places and sizes.
 

@@ -51,7 +51,8 @@ class Learned:
 
     def __init__(self, pipe: Any, world: World, identity: str, folder: Path | None) -> None:
         self._pipe, self._world, self._identity, self._folder = pipe, world, identity, folder
-        self._in_memory: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._in_memory: dict[str, dict[str, Tensor]] = {}
+        self._keys: dict[tuple[str, ...], str] = {}
         self._alone: list[Scene[Any, Any]] = []
         self._scenes = self._drawn()
 
@@ -64,16 +65,25 @@ class Learned:
         """The denoiser's state dict after it was trained on what the words mean."""
         return self._kept("weights", words)
 
+    def key(self, what: str, words: Sequence[str]) -> str:
+        """Changes with the host, the pictures and the way in which "embeddings" or "weights" are learned."""
+        asked = (what, *words)
+        if asked not in self._keys:
+            how = (self._identity, {"embeddings": EMBEDDINGS, "weights": WEIGHTS}[what], [*words])
+            digest = sha256(repr(how).encode())
+            for scene in self._showing(words):
+                digest.update(scene.caption.encode() + picture(scene).tobytes())
+            self._keys[asked] = digest.hexdigest()[:16]
+        return self._keys[asked]
+
     def _kept(self, what: str, words: Sequence[str]) -> dict[str, Tensor]:
         learn = {"embeddings": self._embeddings, "weights": self._weights}[what]
+        key = self.key(what, words)
         if self._folder is None:
-            key = (what, *words)
             if key not in self._in_memory:
                 self._in_memory[key] = learn(words)
             return self._in_memory[key]
-        how = (self._identity, {"embeddings": EMBEDDINGS, "weights": WEIGHTS}[what], PICTURES, [*words])
-        name = sha256(repr(how).encode()).hexdigest()[:16]
-        file = self._folder / f"{what}-{name}.safetensors"
+        file = self._folder / f"{what}-{key}.safetensors"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             beside = file.with_suffix(".new")

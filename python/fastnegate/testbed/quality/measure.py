@@ -114,7 +114,9 @@ class Contest:
         """Of all cases of each suite; those that are missing are drawn."""
         run, found, jobs = self._run(method, numbers), {}, []
         for suite, cases in self._drawn.items():
-            found[suite] = self._lines.verdicts(run, self._cases(suite), partial(self._fingerprint, suite))
+            found[suite] = self._lines.verdicts(
+                run, self._cases(suite), partial(self._fingerprint, method, suite)
+            )
             jobs += [_Job(suite, i, case) for i, case in enumerate(cases) if i not in found[suite]]
         batches = list(_batches(method, jobs))
         self._expect(len(batches) * DEFAULT_STEPS)
@@ -131,15 +133,17 @@ class Contest:
             for job, image in zip(batch, images):
                 new.setdefault(job.suite, {})[job.number] = self._stage.world.judge(image, job.case)
             for suite, verdicts in new.items():
-                self._lines.add(run, self._cases(suite), verdicts, self._fingerprint(suite, list(verdicts)))
+                self._lines.add(
+                    run, self._cases(suite), verdicts, self._fingerprint(method, suite, list(verdicts))
+                )
                 found[suite].update(verdicts)
         return {suite: [found[suite][i] for i in range(len(cases))] for suite, cases in self._drawn.items()}
 
     def _cases(self, suite: str) -> Cases:
         return Cases(suite, self._plan.split, self._plan.seed)
 
-    def _fingerprint(self, suite: str, numbers: Sequence[int]) -> str:
-        return self._stage.fingerprint([self._case(suite, number) for number in numbers])
+    def _fingerprint(self, method: Method, suite: str, numbers: Sequence[int]) -> str:
+        return self._stage.fingerprint([self._case(suite, number) for number in numbers], method.learns)
 
     def _case(self, suite: str, number: int) -> Case[Any]:
         """A suite's cases do not depend on how many are asked for; lines may have more than this plan."""

@@ -76,9 +76,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words."""
+    """One of some words.
+
+    Args:
+        joint: it changes nothing but on joint hosts.
+    """
 
     words: tuple[str, ...]
+    joint: bool = False
 
     def check(self, name: str, value: Value) -> None:
         """Raise ValueError if it is none of these."""
@@ -101,6 +106,7 @@ class Method:
         mixed: each case of a batch may have concepts of its own; otherwise they share them.
         guided: it needs classifier-free guidance.
         apart: it needs layers that attend to text alone, which joint hosts have not.
+        learns: what it learns of a concept from pictures, "embeddings" or "weights"; "": nothing.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Method:
     mixed: bool = False
     guided: bool = False
     apart: bool = False
+    learns: str = ""
 
     def check(self, numbers: Numbers) -> None:
         """Raise ValueError unless each is one that the method is tuned in."""
@@ -119,6 +126,10 @@ class Method:
                     f"numbers: {self.name} has no {name!r}; allowed: {', '.join(self.tuned) or 'none'}"
                 )
             self.tuned[name].check(name, value)
+
+    def tuned_on(self, joint: bool) -> dict[str, Range | Choice]:
+        """Those of `tuned` that change something on a host, `joint` or not."""
+        return {name: of for name, of in self.tuned.items() if joint or not getattr(of, "joint", False)}
 
     def stronger(self, factor: float) -> dict[str, Value]:
         """Its numbers with so many times its published strength.
@@ -205,7 +216,10 @@ _STOP = {"stop": Range(0.5, 1.0)}
 _TOKENS = {"tokens": Choice(("prompt", "prototype"))}
 
 
-def _of_preset(name: str, low: float, high: float, **more: Range) -> Method:
+_SHARED = {"shared": Choice(("inside", "outside"), joint=True)}
+
+
+def _of_preset(name: str, low: float, high: float, **more: Range | Choice) -> Method:
     tuned = {"strength": Range(low, high, log=True), **more, **_STOP}
     # In joint layers the prompt is a part of a larger softmax, where the operator refuses to retrieve, and no
     # directions are collected.
@@ -225,20 +239,21 @@ _METHODS = (
         mixed=True,
         guided=True,
     ),
-    _of_preset("protore", 0.25, 4.0, **_GATED),
+    _of_preset("protore", 0.25, 4.0, **_GATED, **_SHARED),
     _of_preset("protore_retrieve", 0.25, 4.0, **_GATED),
-    _of_preset("nag", 0.25, 8.0, blend=Range(0.05, 1.0), norm_limit=Range(1.0, 5.0)),
+    _of_preset("nag", 0.25, 8.0, blend=Range(0.05, 1.0), norm_limit=Range(1.0, 5.0), **_SHARED),
     _of_preset("vsf", 0.1, 8.0, logit_bias=Range(-4.0, 2.0)),
-    _of_preset("eiup", 0.25, 8.0),
-    _of_preset("nasa", 0.5, 20.0),
-    _of_preset("ong", 0.1, 8.0),
+    _of_preset("eiup", 0.25, 8.0, **_SHARED),
+    _of_preset("nasa", 0.5, 20.0, **_SHARED),
+    _of_preset("ong", 0.1, 8.0, **_SHARED),
     _of_preset("casteer", 0.25, 4.0),
     Method(
         "ine",
         partial(_preset, "protore", learned=True),
-        {"strength": Range(0.25, 4.0, log=True), **_GATED, **_STOP},
+        {"strength": Range(0.25, 4.0, log=True), **_GATED, **_SHARED, **_STOP},
         ("strength", 1.0),
         mixed=True,
+        learns="embeddings",
     ),
     Method(
         "adavd",
@@ -304,6 +319,7 @@ _METHODS = (
         _task_vector,
         {"strength": Range(0.5, 50.0, log=True)},
         ("strength", 1.0),
+        learns="weights",
     ),
 )
 

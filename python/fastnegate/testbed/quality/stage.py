@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -144,7 +146,7 @@ class Stage:
             "callback_on_step_end": on_step_end,
             **self.call(len(cases)),
         }
-        with method.applied(self, cases, numbers) as changed:
+        with _unwarned(), method.applied(self, cases, numbers) as changed:
             return np.asarray(self.pipe(**{**call, **changed}).images)
 
     @property
@@ -162,10 +164,12 @@ class Stage:
         scale = DEFAULT_GUIDANCE if self.guidance == "cfg" else 1.0
         return {"num_inference_steps": DEFAULT_STEPS, self.scale: scale}
 
-    def fingerprint(self, cases: Sequence[Case[Any]]) -> str:
-        """Changes with the host's weights, its world's judge, and the cases: with all that verdicts are of,
-        but the method."""
-        return sha256(f"{self._identity} {list(cases)!r}".encode()).hexdigest()[:16]
+    def fingerprint(self, cases: Sequence[Case[Any]], learns: str = "") -> str:
+        """Changes with the host's weights, its world's judge, the cases, and what a method `learns` of their
+        concepts: with all that verdicts are of, but the method."""
+        givens = dict.fromkeys(given for case in cases for given in case.given) if learns else ()
+        learned = "".join(" " + self.learned.key(learns, given) for given in givens)
+        return sha256(f"{self._identity} {list(cases)!r}{learned}".encode()).hexdigest()[:16]
 
     @cached_property
     def _identity(self) -> str:
@@ -177,6 +181,18 @@ class Stage:
         for file in _judges(self.world.NAME):
             digest.update(file.read_bytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """What a method leaves in a picture is counted here; a warning for each concept says no more."""
+    log = logging.getLogger("fastnegate")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def noise_of(seed: int, index: int, split: str) -> int:
