@@ -37,15 +37,18 @@ def write_pages(folder: Path = RESULTS, page: Path = PAGE, readme: Path = README
 
 
 def headlines(folder: Path = RESULTS) -> str:
-    """A line for each result file: the methods from the best to the worst, tuned where they are."""
+    """A line for each result file: the methods from the best to the worst, in brackets tuned."""
     return "\n".join(map(_headline, _all(folder)))
 
 
 def _headline(results: Results) -> str:
-    latest = {row.method: row.objective for row in results.rows if row.scores and row.method != "none"}
-    ranked = sorted(latest.items(), key=lambda found: -found[1])
-    said = ", ".join(f"{method} {100 * objective:.0f}" for method, objective in ranked)
-    return f"- *{results.host}, {results.guidance}* ({results.plan.cases} cases a suite): {said}"
+    found: dict[str, list[float]] = {}
+    for row in results.rows:
+        if row.scores:
+            found.setdefault(row.method, []).append(100 * row.objective)
+    ranked = sorted(found.items(), key=lambda of: -max(of[1]))
+    said = (f"{name} {first:.0f}{f' ({tuned[0]:.0f})' if tuned else ''}" for name, (first, *tuned) in ranked)
+    return f"- *{results.host}, {results.guidance}* ({results.plan.cases} cases a suite): {', '.join(said)}"
 
 
 def measured(folder: Path = RESULTS) -> str:

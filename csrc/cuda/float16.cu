@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of float16 and the head_dims that the build names: one, where they compile in parallel, or all.
-#include "cuda/kernel.cuh"
+#include "cuda/kernel/kernel.cuh"
 
 namespace fastnegate::cuda {
 

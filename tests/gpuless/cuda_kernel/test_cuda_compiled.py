@@ -27,7 +27,7 @@ DTYPES = ("float16", "bfloat16")
 KINDS = ("plain", "one", "many")
 # Most registers of a lane where 16, 12 or 8 warps fill a multiprocessor, which has 65536 for them.
 REGISTERS = {16: 128, 12: 168, 8: 255}
-KERNEL = """#include "cuda/kernel.cuh"
+KERNEL = """#include "cuda/kernel/kernel.cuh"
 namespace fastnegate::cuda {{
 template __global__ void attention<{dtype}, {dim}, CudaKind::{kind}>(const __grid_constant__ Launch);
 }}

@@ -141,7 +141,7 @@ class Simulator:
             (folder / "cuda" / "ptx.cuh").write_text(instructions)
         source, target = folder / "kernel.cu", folder / "kernel.ptx"
         source.write_text(f"""
-            #include "cuda/kernel.cuh"
+            #include "cuda/kernel/kernel.cuh"
             namespace fastnegate::cuda {{
             template __global__ void attention<{TYPES[dtype]}, {dim}, CudaKind::{KINDS[kind]}>(
                 const __grid_constant__ Launch);

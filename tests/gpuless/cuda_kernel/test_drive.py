@@ -24,18 +24,18 @@ LAUNCH = "run.cu"
 FAULTS = {
     "softmax factor": (LAUNCH, "p.scale * 1.44269504088896f", "p.scale * (FAULT ? 1.4f : 1.44269504088896f)"),
     "last query not written": (
-        "epilogue.cuh", "if (!place.has(r)) continue;",
+        "kernel/epilogue.cuh", "if (!place.has(r)) continue;",
         "if (place.query(r) >= place.turn.end - FAULT) continue;",
     ),
     "second gate kept": (
-        "entries.cuh", "slot.place == best[r] ? g[r]", "slot.place == best[r] + FAULT ? g[r]",
+        "kernel/entries.cuh", "slot.place == best[r] ? g[r]", "slot.place == best[r] + FAULT ? g[r]",
     ),
-    "last head not summed": ("entries.cuh", "h < heads; ++h) sum", "h < heads - FAULT; ++h) sum"),
+    "last head not summed": ("kernel/entries.cuh", "h < heads; ++h) sum", "h < heads - FAULT; ++h) sum"),
     "piece before not scaled": (
-        "segment.cuh", "mass[0] *= shrink[0],", "mass[0] *= FAULT ? 1.f : shrink[0],",
+        "kernel/segment.cuh", "mass[0] *= shrink[0],", "mass[0] *= FAULT ? 1.f : shrink[0],",
     ),
     "masses of statistics": (
-        "entries.cuh", "to[2 * apart] = share[r];", "to[2 * apart] = share[r] + .1f * FAULT;",
+        "kernel/entries.cuh", "to[2 * apart] = share[r];", "to[2 * apart] = share[r] + .1f * FAULT;",
     ),
 }  # fmt: skip
 
@@ -70,7 +70,7 @@ def faulty(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the faults, those of the kernel in bfloat16 only. The first call of the function that the
     variable FAIL names fails."""
     folder = tmp_path_factory.mktemp("faulty")
-    (folder / "cuda").mkdir()
+    (folder / "cuda" / "kernel").mkdir(parents=True)
     (folder / "fault.h").write_text(SWITCH)
     for file in {file for file, _, _ in FAULTS.values()}:
         text = (CSRC / "cuda" / file).read_text()

@@ -9,8 +9,8 @@
 // G is the Gram matrix of the block's values, made once a head. An entry longer than a block has pieces, and F.
 #pragma once
 
-#include "cuda/directions.cuh"
-#include "cuda/gram.cuh"
+#include "cuda/kernel/directions.cuh"
+#include "cuda/kernel/gram.cuh"
 
 namespace fastnegate::cuda {
 

@@ -2,7 +2,7 @@
 // From Y and Z of 16 queries to O: norm, blend, what is written.
 #pragma once
 
-#include "cuda/entries.cuh"
+#include "cuda/kernel/entries.cuh"
 
 namespace fastnegate::cuda {
 

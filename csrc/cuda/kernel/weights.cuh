@@ -2,7 +2,7 @@
 // What 16 queries give to the tokens of a block: scores, then p of a softmax for each entry, not divided by its mass.
 #pragma once
 
-#include "cuda/roster.cuh"
+#include "cuda/kernel/roster.cuh"
 
 namespace fastnegate::cuda {
 

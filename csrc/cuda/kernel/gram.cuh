@@ -3,7 +3,7 @@
 // G = V V' is the Gram matrix of the values, made once a head.
 #pragma once
 
-#include "cuda/weights.cuh"
+#include "cuda/kernel/weights.cuh"
 
 namespace fastnegate::cuda {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/launch.h"
-#include "cuda/segment.cuh"
+#include "cuda/kernel/segment.cuh"
 
 namespace fastnegate::cuda {
 

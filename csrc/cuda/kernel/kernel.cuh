@@ -12,7 +12,7 @@
 // never stored.
 #pragma once
 
-#include "cuda/epilogue.cuh"
+#include "cuda/kernel/epilogue.cuh"
 
 namespace fastnegate::cuda {
 

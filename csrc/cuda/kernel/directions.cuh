@@ -3,7 +3,7 @@
 // have what it has.
 #pragma once
 
-#include "cuda/roster.cuh"
+#include "cuda/kernel/roster.cuh"
 
 namespace fastnegate::cuda {
 

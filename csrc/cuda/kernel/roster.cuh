@@ -3,7 +3,7 @@
 // Made once a head, so that a tile of queries looks nothing up.
 #pragma once
 
-#include "cuda/text.cuh"
+#include "cuda/kernel/text.cuh"
 
 namespace fastnegate::cuda {
 

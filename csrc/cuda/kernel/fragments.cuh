@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "cuda/scalars.cuh"
+#include "cuda/kernel/scalars.cuh"
 #include "cuda/tiling.h"
 
 namespace fastnegate::cuda {

@@ -2,7 +2,7 @@
 // Attention of 16 queries to some tokens, a piece of them after the other.
 #pragma once
 
-#include "cuda/fragments.cuh"
+#include "cuda/kernel/fragments.cuh"
 
 namespace fastnegate::cuda {
 
