@@ -108,7 +108,7 @@ def _frontier(given: argparse.Namespace, stage: Stage, bar: Progress) -> None:
     ]
     plan = Plan(tuple(given.suites), given.cases or 32, given.seed)
     results = _write(given, stage, bar, wanted, plan, "frontier")
-    plots.frontier(results, given.out / f"{stem(given.host, given.guidance)}-frontier.png")
+    plots.frontier(results, _folder(given) / "frontier.png")
 
 
 def _ways(name: str, joint: bool) -> list[Numbers]:
@@ -128,13 +128,13 @@ def _write(
         bar.say(f"{named(row)} {dict(row.numbers)}: {row.refused or format(row.objective, '.3f')}")
         rows.append(row)
         results = Results(given.host, given.guidance, plan, tuple(rows))
-        results.write(given.out / f"{stem(given.host, given.guidance)}-{kind}.json")
+        results.write(_folder(given) / f"{kind}.json")
     return results
 
 
 def _grids(given: argparse.Namespace, stage: Stage, bar: Progress) -> None:
     for name in given.methods or SHOWN:
-        file = given.out / f"{stem(given.host, given.guidance)}-grid-{name.replace(' ', '_')}.png"
+        file = _folder(given) / f"grid-{name.replace(' ', '_')}.png"
         plots.grid(stage, name, given.seed, file, bar.expect, bar.step)
         bar.say(str(file))
 
@@ -144,10 +144,17 @@ def _gates(given: argparse.Namespace, stage: Stage, bar: Progress) -> None:
         found = gates.collect(
             stage, name, given.suites or GATED, given.cases or 16, given.seed, bar.expect, bar.step
         )
-        file = given.out / f"{stem(given.host, given.guidance)}-gates-{name}"
+        file = _folder(given) / f"gates-{name}"
         file.with_suffix(".json").write_text(json.dumps(gates.as_json(found)) + "\n")
         gates.picture(found, name, file.with_suffix(".png"))
         bar.say(f"{file}.png")
+
+
+def _folder(given: argparse.Namespace) -> Path:
+    """Where the results of this host and guidance go."""
+    folder: Path = given.out / stem(given.host, given.guidance)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _lines(given: argparse.Namespace) -> Lines:

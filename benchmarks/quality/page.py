@@ -16,6 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PAGE = ROOT / "docs" / "quality.md"
 README = ROOT / "README.md"
 TUNED = RESULTS / "tuned.json"
+DETAILS = "details.md"
 _FROM_PAGE = "../benchmarks/results/quality"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -31,7 +32,7 @@ def write_pages(folder: Path = RESULTS, page: Path = PAGE, readme: Path = README
         readme: with_measured(readme.read_text(), headlines(folder)),
     }
     for results in _all(folder):
-        (folder / f"{stem(results.host, results.guidance)}.md").write_text(detailed(folder, results))
+        (folder / stem(results.host, results.guidance) / DETAILS).write_text(detailed(folder, results))
     for file, text in texts.items():
         file.write_text(text)
 
@@ -62,7 +63,7 @@ def detailed(folder: Path, results: Results) -> str:
 
 
 def _all(folder: Path) -> list[Results]:
-    return [Results.read(file) for file in sorted(folder.glob("*-rows.json"))]
+    return [Results.read(file) for file in sorted(folder.glob("*/rows.json"))]
 
 
 def _summary(folder: Path, results: Results) -> Iterator[str]:
@@ -72,17 +73,17 @@ def _summary(folder: Path, results: Results) -> Iterator[str]:
     yield (
         f"{plan.cases} cases of each suite, seed {plan.seed}, {plan.split} split. Right, in per cent; "
         f"CPU milliseconds of a step of {PICTURES} pictures on {', '.join(machines)}.\n"
-        f"[Gone, kept, intervals, by suite; gates; pictures]({_FROM_PAGE}/{name}.md)."
+        f"[Gone, kept, intervals, by suite; gates; pictures]({_FROM_PAGE}/{name}/{DETAILS})."
     )
     yield overview(results.rows)
-    if (folder / f"{name}-frontier.png").exists():
-        yield f"![gone against kept, by strength]({_FROM_PAGE}/{name}-frontier.png)"
+    if (folder / name / "frontier.png").exists():
+        yield f"![gone against kept, by strength]({_FROM_PAGE}/{name}/frontier.png)"
 
 
 def _details(folder: Path, results: Results) -> Iterator[str]:
     name = stem(results.host, results.guidance)
     yield f"# {results.host}, {results.guidance}: all that was measured"
-    yield "What the words mean is in [docs/quality.md](../../../docs/quality.md)."
+    yield "What the words mean is in [docs/quality.md](../../../../docs/quality.md)."
     for suite in dict.fromkeys(score.suite for row in results.rows for score in row.scores):
         yield f"## {suite}"
         yield details(results.rows, suite)
@@ -91,12 +92,12 @@ def _details(folder: Path, results: Results) -> Iterator[str]:
     if studies:
         yield "## What methods were tuned to"
         yield _studies(studies)
-    for file in sorted(folder.glob(f"{name}-gates-*.png")):
-        method = file.stem.removeprefix(f"{name}-gates-")
+    for file in sorted((folder / name).glob("gates-*.png")):
+        method = file.stem.removeprefix("gates-")
         yield f"## Gates of `{method}` on cases of the development split"
         yield f"![gates of {method}, by layer, head and step]({file.name})"
-    for file in sorted(folder.glob(f"{name}-grid-*.png")):
-        method = file.stem.removeprefix(f"{name}-grid-")
+    for file in sorted((folder / name).glob("grid-*.png")):
+        method = file.stem.removeprefix("grid-")
         yield f"## The first eight cases of each suite, without negation and below with `{method}`"
         yield f"![unselected pictures of {method}]({file.name})"
 
@@ -111,7 +112,7 @@ def _studies(studies: list[Study]) -> str:
 
 
 def stem(host: str, guidance: str) -> str:
-    """What the names of a stage's files begin with."""
+    """What a stage's files and folders are called."""
     return f"{host}-{guidance}"
 
 

@@ -45,11 +45,10 @@ def test_the_page_has_the_tables_of_the_result_files() -> None:
     assert page.with_measured(text, page.measured()) == text
     readme = page.README.read_text()
     assert page.with_measured(readme, page.headlines()) == readme
-    for file in page.RESULTS.glob("*-rows.json"):
+    for file in page.RESULTS.glob("*/rows.json"):
         results = Results.read(file)
-        beside = page.RESULTS / f"{page.stem(results.host, results.guidance)}.md"
-        assert beside.read_text() == page.detailed(page.RESULTS, results)
-    rows = Results.read(page.RESULTS / "easy-cfg-rows.json").rows
+        assert (file.parent / page.DETAILS).read_text() == page.detailed(page.RESULTS, results)
+    rows = Results.read(page.RESULTS / "easy-cfg" / "rows.json").rows
     none = next(row for row in rows if row.method == "none")
     assert all(score.gain[0].value == 0.0 for score in none.scores)
     assert all(score.right[0].value > 0.9 for score in none.scores if score.benign)
@@ -70,9 +69,10 @@ def test_runs_end_in_files_and_the_page_shows_them(
     assert command.main(["grids", "--methods", "nag", *where]) == 0
     assert command.main(["gates", "--methods", "protore", *few, *where]) == 0
     names = ["frontier.json", "frontier.png", "gates-protore.json", "gates-protore.png", "grid-nag.png"]
-    assert files_of(tmp_path) == [*(f"easy-cfg-{name}" for name in [*names, "rows.json"]), "lines"]
-    assert len(Results.read(tmp_path / "easy-cfg-frontier.json").rows) == 2
-    found = json.loads((tmp_path / "easy-cfg-gates-protore.json").read_text())
+    assert files_of(tmp_path) == ["easy-cfg", "lines"]
+    assert files_of(tmp_path / "easy-cfg") == [*names, "rows.json"]
+    assert len(Results.read(tmp_path / "easy-cfg" / "frontier.json").rows) == 2
+    found = json.loads((tmp_path / "easy-cfg" / "gates-protore.json").read_text())
     assert {g["step"] for g in found} == {0, 1} and {g["suite"] for g in found} == {"colour", "benign"}
     assert {g["head"] for g in found} == {0, 1, 2}
     assert all(0 <= g["mean"] <= g["largest"] <= 1 and sum(g["similarities"]) == 2 for g in found)
@@ -80,13 +80,13 @@ def test_runs_end_in_files_and_the_page_shows_them(
     for made in (file, readme):
         made.write_text(f"# Quality\n{page.BEGIN}\nold\n{page.END}\nafter\n")
     page.write_pages(tmp_path, file, readme)
-    shown, details = file.read_text(), (tmp_path / "easy-cfg.md").read_text()
+    shown, details = file.read_text(), (tmp_path / "easy-cfg" / page.DETAILS).read_text()
     assert "2 cases of each suite, seed 0, test split" in shown and "| vsf " in shown
-    assert "easy-cfg-frontier.png" in shown and "old" not in shown and shown.endswith("after\n")
+    assert "easy-cfg/frontier.png" in shown and "old" not in shown and shown.endswith("after\n")
     assert re.search(r"\n- \*easy, cfg\* \(2 cases a suite\): (none|nag|vsf) -?\d+, ", readme.read_text())
     assert "## colour" in details and "| vsf " in details
     for name in ("grid-nag", "gates-protore"):
-        assert f"easy-cfg-{name}.png" in details
+        assert f"({name}.png)" in details
 
     assert command.main(["gates", "--methods", "uce", *few, *where]) == 2
     assert "uce acts beside attention: it has no gates" in capsys.readouterr().err
