@@ -6,7 +6,7 @@ measure   all methods on the test split, with published and with tuned numbers
 frontier  all methods with their published strengths times 1/4 to 4, on joint hosts in each `shared` mode
 grids     unselected pictures of some methods
 gates     gates and similarities of some methods by layer, head and step
-page      put what was measured into docs/quality.md, and its details beside the results
+page      put what was measured into README and docs/quality.md, and its details beside the results
 
 Verdicts are kept in --lines: what was stopped goes on where it was.
 """
